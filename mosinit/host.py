@@ -1,0 +1,126 @@
+"""The package's seam to the world: the core's `Kernel`, extended by what only a build host or a booted machine needs.
+
+Everything that starts a process, writes a file a person keeps, or talks to that person goes through `Host`, so that a
+test can hand a recorder to any verb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mosinit import init
+
+CLONE_NEWNS = 0x00020000  # linux/sched.h
+SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
+
+
+class Failure(Exception):
+    """What a person can act on: one line that names the thing and the remedy. Exit status 1."""
+
+    status = 1
+
+
+class Usage(Failure):
+    """The command was called wrongly. Exit status 2."""
+
+    status = 2
+
+
+class Host(init.Kernel):
+    """The core's seam plus processes, temporary folders and messages to the person."""
+
+    def say(self, text: str) -> None:
+        """Print one line of progress to standard error; standard output is for results."""
+        print(f"mosinit: {text}", file=sys.stderr, flush=True)
+
+    def run(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Run a program to its end and return its standard output.
+
+        Raises `Failure` with the last line of its standard error when it cannot start, fails or exceeds `timeout`
+        seconds. Secrets go through `stdin` or a file of mode 0600, never through `command`.
+        """
+        name = os.path.basename(str(command[0]))
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                env=None if env is None else dict(env),
+                cwd=cwd,
+                timeout=timeout,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
+        except subprocess.TimeoutExpired as error:
+            raise Failure(f"{name} did not end within {timeout:.0f} s") from error
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+            raise Failure(f"{name} failed with status {done.returncode}: {lines[-1]}")
+        return done.stdout
+
+    @contextlib.contextmanager
+    def scratch(self, near: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+        """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file system)."""
+        parent = None if near is None else Path(near).absolute().parent
+        with tempfile.TemporaryDirectory(prefix=".mosinit-", dir=parent) as folder:
+            yield Path(folder)
+
+    @contextlib.contextmanager
+    def replacing(self, path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[Path]:
+        """Yield a temporary path; on success it is synced and renamed to `path`, on failure it is removed.
+
+        Nobody ever sees a half-written `path`, also after a power cut.
+        """
+        target = Path(path)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            self.sync_file(temporary)
+            temporary.rename(target)
+            self.sync_file(target.absolute().parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def sync_file(self, path: str | os.PathLike[str]) -> None:
+        """Make a file's or folder's content durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def unshare_mounts(self) -> None:
+        """Give this process a mount namespace of its own, whose mounts the host never sees."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(CLONE_NEWNS) < 0:
+            raise init.os_error("unshare", "mounts")
+        self.mount("", "/", "", init.MountFlag.REC | init.MountFlag.SLAVE)
+
+    def pivot_root(self, new: str) -> None:
+        """Make `new` the root of this mount namespace and drop the old one."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        os.chdir(new)
+        if libc.syscall(SYS_PIVOT_ROOT, b".", b".") < 0:
+            raise init.os_error("pivot_root", new)
+        self.unmount(".", lazy=True)
+        os.chdir("/")
