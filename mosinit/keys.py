@@ -1,0 +1,347 @@
+"""The keyset: a folder with every key of an organisation, one role per key, and the one way to sign with them.
+
+    keyset.json        {"schema": 1, "name": NAME, "product": UUID}
+    ROLE.key           private key, PKCS#8 PEM, mode 0600; the folder is 0700
+    ROLE.pem           certificate
+    pcr.pub, platform.pub    public keys (SubjectPublicKeyInfo PEM), for tools that measure
+
+Roles do not mix. Firmware ignores key usage, so a key that may sign two kinds of things could be made to sign one in
+place of the other; and TPM policies tell keys in db apart only if each is an entry of its own. No private key is ever
+printed or overwritten.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from mosinit.host import Failure, Host, Usage
+
+SCHEMA = 1
+YEAR = datetime.timedelta(days=365)
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+class Role(NamedTuple):
+    """What a key of the keyset is for, and what kind of key and certificate that takes."""
+
+    title: str
+    algorithm: str
+    years: int = 30
+    ca: bool = False
+    issuer: str | None = None  # None: self-signed
+    public: bool = False  # also kept as a bare public key
+
+
+ROLES: Mapping[str, Role] = {
+    "PK": Role("owner of the firmware's Secure Boot variables", "RSA-2048"),
+    "KEK": Role("signs changes of db and dbx", "RSA-2048"),
+    "uki": Role("signs what the firmware starts", "RSA-2048"),
+    "layer": Role("signs dm-verity root hashes", "RSA-2048"),
+    "pcr": Role("approves PCR 11 of a UKI", "RSA-2048", public=True),
+    "platform": Role("approves PCR 7 values of a machine", "RSA-2048", public=True),
+    "manifest-ca": Role("issues product certificates", "ECDSA P-384", ca=True),
+    "product": Role("signs install manifests", "ECDSA P-256", years=10, issuer="manifest-ca"),
+    "sudi-ca": Role("issues machine identities and machine records", "ECDSA P-384", ca=True),
+}
+
+# The time that Authenticode signatures carry where SOURCE_DATE_EPOCH says nothing: firmware does not look at it, and a
+# constant keeps two builds of the same input equal.
+SIGNING_TIME = 1735689600  # 2025-01-01T00:00:00Z
+
+
+class Signer(Protocol):
+    """Whatever signs for one role: a file here, a token or a service elsewhere."""
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The certificate that verifies what this signer signs."""
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign the exact bytes; the algorithm follows the key (`openssl pkeyutl -verify -rawin` verifies it)."""
+
+    def sign_pkcs7(self, data: bytes) -> bytes:
+        """Return a detached PKCS#7 (DER) without attributes and certificates, as the kernel's dm-verity takes it."""
+
+    def sign_pe(self, source: Path, target: Path) -> None:
+        """Write `source` with an Authenticode signature to `target`; the same input gives the same bytes."""
+
+    def private_key_path(self) -> Path:
+        """Return a file with the private key, for tools that must have one. Raises `Failure` where there is none."""
+
+
+@dataclass(frozen=True)
+class FileSigner:
+    """Signs with a private key that lies in a file."""
+
+    host: Host
+    key: Path
+    certificate_path: Path
+    certificate: x509.Certificate
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign the exact bytes: ECDSA (RFC 6979, so that it repeats), RSA PKCS#1 v1.5 with SHA-256, or Ed25519."""
+        key = _read_key(self.key)
+        if isinstance(key, rsa.RSAPrivateKey):
+            return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+        if isinstance(key, ed25519.Ed25519PrivateKey):
+            return key.sign(data)
+        digest = hashes.SHA384() if key.curve.key_size > 256 else hashes.SHA256()
+        return key.sign(data, ec.ECDSA(digest, deterministic_signing=True))
+
+    def sign_pkcs7(self, data: bytes) -> bytes:
+        """Return the detached PKCS#7 over the exact bytes."""
+        return self.host.run(
+            ["openssl", "smime", "-sign", "-binary", "-noattr", "-nocerts", "-md", "sha256",
+             "-outform", "DER", "-signer", self.certificate_path, "-inkey", self.key],
+            stdin=data,
+            env=_closed_environment(),
+        )  # fmt: skip
+
+    def sign_pe(self, source: Path, target: Path) -> None:
+        """Write the signed copy of a PE file; the time in its signature is SOURCE_DATE_EPOCH or a constant."""
+        epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or SIGNING_TIME)
+        frozen = datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        with self.host.replacing(target) as fresh:
+            self.host.run(
+                ["faketime", "-f", frozen,
+                 "sbsign", "--key", self.key, "--cert", self.certificate_path, "--output", fresh, source],
+                env=_closed_environment(),
+            )  # fmt: skip
+
+    def private_key_path(self) -> Path:
+        """Return the file."""
+        return self.key
+
+
+@dataclass(frozen=True)
+class Keyset:
+    """An opened keyset: every role is there, private, and fits its certificate."""
+
+    host: Host
+    folder: Path
+    name: str
+    product: str
+    certificates: Mapping[str, x509.Certificate]
+
+    def certificate(self, role: str) -> x509.Certificate:
+        """Return a role's certificate."""
+        return self.certificates[role]
+
+    def certificate_path(self, role: str) -> Path:
+        """Return the PEM file of a role's certificate."""
+        return self.folder / f"{role}.pem"
+
+    def public_path(self, role: str) -> Path:
+        """Return the PEM file of a role's bare public key; only pcr and platform have one."""
+        if not ROLES[role].public:
+            raise Failure(f"the role {role} keeps no bare public key: use its certificate")
+        return self.folder / f"{role}.pub"
+
+    def signer(self, role: str) -> Signer:
+        """Return what signs for a role."""
+        return FileSigner(
+            self.host, self.folder / f"{role}.key", self.certificate_path(role), self.certificates[role]
+        )
+
+    def describe(self) -> list[dict[str, str]]:
+        """List the roles as plain data: fingerprints (SHA-256 of the DER certificate) and validity, nothing private."""
+        return [
+            {
+                "role": role,
+                "title": ROLES[role].title,
+                "algorithm": _algorithm(certificate.public_key()),
+                "fingerprint": certificate.fingerprint(hashes.SHA256()).hex(),
+                "not_before": certificate.not_valid_before_utc.isoformat(),
+                "not_after": certificate.not_valid_after_utc.isoformat(),
+                "path": str(self.certificate_path(role)),
+            }
+            for role, certificate in self.certificates.items()
+        ]
+
+
+def new(host: Host, folder: Path, product_name: str) -> Keyset:
+    """Make a keyset with a key of its own for each role and a new product id; it appears complete or not at all."""
+    if not NAME.fullmatch(product_name):
+        raise Usage(f"product name {product_name!r} must match {NAME.pattern}")
+    if os.path.lexists(folder):
+        raise Failure(f"{folder} exists already and keys are never overwritten: choose another folder")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    product = str(uuid.uuid4())
+    with host.scratch(near=folder) as scratch:
+        fresh = scratch / "keyset"
+        fresh.mkdir(mode=0o700)
+        _write_roles(host, fresh, product_name, product)
+        words = {"schema": SCHEMA, "name": product_name, "product": product}
+        _write(host, fresh / "keyset.json", (json.dumps(words, indent=1) + "\n").encode(), 0o644)
+        # rename(2) would replace an empty folder made meanwhile, never one with something in it.
+        fresh.rename(folder)
+        host.sync_file(folder.absolute().parent)
+    return open_keyset(host, folder)
+
+
+def open_keyset(host: Host, folder: Path) -> Keyset:
+    """Open a keyset. Raises `Failure` if a role is missing, readable by others, or does not fit its certificate."""
+    name, product = _read_description(folder / "keyset.json")
+    certificates = {role: _open_role(folder, role) for role in ROLES}
+    return Keyset(host, folder, name, product, certificates)
+
+
+def _read_description(path: Path) -> tuple[str, str]:
+    try:
+        words = json.loads(path.read_text())
+        if words["schema"] != SCHEMA:
+            raise Failure(f"{path} has schema {words['schema']}, this mosinit knows {SCHEMA}")
+        return str(words["name"]), str(uuid.UUID(words["product"]))
+    except FileNotFoundError as error:
+        raise Failure(f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(f"cannot read {path}: {error}") from error
+
+
+def _open_role(folder: Path, role: str) -> x509.Certificate:
+    key, certificate_path = folder / f"{role}.key", folder / f"{role}.pem"
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        mode = key.stat().st_mode
+        if mode & 0o077:
+            raise Failure(f"{key} is open to others (mode {mode & 0o777:04o}): chmod 600 {key}")
+        public = _spki(_read_key(key).public_key())
+        if public != _spki(certificate.public_key()):
+            raise Failure(f"{key} does not fit {certificate_path}: restore the pair from a backup")
+        if ROLES[role].public and (folder / f"{role}.pub").read_bytes() != public:
+            raise Failure(f"{folder / f'{role}.pub'} does not fit {certificate_path}: restore it from a backup")
+    except FileNotFoundError as error:
+        raise Failure(f"the keyset lacks {error.filename}: restore it from a backup") from error
+    except (OSError, ValueError) as error:
+        raise Failure(f"cannot read role {role} of keyset {folder}: {error}") from error
+    return certificate
+
+
+def _read_key(path: Path) -> PrivateKey:
+    try:
+        # That it fits its certificate is compared by whoever opens it; the full check of primes takes long.
+        key = serialization.load_pem_private_key(
+            path.read_bytes(), password=None, unsafe_skip_rsa_key_validation=True
+        )
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise Failure(f"cannot read {path}: not an unencrypted PKCS#8 key in PEM form") from error
+    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey):
+        raise Failure(f"cannot use {path}: not an RSA, ECDSA or Ed25519 key")
+    return key
+
+
+def _write_roles(host: Host, folder: Path, name: str, product: str) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    made: dict[str, tuple[PrivateKey, x509.Certificate]] = {}
+    for role, kind in ROLES.items():
+        key = _generate(kind.algorithm)
+        issuer_key, issuer = made[kind.issuer] if kind.issuer else (key, None)
+        made[role] = key, _certify(role, key, issuer_key, issuer, name, product, now)
+    for role, (key, certificate) in made.items():
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        _write(host, folder / f"{role}.key", private, 0o600)
+        _write(host, folder / f"{role}.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        if ROLES[role].public:
+            _write(host, folder / f"{role}.pub", _spki(key.public_key()), 0o644)
+
+
+def _certify(
+    role: str,
+    key: PrivateKey,
+    issuer_key: PrivateKey,
+    issuer: x509.Certificate | None,
+    name: str,
+    product: str,
+    now: datetime.datetime,
+) -> x509.Certificate:
+    """Make a role's certificate (RFC 5280), signed by `issuer_key`; self-signed if there is no `issuer`."""
+    kind = ROLES[role]
+    subject = x509.Name(
+        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, name), x509.NameAttribute(NameOID.COMMON_NAME, role)]
+    )
+    identifier = x509.SubjectKeyIdentifier.from_public_key
+    builder = (
+        x509.CertificateBuilder(subject_name=subject, issuer_name=issuer.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + kind.years * YEAR)
+        .add_extension(x509.BasicConstraints(ca=kind.ca, path_length=0 if kind.ca else None), critical=True)
+        .add_extension(_key_usage(kind.ca), critical=True)
+        .add_extension(identifier(key.public_key()), critical=False)
+    )
+    if issuer:
+        authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+            identifier(issuer_key.public_key())
+        )
+        builder = builder.add_extension(authority, critical=False)
+    if role == "product":
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"urn:uuid:{product}")])
+        code = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING])
+        builder = builder.add_extension(code, critical=False).add_extension(names, critical=False)
+    digest = hashes.SHA384() if _algorithm(issuer_key.public_key()) == "ECDSA P-384" else hashes.SHA256()
+    return builder.sign(issuer_key, digest)
+
+
+def _key_usage(ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _generate(algorithm: str) -> PrivateKey:
+    if algorithm == "RSA-2048":
+        return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    return ec.generate_private_key(ec.SECP384R1() if algorithm == "ECDSA P-384" else ec.SECP256R1())
+
+
+def _algorithm(key: object) -> str:
+    """Name a public key's algorithm and size."""
+    if isinstance(key, rsa.RSAPublicKey):
+        return f"RSA-{key.key_size}"
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return f"ECDSA P-{key.key_size}"
+    return "Ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else type(key).__name__
+
+
+def _spki(key: object) -> bytes:
+    """Return a public key as SubjectPublicKeyInfo in PEM form."""
+    assert isinstance(key, rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey)
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _write(host: Host, path: Path, content: bytes, mode: int) -> None:
+    """Write a file durably that has its mode from the first moment."""
+    with host.replacing(path, mode=mode) as fresh:
+        fresh.write_bytes(content)
+
+
+def _closed_environment() -> dict[str, str]:
+    """Return the whole environment of the programs that hold a private key."""
+    return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
