@@ -1,0 +1,31 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from mosinit.host import Host
+
+
+@pytest.fixture
+def need() -> Callable[..., None]:
+    """Return a function that skips the test unless all the named programs exist, or fails it where they must."""
+
+    def check(*tools: str) -> None:
+        missing = [tool for tool in tools if not shutil.which(tool)]
+        if missing and os.environ.get("MOSINIT_REQUIRE_TOOLS") == "1":
+            pytest.fail(f"this needs {', '.join(missing)}, and MOSINIT_REQUIRE_TOOLS=1 says it must be there")
+        if missing:
+            pytest.skip(f"this needs {', '.join(missing)}")
+
+    return check
+
+
+@pytest.fixture
+def host() -> Host:
+    """Return the real host: for what neither mounts nor asks."""
+    return Host()
