@@ -75,6 +75,30 @@ class Host(init.Kernel):
             raise Failure(f"{name} failed with status {done.returncode}: {lines[-1]}")
         return done.stdout
 
+    def call(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> int:
+        """Run a program that talks to the person itself and return its exit status, 128 + N if signal N ended it.
+
+        Without `stdin` it has this process's own. Raises `Failure` if it cannot start.
+        """
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                input=stdin,
+                env=None if env is None else dict(env),
+                cwd=cwd,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            raise Failure(f"cannot start {command[0]}: {error.strerror}") from error
+        return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
     @contextlib.contextmanager
     def scratch(self, near: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file system)."""
