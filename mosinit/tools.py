@@ -1,4 +1,4 @@
-"""The tools tree: a Debian 13 folder with every program that builds, signs and boots, so that the host's own do not matter.
+"""The tools tree: a Debian 13 folder with every program that builds, signs and boots; the host's do not matter.
 
 The tree is made once by mmdebstrap from the host's own package sources, kept in the user's cache under a name derived
 from what is in it, and entered by a mount namespace of its own: `/usr`, `/etc` and `/var` are the tree's, every other
@@ -10,14 +10,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from mosinit import init
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, Usage
 
 SUITE = "trixie"
 PACKAGES = (
@@ -33,6 +35,13 @@ WHEELS = ("qemu.qmp==0.0.3", "ruff==0.14.5", "types-PyYAML==6.0.12.20250915")
 STAMP = "usr/share/mosinit/tools-tree"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 TREE_OWN = {"bin", "boot", "etc", "lib", "lib32", "lib64", "libx32", "lost+found", "sbin", "usr", "var"}
+NEEDED_BYTES = 3 << 30  # the tree, and as much again while it is made
+UNUSED_SECONDS = 7 * 24 * 3600
+
+# The package alone, shown at a path of its own: the folder it lies in may be full of another Python's modules, and the
+# current folder must not be able to put a module of its own into a process of root.
+CODE = "/.mosinit"
+START = f"import sys; sys.path.insert(0, {CODE!r}); from mosinit.cli import main; sys.exit(main())"
 FROM_HOST_ETC = ("resolv.conf", "hosts", "pip.conf", "ssl/certs/ca-certificates.crt", "localtime")
 
 
@@ -55,65 +64,145 @@ def inside() -> bool:
 
 
 def run_inside(host: Host, arguments: list[str]) -> None:
-    """Return if this process is inside the tools tree; otherwise make the tree, enter it and start the command again."""
+    """Return if this process is inside the tools tree; otherwise make the tree, enter it and start the command again.
+
+    Raises `Usage` if the current folder cannot be seen from inside, `Failure` without root.
+    """
     if inside():
         return
     if os.geteuid() != 0:
         raise Failure("this needs root (mounts, loop devices, a tools tree): run it as root")
-    enter(host, ensure(host), ["/usr/bin/python3", "-m", "mosinit", *arguments])
+    check_visible(Path.cwd(), "the current folder")
+    tree = ensure(host)
+    _use(tree)
+    enter(host, tree, ["/usr/bin/python3", "-P", "-c", START, *arguments])
+
+
+def hidden(path: Path) -> bool:
+    """Say whether a path of the host lies where the tools tree shows its own files instead."""
+    real = Path(os.path.realpath(path))
+    return real.parts[1:2] != () and real.parts[1] in TREE_OWN and not real.is_relative_to("/var/tmp")
+
+
+def check_visible(path: Path, name: str) -> None:
+    """Raise `Usage` if the tools tree hides a path that the command is to work with."""
+    if not inside() and hidden(path):
+        raise Usage(f"{name} ({path}) lies where the tools tree has its own files: use /root, /home, /srv or /tmp")
 
 
 def ensure(host: Host) -> Path:
-    """Return the tools tree, making it first if the cache has none."""
+    """Return the tools tree, making it first if the cache has none; trees of other content, unused, are removed."""
     folder = cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_visible(folder, "the cache folder, see XDG_CACHE_HOME,")
     tree = folder / f"tools-{key()}"
-    with open(folder / "tools.lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "tools.lock", "w")
+    except OSError as error:
+        raise Failure(f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (tree / STAMP).exists():
             _make(host, tree)
+        _remove_unused(host, tree)
     return tree
 
 
+def _use(tree: Path) -> None:
+    """Say that this process, and what it becomes by exec, uses the tree: nobody removes it meanwhile."""
+    handle = os.open(f"{tree}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    os.utime(handle)
+    os.set_inheritable(handle, True)
+
+
+def _remove_unused(host: Host, keep: Path) -> None:
+    """Remove trees of another content that no process uses and none has used for a week."""
+    for tree in (path for path in keep.parent.glob("tools-*") if path.is_dir() and path != keep):
+        with open(f"{tree}.lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            half_made = tree.suffix != ""
+            if half_made or time.time() - os.stat(lock.fileno()).st_mtime > UNUSED_SECONDS:
+                host.say(f"removing {tree.name}, an unused tools tree of another version")
+                _remove(host, tree)
+                os.unlink(lock.name)
+
+
+def _remove(host: Host, tree: Path) -> None:
+    """Remove a tree, whatever an interrupted run left mounted in it."""
+    doomed = tree.with_suffix(".old")
+    if tree.is_dir() and tree != doomed:
+        if doomed.is_dir():
+            _remove(host, doomed)
+        # A tree that is half gone must not be taken for a whole one: its stamp may be the last file to go.
+        tree.rename(doomed)
+    for point in reversed(_mounts_below(doomed)):
+        # Removing files would otherwise go on into the host's own /dev.
+        host.unmount(point, lazy=True)
+    if doomed.is_dir():
+        shutil.rmtree(doomed)
+
+
+def _mounts_below(folder: Path) -> list[str]:
+    """Return the mount points below a folder, in the order they were mounted (proc(5), mountinfo)."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    plain = [re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in points]
+    return [point for point in plain if point.startswith(f"{os.path.realpath(folder)}/")]
+
+
 def _make(host: Host, tree: Path) -> None:
-    host.say("making the tools tree (Debian 13, about 800 MB, once): one to three minutes")
+    free = shutil.disk_usage(tree.parent).free
+    if free < NEEDED_BYTES:
+        raise Failure(f"{tree.parent} has {free >> 20} MiB free, the tools tree needs {NEEDED_BYTES >> 20} MiB")
     _need_mmdebstrap(host)
+    host.say("making the tools tree (Debian 13, about 800 MB, once): one to three minutes")
     fresh = tree.with_suffix(".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _remove(host, fresh)
     sources = "".join(f"{line}\n" for line in debian_sources(Path("/etc/apt"), SUITE)).encode()
-    host.run(
-        ["mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", *_apt_proxies(host),
+    # Its end is tied to ours, and its mounts to its own: an interrupted run leaves files, nothing else.
+    status = host.call(
+        ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount",
+         "mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", *_apt_network(host),
          SUITE, fresh, *(["-"] if sources else [])],
         stdin=sources,
-        timeout=1800,
     )  # fmt: skip
+    if status != 0:
+        raise Failure(f"mmdebstrap failed with status {status}: its messages are above")
     host.say("tools tree: adding what Debian lacks from PyPI")
     pip = ["/usr/bin/python3", "-m", "pip", "install", "--quiet", "--break-system-packages", "--no-deps",
            "--root-user-action=ignore", *WHEELS]  # fmt: skip
     _in_child(host, fresh, pip)
     (fresh / STAMP).parent.mkdir(parents=True, exist_ok=True)
     (fresh / STAMP).write_text(key())
-    shutil.rmtree(tree, ignore_errors=True)
+    _remove(host, tree)
     fresh.rename(tree)
 
 
 def _need_mmdebstrap(host: Host) -> None:
-    if shutil.which("mmdebstrap"):
+    # Ubuntu has mmdebstrap without the keys that Debian's packages are signed with.
+    missing = [] if shutil.which("mmdebstrap") else ["mmdebstrap"]
+    missing += [] if Path(KEYRING).exists() else ["debian-archive-keyring"]
+    if not missing:
         return
     if not shutil.which("apt-get"):
-        raise Failure("mmdebstrap is missing and this is no Debian or Ubuntu: install mmdebstrap")
-    host.say("installing mmdebstrap, which makes the tools tree")
+        raise Failure(f"{' and '.join(missing)} missing, and this is no Debian or Ubuntu: install them first")
+    host.say(f"installing {' and '.join(missing)}, to make the tools tree with")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    host.run(["apt-get", "update", "-q"], env=quiet, timeout=600)
-    host.run(["apt-get", "install", "-qy", "--no-install-recommends", "mmdebstrap"], env=quiet, timeout=900)
+    apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=120"]
+    host.run([*apt, "update"], env=quiet, timeout=600)
+    host.run([*apt, "install", "--no-install-recommends", *missing], env=quiet, timeout=900)
 
 
-def _apt_proxies(host: Host) -> list[str]:
-    """Pass on the proxy that the host's own apt uses."""
+def _apt_network(host: Host) -> list[str]:
+    """Pass on how the host's own apt reaches the network: proxies, certificates of a mirror."""
     if not shutil.which("apt-config"):
         return []
     lines = host.run(["apt-config", "dump"]).decode().splitlines()
-    return [f"--aptopt={line}" for line in lines if line.startswith("Acquire::http") and "::Proxy " in line]
+    wanted = re.compile(r'Acquire::https?::\S+ ".+";')
+    return [f"--aptopt={line}" for line in lines if wanted.fullmatch(line)]
 
 
 def debian_sources(apt: Path, suite: str) -> list[str]:
@@ -121,35 +210,54 @@ def debian_sources(apt: Path, suite: str) -> list[str]:
 
     Empty when the host has none (another distribution): mmdebstrap then takes its own default mirror.
     """
-    lines = []
-    for uri, old in dict.fromkeys(_host_sources(apt)):
-        pocket = old.partition("-")[2] if "-" in old else ""
+    lines = {}
+    for uri, old in _host_sources(apt):
+        pocket = old.partition("-")[2]
         if pocket in ("", "updates", "security"):
-            new = suite + (f"-{pocket}" if pocket else "")
-            lines.append(f"deb [signed-by={KEYRING}] {uri} {new} main")
-    return list(dict.fromkeys(lines))
+            lines[f"deb [signed-by={KEYRING}] {uri} {suite}{'-' if pocket else ''}{pocket} main"] = pocket
+    # Updates alone are no distribution.
+    return list(lines) if "" in lines.values() else []
 
 
 def _host_sources(apt: Path) -> Iterator[tuple[str, str]]:
-    """Yield (mirror, suite) of every Debian source with the component main that the host uses."""
-    for path in (apt / "sources.list", *sorted((apt / "sources.list.d").glob("*.list"))):
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            words = [word for word in line.split("#")[0].split() if not word.startswith(("[", "signed-by", "arch="))]
-            if len(words) >= 4 and words[0] == "deb" and "main" in words[3:] and _is_debian(words[1], words[2]):
-                yield words[1].rstrip("/"), words[2]
-    for path in sorted((apt / "sources.list.d").glob("*.sources")):
-        for stanza in path.read_text().split("\n\n"):
-            field = {k.strip().lower(): v.split() for k, _, v in (x.partition(":") for x in stanza.splitlines()
-                     if x and not x.startswith("#"))}  # fmt: skip
-            if "deb" in field.get("types", []) and "main" in field.get("components", []):
-                yield from ((u.rstrip("/"), s) for u in field.get("uris", []) for s in field.get("suites", [])
-                            if _is_debian(u, s))  # fmt: skip
+    """Yield (mirror, suite) of every Debian source with the component main that the host uses (sources.list(5))."""
+    parts = apt / "sources.list.d"
+    found: list[tuple[str, str]] = []
+    for path in (apt / "sources.list", *sorted(parts.glob("*.list"))):
+        found += _one_line_sources(path.read_text(errors="replace")) if path.is_file() else []
+    for path in sorted(parts.glob("*.sources")):
+        found += _deb822_sources(path.read_text(errors="replace"))
+    for uri, suite in found:
+        if _is_debian(uri, suite):
+            yield uri.rstrip("/"), suite
+
+
+def _one_line_sources(text: str) -> list[tuple[str, str]]:
+    entry = re.compile(r"deb\s+(?:\[[^\]]*\]\s*)?(?P<uri>[^\s\[]+)\s+(?P<suite>\S+)\s+(?P<components>.*)")
+    found = [entry.fullmatch(line.partition("#")[0].strip()) for line in text.splitlines()]
+    return [(line["uri"], line["suite"]) for line in found if line and "main" in line["components"].split()]
+
+
+def _deb822_sources(text: str) -> list[tuple[str, str]]:
+    found = []
+    for stanza in re.split(r"\n\s*\n", text):
+        fields: dict[str, list[str]] = {}
+        name = ""
+        for line in (line for line in stanza.splitlines() if not line.startswith("#")):
+            if not line[:1].isspace():
+                name, _, line = line.partition(":")
+            fields.setdefault(name.lower(), []).extend(line.split())
+        enabled = fields.get("enabled", ["yes"])[:1] not in (["no"], ["false"], ["0"], ["off"], ["without"])
+        if enabled and "deb" in fields.get("types", []) and "main" in fields.get("components", []):
+            found += [(uri, suite) for uri in fields.get("uris", []) for suite in fields.get("suites", [])]
+    return found
 
 
 def _is_debian(uri: str, suite: str) -> bool:
-    path = uri.rstrip("/").rsplit("/", 1)[-1]
+    # Others publish for Debian's suites too: the folder's name tells them apart. A snapshot's date is below it.
+    path = re.sub(r"/\d{8}T\d{6}Z$", "", uri.rstrip("/")).rpartition("/")[2]
     codenames = ("bullseye", "bookworm", "trixie", "forky", "sid", "stable", "testing")
-    return path in ("debian", "debian-security") and suite.partition("-")[0] in codenames
+    return path.startswith("debian") and suite.partition("-")[0] in codenames
 
 
 def _in_child(host: Host, tree: Path, command: list[str]) -> None:
@@ -169,15 +277,19 @@ def _in_child(host: Host, tree: Path, command: list[str]) -> None:
 def enter(host: Host, tree: Path, command: list[str]) -> NoReturn:
     """Replace this process by `command`, run with the tree's system folders and the host's everything else."""
     here = Path.cwd()
-    host.unshare_mounts()
+    try:
+        host.unshare_mounts()
+    except OSError as error:
+        raise Failure(f"{error}: a container needs to be privileged for the tools tree") from error
     # Any folder that is not shown inside will do as the mount point: one that is would contain itself.
-    root = Path("/boot")
+    root = Path("/boot" if Path("/boot").is_dir() else "/var/lib")
     host.mount("mosinit-tools", str(root), "tmpfs", init.MountFlag(0), "mode=0755")
     for name in sorted(TREE_OWN & set(os.listdir(tree)) - {"boot"}):
         _show(host, tree / name, root / name)
     for name in sorted(set(os.listdir("/")) - TREE_OWN):
         _show(host, Path("/", name), root / name)
     _show(host, Path("/var/tmp"), root / "var/tmp")
+    _show_code(host, root)
     for name in FROM_HOST_ETC:
         if Path("/etc", name).is_file():
             (root / "etc" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +298,8 @@ def enter(host: Host, tree: Path, command: list[str]) -> NoReturn:
     host.pivot_root(str(root))
     os.chdir(here)
     env = {**os.environ, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-    for name in ("PYTHONHOME", "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH"):
+    temporary = ("TMPDIR",) if hidden(Path(env.get("TMPDIR", "/tmp"))) else ()
+    for name in ("PYTHONHOME", "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH", *temporary):
         env.pop(name, None)
     sys.stdout.flush()
     os.execve(command[0], command, env)
@@ -200,3 +313,15 @@ def _show(host: Host, source: Path, target: Path) -> None:
     elif source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         host.mount(str(source), str(target), "", init.MountFlag.BIND | init.MountFlag.REC)
+
+
+def _show_code(host: Host, root: Path) -> None:
+    """Make this package, and nothing else of the folder it lies in, importable inside."""
+    package, shown = Path(__file__).resolve().parent, Path(f"{root}{CODE}", "mosinit")
+    shown.parent.mkdir()
+    if hidden(package):
+        shown.mkdir()
+        host.mount(str(package), str(shown), "", init.MountFlag.BIND)
+    else:
+        # A link, so that a checkout is still found from where its files really are.
+        shown.symlink_to(package)

@@ -1,0 +1,393 @@
+"""The command line: one table of verbs, each a function that takes plain values and returns plain data.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a check (its id is in the output), 130 interrupted.
+Results go to standard output, as text or with `--json` as one JSON value; progress and errors to standard error.
+`--help`, `--version` and `explain` need nothing but Python: the other verbs first enter the tools tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mosinit import __version__, explain, init, tools
+from mosinit.host import Failure, Host, Usage
+
+DONE, FAILED, WRONG_USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb hands back: plain data for `--json`, the same for a person, and the exit status."""
+
+    data: object
+    text: str
+    status: int = DONE
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a verb, in argparse's words."""
+
+    name: str
+    help: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: its words, what it does, an example that works, and its function."""
+
+    words: str
+    summary: str
+    example: str
+    run: Callable[[Host, argparse.Namespace], Result]
+    options: tuple[Option, ...] = ()
+    json: bool = True
+    tools: bool = True
+
+
+# --- The verbs' functions ----------------------------------------------------------------------------
+
+
+def demo(host: Host, values: argparse.Namespace) -> Result:
+    """Go from nothing to a booted machine."""
+    from mosinit import demo as demonstration
+
+    return _outcome(demonstration.demo(host, values.dir, values.interactive))
+
+
+def test(host: Host, values: argparse.Namespace) -> Result:
+    """Run the tests; their output is their own."""
+    from mosinit import testing
+
+    return Result(None, "", testing.run(host, values.strength, expression=values.k, cold=values.cold))
+
+
+def keys_new(host: Host, values: argparse.Namespace) -> Result:
+    """Make a keyset."""
+    from mosinit import keys
+
+    return _keyset(keys.new(host, values.folder, values.product))
+
+
+def keys_show(host: Host, values: argparse.Namespace) -> Result:
+    """List a keyset."""
+    from mosinit import keys
+
+    return _keyset(keys.open_keyset(host, values.folder))
+
+
+def build(host: Host, values: argparse.Namespace) -> Result:
+    """Build everything a machine boots from."""
+    from mosinit import build as builder
+
+    return _outcome(builder.build(host, values.keys, values.out, values.epoch))
+
+
+def publish(host: Host, values: argparse.Namespace) -> Result:
+    """Sign and publish a manifest."""
+    from mosinit import keys
+    from mosinit import publish as publisher
+
+    keyset = keys.open_keyset(host, values.keys)
+    return _outcome(publisher.publish(host, values.manifest, keyset, values.to))
+
+
+def vm_boot(host: Host, values: argparse.Namespace) -> Result:
+    """Boot a disk image in a VM."""
+    from mosinit import vm
+
+    options = vm.BootOptions(
+        disk=values.disk,
+        state=values.dir,
+        keys=values.keys,
+        report=values.report,
+        until=values.until,
+        timeout=values.timeout,
+        interactive=values.interactive,
+    )
+    return _outcome(vm.boot(host, options))
+
+
+def explain_check(host: Host, values: argparse.Namespace) -> Result:
+    """Say what checks mean."""
+    if bool(values.id) == values.all:
+        raise Usage("explain takes one id, such as SB-OFF, or --all")
+    checks = explain.explain_all() if values.all else [explain.explain(values.id)]
+    return Result(checks if values.all else checks[0], explain.text(checks))
+
+
+# --- How results read --------------------------------------------------------------------------------
+
+
+def _keyset(keyset: Any) -> Result:
+    roles = keyset.describe()
+    rows = [f"{r['role']:<12} {r['algorithm']:<12} until {r['not_after'][:10]}  {r['fingerprint']}" for r in roles]
+    head = [f"keyset {keyset.name}, product {keyset.product}", "fingerprints: SHA-256 of the certificate", ""]
+    data = {"name": keyset.name, "product": keyset.product, "folder": str(keyset.folder), "roles": roles}
+    return Result(data, "\n".join(head + rows))
+
+
+def _outcome(outcome: object) -> Result:
+    """Return what a verb handed back as plain data; a boot report in it is written out for a person."""
+    data = plain(outcome)
+    if not isinstance(data, dict):
+        return Result(data, str(data))
+    report, status = data.get("report"), data.get("status", DONE)
+    rows = [f"{name}: {_short(value)}" for name, value in data.items() if name not in ("report", "status")]
+    if isinstance(report, dict):
+        rows.insert(0, explain.report_text(report))
+    return Result(data, "\n".join(rows), status if isinstance(status, int) else FAILED)
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def plain(value: object) -> object:
+    """Turn records, paths and tuples into what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+# --- The table ---------------------------------------------------------------------------------------
+
+
+def positional(name: str, help: str, **more: Any) -> Option:
+    """Describe an argument that has a place instead of a name."""
+    return Option(name, help, more)
+
+
+def folder(name: str, help: str, metavar: str = "DIR", **more: Any) -> Option:
+    """Describe an option that takes a path."""
+    return Option(name, help, {"type": Path, "metavar": metavar, **more})
+
+
+def flag(name: str, help: str) -> Option:
+    """Describe an option without a value."""
+    return Option(name, help, {"action": "store_true"})
+
+
+VERBS = (
+    Verb(
+        "demo",
+        "from nothing to a booted machine in a VM, then shows its boot report",
+        "mosinit demo --dir ./demo",
+        demo,
+        (
+            folder("--dir", "where everything is made and reports are left (default: ./demo)", default=Path("demo")),
+            flag("--interactive", "end at the console of a demo profile that can log in"),
+        ),
+    ),
+    Verb(
+        "test",
+        "lint, types, unit tests and VM tests; needs a checkout",
+        "mosinit test unit -k keys",
+        test,
+        (
+            positional("strength", "only the unit tests or only the VM tests", nargs="?", choices=("unit", "vm")),
+            Option("-k", "only tests whose names match, as pytest understands it", {"metavar": "EXPR"}),
+            flag("--cold", "boot every VM from zero instead of restoring saved ones"),
+        ),
+        json=False,
+    ),
+    Verb(
+        "keys new",
+        "makes a keyset: every key of an organisation, one role per key",
+        "mosinit keys new ./keys --product acme",
+        keys_new,
+        (
+            positional("folder", "the folder to make", type=Path, metavar="DIR"),
+            Option("--product", "name of the product", {"required": True, "metavar": "NAME"}),
+        ),
+    ),
+    Verb(
+        "keys show",
+        "lists a keyset's roles with fingerprints and validity",
+        "mosinit keys show ./keys",
+        keys_show,
+        (positional("folder", "the keyset", type=Path, metavar="DIR"),),
+    ),
+    Verb(
+        "build",
+        "builds initrd, UKI, hostfs image and live medium; needs a checkout",
+        "mosinit build --keys ./keys --out ./out",
+        build,
+        (
+            folder("--keys", "the keyset that signs", required=True),
+            folder("--out", "where the results go", required=True),
+            Option("--epoch", "everything below is unsafe, 1 to 64 (default: 1)", {"type": int, "default": 1}),
+        ),
+    ),
+    Verb(
+        "publish",
+        "resolves and signs an install manifest and publishes it with its images",
+        "mosinit publish manifest.yaml --keys ./keys --to oci:./release",
+        publish,
+        (
+            positional("manifest", "the manifest as a person wrote it", type=Path, metavar="MANIFEST"),
+            folder("--keys", "the keyset that signs", required=True),
+            Option("--to", "the OCI layout to write", {"required": True, "metavar": "oci:DIR"}),
+        ),
+    ),
+    Verb(
+        "vm boot",
+        "boots a disk image under Secure Boot with a software TPM and returns the machine's report",
+        "mosinit vm boot --disk out/live.raw --dir ./vm --report report.json",
+        vm_boot,
+        (
+            folder("--disk", "the disk image", "FILE", required=True),
+            folder("--dir", "the machine's state: firmware variables, TPM, console log", "STATE", required=True),
+            folder("--keys", "the keyset to enrol in a new machine's firmware (default: the medium's own)"),
+            folder("--report", "also write the report here", "FILE"),
+            Option("--until", "how far (default: multi-user)",
+                   {"choices": ("pivoted", "multi-user"), "default": "multi-user"}),
+            Option("--timeout", "seconds that the whole boot may take", {"type": float, "metavar": "S"}),
+            flag("--interactive", "this terminal becomes the machine's console"),
+        ),
+    ),
+    Verb(
+        "explain",
+        "says what a check means and what to do",
+        "mosinit explain SB-OFF",
+        explain_check,
+        (
+            positional("id", "the check", nargs="?", metavar="ID"),
+            flag("--all", "list every check"),
+        ),
+        tools=False,
+    ),
+)  # fmt: skip
+
+GROUPS = {"keys": "keysets", "vm": "virtual machines"}
+
+
+# --- argparse on top ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line per error like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `Usage` instead of printing the usage and leaving."""
+        raise Usage(f"{message} (see `{self.prog} --help`)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser from the table."""
+    overview = "\n".join(
+        f"  {verb.words:<10} {verb.summary}\n  {'':<10}   {verb.example}" for verb in VERBS
+    )  # fmt: skip
+    top = _parser_options(
+        "Brings a Linux machine from power-on to a running, verified root filesystem.",
+        f"verbs, each with an example:\n{overview}\n\n`mosinit VERB --help` says more.",
+    )
+    root = Parser(prog="mosinit", usage="mosinit VERB ...", **top)
+    root.add_argument("--version", action="version", version=f"mosinit {__version__}")
+    verbs = root.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+    groups: dict[str, Any] = {}
+    for name, title in GROUPS.items():
+        lines = "\n".join(f"  {v.words:<10} {v.summary}" for v in VERBS if v.words.startswith(f"{name} "))
+        words = {"prog": f"mosinit {name}", "usage": f"mosinit {name} VERB ..."}
+        inner = verbs.add_parser(name, **words, **_parser_options(title, f"verbs:\n{lines}"))
+        inner.set_defaults(group=name)
+        groups[name] = inner.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+    for verb in VERBS:
+        group, _, name = verb.words.rpartition(" ")
+        _add(groups[group] if group else verbs, name, verb)
+    return root
+
+
+def _add(verbs: Any, name: str, verb: Verb) -> None:
+    words = f"mosinit {verb.words}"
+    made = verbs.add_parser(name, prog=words, **_parser_options(f"{verb.summary}.", f"example:\n  {verb.example}"))
+    for option in verb.options:
+        made.add_argument(option.name, help=option.help, **option.more)
+    if verb.json:
+        made.add_argument("--json", action="store_true", help="print the result as JSON")
+    made.set_defaults(verb=verb, json=False)
+
+
+def _parser_options(description: str, epilog: str) -> dict[str, Any]:
+    return {
+        "description": textwrap.fill(description[0].upper() + description[1:], 100),
+        "epilog": epilog,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        # An abbreviation that works today would be ambiguous or mean something else tomorrow.
+        "allow_abbrev": False,
+    }
+
+
+def run(host: Host, arguments: list[str]) -> Result:
+    """Parse the arguments, enter the tools tree if the verb needs it, and run the verb."""
+    top = parser()
+    values = top.parse_args(arguments)
+    if not hasattr(values, "verb"):
+        group = getattr(values, "group", None)
+        names = [v.words for v in VERBS if not group or v.words.startswith(f"{group} ")]
+        raise Usage(f"a verb is missing: {', '.join(names)} (see `mosinit --help`)")
+    verb: Verb = values.verb
+    if verb.tools:
+        for name, value in vars(values).items():
+            if isinstance(value, Path):
+                tools.check_visible(value, name)
+        tools.run_inside(host, arguments)
+    return verb.run(host, values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    host = Host()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    # What a verb started (VMs, TPMs, mounts) is stopped by its `finally`: a plain SIGTERM would skip those.
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = run(host, words)
+        _print(json.dumps(result.data, indent=1) if as_json and result.data is not None else result.text)
+        return result.status
+    except init.Refused as refused:
+        data = explain.refusal(refused)
+        host.say(f"refused: {refused}" + (f" ({data['title']})" if data["title"] else ""))
+        host.say(f"remedy: {data['remedy']}" if data["remedy"] else "remedy: none is known")
+        _print(json.dumps(data, indent=1) if as_json else "")
+        return REFUSED
+    except Failure as failure:
+        host.say(f"error: {failure}")
+        return failure.status
+    except KeyboardInterrupt:
+        host.say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output left; a second error when Python flushes at its end would only confuse.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        host.say(f"error: {error}")
+        return FAILED
+
+
+def _print(text: str) -> None:
+    if text:
+        print(text, flush=True)
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    sys.exit(TERMINATED)
