@@ -1,17 +1,19 @@
-#!/usr/bin/python3 -SIB
+#!/usr/bin/python3 -ISB
 """mosinit - bring a machine from its signed initrd to hostfs.
 
-Runs as PID 1. In order: mount the pseudo file systems, load the modules that the build listed, check the firmware,
-measure, find the boot disk, close the fence, verify the manifest, set up the verity layers, stack hostfs, hand over.
-Each step fails closed, and there is one way out: `main` fences, says on one screen what was refused and what to do,
-and restarts the machine.
+Runs as PID 1. In order: mount the pseudo file systems, load the modules that the build listed, check the
+firmware, measure, find the boot disk, close the fence, verify the manifest, set up the verity layers, stack
+hostfs, hand over. Each step fails closed, and there is one way out: `main` fences, says on one screen what
+was refused and what to do, and restarts the machine.
 
-One file: standard library, cryptography, yaml; the last two are imported only where they are used. Every line here is
-in the signed initrd: a change is a new UKI. Words: `untrusted_*` is a byte string from disk that nobody vouched for.
+One file: standard library, cryptography, yaml; the last two are imported only where they are used. Every
+line here is in the signed initrd: a change is a new UKI. Words: `untrusted_*` is a byte string from disk
+that nobody vouched for.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import enum
@@ -22,8 +24,8 @@ import hashlib
 import json
 import os
 import re
+import stat
 import struct
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +34,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NewType, NoReturn, TypeVar, c
 if TYPE_CHECKING:
     from cryptography import x509
 
-# --- Errors: what is refused, and the table of everything that can be ------------------------------------------------
+# What functions below import when they need it. The build freezes these beside this file, and nothing else.
+FROZEN_IMPORTS = (
+    "cryptography.exceptions",
+    "cryptography.hazmat.primitives.asymmetric.ec",
+    "cryptography.hazmat.primitives.asymmetric.ed25519",
+    "cryptography.hazmat.primitives.asymmetric.padding",
+    "cryptography.hazmat.primitives.asymmetric.rsa",
+    "cryptography.hazmat.primitives.hashes",
+    "cryptography.x509",
+    "cryptography.x509.oid",
+    "ipaddress",
+    "yaml",
+)
+
+# --- Errors: what is refused, and the table of everything that can be --------------------------------------
 
 
 class Refused(Exception):
@@ -44,18 +60,204 @@ class Refused(Exception):
 
 
 class FenceError(Exception):
-    """The TPM did not take the fence: nothing may run on this machine until it is powered off."""
+    """The TPM did not take the fence: this machine may run nothing more until it is powered off."""
 
 
 class Check(NamedTuple):
-    """One decision of the bring-up. Ids are a public interface and are never reused."""
+    """One decision of the bring-up. Its id is a public interface and is never reused."""
 
     title: str
     remedy: str
 
-# --- Kernel: the only code here that touches the world ---------------------------------------------------------------
+
+CHECKS: dict[str, Check] = {
+    "MODULE-LOAD": Check(
+        "a kernel module that the build listed does not load",
+        "the UKI and its initrd do not fit each other: build the UKI again with `mosinit build`",
+    ),
+    "MODULE-PARAMETER": Check(
+        "a kernel module does not have the parameter that the build set",
+        "build the UKI again; if it repeats, the kernel does not know the parameter",
+    ),
+    "SB-OFF": Check("Secure Boot is off", "switch Secure Boot on in the firmware's setup"),
+    "SB-MODE": Check(
+        "the firmware is in setup or audit mode, where anybody can enrol keys",
+        "enrol the keyset's PK, KEK and db certificates in the firmware's setup, which ends setup mode",
+    ),
+    "SB-DB": Check(
+        "the firmware trusts other certificates than this system was built for",
+        "make the firmware's db hold exactly the uki and the layer certificate of your keyset",
+    ),
+    "SB-MOK": Check(
+        "a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it",
+        "it has been deleted; restart. If it returns, remove shim and its variables from this machine",
+    ),
+    "SB-KEYRING": Check(
+        "the kernel trusts keys that this system was not built for",
+        "find where the extra key comes from (db, shim, firmware) and remove it there",
+    ),
+    "SB-LOCKDOWN": Check(
+        "the kernel is not locked down, so its memory can be read",
+        "boot the UKI as it was built, under Secure Boot",
+    ),
+    "TPM-ABSENT": Check(
+        "there is no TPM 2.0",
+        "switch the TPM on in the firmware's setup (also called PTT, fTPM or security device)",
+    ),
+    "TPM-BANK": Check(
+        "the TPM's SHA-256 bank does not hold the measurements of this boot",
+        "switch the TPM's SHA-256 bank on in the firmware's setup; boot the UKI through the firmware",
+    ),
+    "TPM-EXTEND": Check(
+        "the TPM does not take measurements",
+        "switch the machine off and on; if it repeats, the TPM is broken",
+    ),
+    "CMDLINE": Check(
+        "the kernel command line is not the signed one",
+        "remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI",
+    ),
+    "ESP-EXTRA": Check(
+        "the boot stub took credentials, extensions or add-ons that the UKI does not sign",
+        "remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP",
+    ),
+    "DISK-HINT": Check(
+        "the boot stub did not say from which partition it was started",
+        "boot the medium or disk through UEFI; network boot is not supported",
+    ),
+    "DISK-ABSENT": Check(
+        "the disk that this system was booted from does not show up",
+        "check cable and controller; if what was seen names a GPT fault, write the medium again",
+    ),
+    "DISK-AMBIGUOUS": Check(
+        "two disks carry the partition that this system was booted from",
+        "remove the copy of the disk or medium",
+    ),
+    "DISK-PARTITION": Check(
+        "the boot disk does not have exactly one partition of a kind that is needed",
+        "write the medium again from its image",
+    ),
+    "GPT-HEADER": Check("the partition table's header is damaged", "write the medium again from its image"),
+    "GPT-ENTRY": Check(
+        "an entry of the partition table is not valid", "write the medium again from its image"
+    ),
+    "STORE-SEAL": Check("the medium's seal is damaged", "write the medium again from its image"),
+    "STORE-SIGNATURE": Check(
+        "the kernel does not accept the signature of the medium's store",
+        "write the medium again from its image, made with the layer key that is in this firmware's db",
+    ),
+    "STORE-READ": Check(
+        "the store cannot be read as it was sealed",
+        "the medium is damaged or was changed: write it again from its image, or use another one",
+    ),
+    "MANIFEST-ABSENT": Check(
+        "the store holds no install manifest",
+        "make the medium again with `mosinit build`, from a release that `mosinit publish` made",
+    ),
+    "MANIFEST-FORMAT": Check(
+        "the install manifest is not valid", "correct what is named here and publish it again"
+    ),
+    "MANIFEST-CERTIFICATE": Check(
+        "the certificate of the install manifest is not one that can sign manifests",
+        "publish the manifest with the keyset's product key",
+    ),
+    "MANIFEST-CHAIN": Check(
+        "the certificate of the install manifest was not issued by this system's manifest CA",
+        "publish the manifest with the keyset that this UKI was built with",
+    ),
+    "MANIFEST-SIGNATURE": Check(
+        "the signature of the install manifest is wrong",
+        "the manifest was changed after it was signed: publish it again",
+    ),
+    "MANIFEST-PRODUCT": Check(
+        "the install manifest is for another product",
+        "use a manifest and medium of this machine's product",
+    ),
+    "MANIFEST-EPOCH": Check(
+        "the install manifest is older than what its publisher still calls safe",
+        "use a newer release",
+    ),
+    "MANIFEST-UKI": Check(
+        "the install manifest belongs to another UKI than the one that runs",
+        "make the medium again, so that UKI and manifest come from the same build",
+    ),
+    "MANIFEST-TARGET": Check(
+        "the install manifest does not name one hostfs and one bootkit to start from",
+        "add the missing target to the manifest, or remove the doubled one, and publish it again",
+    ),
+    "IMAGE-DIGEST": Check(
+        "an image manifest is not the signed one", "the store is damaged: fetch or write it again"
+    ),
+    "IMAGE-FORMAT": Check(
+        "an image manifest is not valid", "publish the image again with `mosinit publish`"
+    ),
+    "LAYER-ROOTHASH": Check(
+        "a layer has no dm-verity root hash",
+        "publish the image again with `mosinit publish`, which converts layers",
+    ),
+    "LAYER-SIZE": Check(
+        "a layer does not have its signed size", "the store is damaged: fetch or write it again"
+    ),
+    "LAYER-SUPERBLOCK": Check(
+        "the dm-verity superblock of a layer is not what mosinit accepts",
+        "publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes",
+    ),
+    "LAYER-SIGNATURE": Check(
+        "the kernel does not accept the signature of a layer",
+        "publish the image again with the layer key that is in this firmware's db",
+    ),
+    "LAYER-READ": Check(
+        "a layer does not hold what was signed", "the store is damaged: fetch or write it again"
+    ),
+    "LAYER-FILESYSTEM": Check(
+        "a layer is neither erofs nor squashfs",
+        "publish the image again with `mosinit publish`, which converts layers",
+    ),
+    "OVERLAY-MOUNT": Check(
+        "the layers of hostfs cannot be stacked", "see what was seen; use fewer or other layers"
+    ),
+    "OVERLAY-MOUNTPOINT": Check(
+        "hostfs lacks a folder that something must be mounted on",
+        "add the folder to the hostfs image, as a folder and not a link",
+    ),
+    "HOSTFS-INIT": Check(
+        "hostfs has no init", "add /sbin/init (a program, for example systemd's) to the hostfs image"
+    ),
+}
+
+
+# --- Constants: formats and numbers of others, with their source -------------------------------------------
 
 Pcr = NewType("Pcr", int)
+
+BLOCK = 4096  # of dm-verity data and hashes, of layers and the store: pinned, never taken from a medium
+MIB = 1 << 20
+
+ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"  # UEFI specification 5.3.3
+LIVE_STORE_TYPE = "7299327d-41b9-4c11-9222-cba2654b5141"  # ours: the store of a live medium
+LIVE_SEAL_TYPE = "1b71b0fa-830c-4ab4-91c4-0b5287589b46"  # ours: its root hash and signature
+
+EFI_GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"  # UEFI specification 3.3
+EFI_IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"  # UEFI specification 32.4.1
+EFI_CERT_X509 = "a5c059a1-94e4-4aa7-87b5-ab155c2bf072"  # UEFI specification 32.4.1
+LOADER_GUID = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"  # systemd Boot Loader Interface
+SHIM_GUID = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's variables
+OUR_GUID = "c084e374-b002-47a5-ad36-30f438fe6019"
+EFI_NON_VOLATILE = 1
+
+MEASURED = Pcr(11)  # UAPI group, "Linux TPM PCR Registry": UKI sections and boot phases
+EXTRA_PCRS = (Pcr(12), Pcr(13))  # the same: command-line additions and credentials, extension images
+ENTER_INITRD, LEAVE_INITRD = b"enter-initrd", b"leave-initrd"  # systemd-pcrphase's words
+
+REPOSITORY = "mosinit"  # the OCI layout in the store
+STORE, SCRATCH, SYSROOT = "/atomfs-cache", "/scratch-writes", "/sysroot"
+POLICY_FOLDER = "/etc/mosinit"
+
+WATCHDOG_SECONDS = 240  # the whole bring-up; an iTCO watchdog takes at most 613 s
+DISK_SECONDS = 60  # a USB stick behind hubs may take twenty
+DEFAULT_INITS = ("/sbin/init", "/usr/lib/systemd/systemd")
+
+
+# --- Kernel: the only code here that touches the world -----------------------------------------------------
 
 
 class MountFlag(enum.IntFlag):
@@ -76,6 +278,40 @@ class MountFlag(enum.IntFlag):
 SAFE = MountFlag.NOSUID | MountFlag.NODEV | MountFlag.NOEXEC
 RO_SAFE = MountFlag.RDONLY | SAFE
 
+SYS = {  # arch/x86/entry/syscalls/syscall_64.tbl
+    "add_key": 248, "keyctl": 250, "finit_module": 313, "move_mount": 429, "fsopen": 430, "fsconfig": 431,
+    "fsmount": 432, "openat2": 437,
+}  # fmt: skip
+AT_FDCWD = -100
+KEYCTL_DESCRIBE, KEYCTL_READ, KEYCTL_CLEAR = 6, 11, 7  # linux/keyctl.h
+PROCESS_KEYRING = -2
+LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A  # linux/loop.h
+LO_READ_ONLY, LO_AUTOCLEAR, LO_DIRECT_IO = 1, 4, 16
+WDIOC_SETTIMEOUT = 0xC0045706  # linux/watchdog.h
+BLKSSZGET, BLKGETSIZE64 = 0x1268, 0x80081272  # linux/fs.h
+FS_IOC_SETFLAGS = 0x40086602
+RB_AUTOBOOT, RB_POWER_OFF = 0x01234567, 0x4321FEDC  # linux/reboot.h
+RESOLVE_IN_ROOT = 0x10  # linux/openat2.h
+
+_LOOP_CONFIG = struct.Struct("<II 5Q 4I 64s 64s 32s 2Q 8Q")  # linux/loop.h, loop_config with loop_info64
+assert _LOOP_CONFIG.size == 304
+_DM_IOCTL = struct.Struct("<3I I I I i I I I Q 128s 129s 7x")  # linux/dm-ioctl.h, dm_ioctl
+assert _DM_IOCTL.size == 312
+_DM_TARGET = struct.Struct("<QQiI16s")  # linux/dm-ioctl.h, dm_target_spec
+assert _DM_TARGET.size == 40
+
+
+class DmCommand(enum.IntEnum):
+    """linux/dm-ioctl.h: _IOWR(0xfd, number, struct dm_ioctl)."""
+
+    DEV_CREATE = 0xC138FD03
+    DEV_REMOVE = 0xC138FD04
+    DEV_SUSPEND = 0xC138FD06
+    TABLE_LOAD = 0xC138FD09
+
+
+DM_READONLY = 1
+
 
 def os_error(what: str, name: str) -> OSError:
     """Make the OSError of the libc call that just failed, naming what was attempted."""
@@ -88,8 +324,129 @@ class Kernel:
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._consoles: list[int] = [1]
+        self._watchdog = -1
 
-    def mount(self, source: str, target: str, fstype: str, flags: MountFlag = RO_SAFE, data: str = "") -> None:
+    # Console and log
+
+    def print(self, text: str) -> None:
+        """Write to every console; a console that does not take it is no reason to stop."""
+        for fd in self._consoles:
+            with contextlib.suppress(OSError):
+                os.write(fd, text.encode(errors="backslashreplace"))
+
+    def open_consoles(self) -> None:
+        """Find the consoles that the kernel uses (screen and serial line)."""
+        names = self.read("/sys/class/tty/console/active").decode().split()
+        fds = [os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC) for name in names]
+        self._consoles = fds or self._consoles
+
+    def log(self, text: str) -> None:
+        """Write a line to the kernel log."""
+        with contextlib.suppress(OSError):
+            self.write("/dev/kmsg", f"<6>mosinit: {text}\n".encode())
+
+    def quiet_kernel(self, level: int) -> None:
+        """Let only kernel messages below `level` reach the console, so that lines of ours stay whole."""
+        self._libc.klogctl(8, None, level)
+
+    # Files
+
+    def read(self, path: str, limit: int = MIB) -> bytes:
+        """Read a file of at most `limit` bytes; OSError with EFBIG beyond it."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            data = bytearray()
+            while chunk := os.read(fd, min(MIB, limit + 1 - len(data))):
+                data += chunk
+                if len(data) > limit:
+                    raise OSError(errno.EFBIG, f"{path} is larger than {limit} bytes")
+            return bytes(data)
+        finally:
+            os.close(fd)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file in one write(2), as pseudo files want it."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def exists(self, path: str) -> bool:
+        """Say whether something, a dangling link too, has this name."""
+        return os.path.lexists(path)
+
+    def names(self, path: str) -> list[str]:
+        """List a folder, sorted; empty if there is none."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def make_folder(self, path: str, mode: int = 0o755) -> None:
+        """Make a folder and its parents; one that exists is left as it is."""
+        os.makedirs(path, mode, exist_ok=True)
+
+    def is_folder(self, path: str) -> bool:
+        """Say whether `path` itself, not what a link points to, is a folder."""
+        try:
+            return stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
+        """Return mode and first `size` bytes of a file, links followed as if `root` were /; None if there is
+        none.
+        """
+        how = struct.pack("<QQQ", os.O_RDONLY | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
+        top = os.open(root, os.O_PATH | os.O_CLOEXEC)
+        try:
+            fd = self._libc.syscall(SYS["openat2"], top, path.encode(), how, len(how))
+        finally:
+            os.close(top)
+        if fd < 0:
+            return None
+        try:
+            mode = os.fstat(fd).st_mode
+            return mode, os.read(fd, size) if stat.S_ISREG(mode) else b""
+        finally:
+            os.close(fd)
+
+    # EFI variables
+
+    def efi_names(self) -> list[str]:
+        """List the EFI variables as NAME-GUID."""
+        return self.names("/sys/firmware/efi/efivars")
+
+    def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
+        """Return attributes and value of an EFI variable, None if it is not set."""
+        try:
+            data = self.read(f"/sys/firmware/efi/efivars/{name}-{guid}")
+        except FileNotFoundError:
+            return None
+        return int.from_bytes(data[:4], "little"), data[4:]
+
+    def efi_write(self, name: str, guid: str, value: bytes) -> None:
+        """Set a non-volatile EFI variable of boot and run time; an empty value deletes it."""
+        path = f"/sys/firmware/efi/efivars/{name}-{guid}"
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                # efivarfs protects what it does not know against `rm -rf`.
+                fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("<Q", 0))
+            finally:
+                os.close(fd)
+            if not value:
+                os.unlink(path)
+        if value:
+            self.write(path, struct.pack("<I", 7) + value)
+
+    # Mounts
+
+    def mount(
+        self, source: str, target: str, fstype: str, flags: MountFlag = RO_SAFE, data: str = ""
+    ) -> None:
         """Mount; read-only, nosuid, nodev and noexec unless the caller writes what it relaxes."""
         arguments = (source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode())
         if self._libc.mount(*arguments) < 0:
@@ -99,3 +456,1903 @@ class Kernel:
         """Unmount; `lazy` (MNT_DETACH) takes it out of the tree now and ends it when its last user does."""
         if self._libc.umount2(target.encode(), 2 if lazy else 0) < 0:
             raise os_error("unmount", target)
+
+    def mount_overlay(
+        self, target: str, lowers: Sequence[str], options: Mapping[str, str], *, read_only: bool
+    ) -> None:
+        """Mount an overlay by the mount API, where no path is parsed for separators and 500 lowers fit."""
+        context = self._syscall("fsopen", b"overlay", 1)
+        try:
+            words = [("lowerdir+", lower) for lower in lowers] + list(options.items())
+            for key, value in words:
+                self._syscall("fsconfig", context, 1, key.encode(), value.encode(), 0)
+            if read_only:
+                self._syscall("fsconfig", context, 0, b"ro", None, 0)
+            self._syscall("fsconfig", context, 6, None, None, 0)
+            mounted = self._syscall("fsmount", context, 1, 1 if read_only else 0)
+            try:
+                self._syscall("move_mount", mounted, b"", AT_FDCWD, target.encode(), 4)
+            finally:
+                os.close(mounted)
+        finally:
+            os.close(context)
+
+    def _syscall(self, name: str, *arguments: object) -> int:
+        result = int(self._libc.syscall(SYS[name], *arguments))
+        if result < 0:
+            raise os_error("call", name)
+        return result
+
+    # Modules, keys, devices
+
+    def load_module(self, path: str, parameters: str) -> None:
+        """Load a kernel module with its parameters; one that is loaded already is left as it is."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            failed = self._libc.syscall(SYS["finit_module"], fd, parameters.encode(), 0) < 0
+            if failed and ctypes.get_errno() != errno.EEXIST:
+                raise os_error("load", path)
+        finally:
+            os.close(fd)
+
+    def keyring(self, name: str) -> list[str] | None:
+        """Return the description of each key in one of the kernel's own keyrings, None if there is no such
+        keyring.
+        """
+        pattern = re.compile(rf"^([0-9a-f]+) .* keyring +{re.escape(name)}: ", re.MULTILINE)
+        found = pattern.search(self.read("/proc/keys").decode(errors="replace"))
+        if found is None:
+            return None
+        ring, buffer = int(found[1], 16), ctypes.create_string_buffer(BLOCK)
+        size = self._syscall("keyctl", KEYCTL_READ, ring, buffer, BLOCK)
+        serials = struct.unpack(f"<{size // 4}i", buffer.raw[: size // 4 * 4])
+        descriptions = []
+        for serial in serials:
+            length = self._syscall("keyctl", KEYCTL_DESCRIBE, serial, buffer, BLOCK)
+            # type;uid;gid;perm;description
+            descriptions.append(buffer.raw[: length - 1].decode(errors="replace").split(";", 4)[-1])
+        return descriptions
+
+    def add_key(self, name: str, payload: bytes) -> None:
+        """Give the kernel a blob that a device-mapper table names."""
+        self._syscall("add_key", b"user", name.encode(), payload, len(payload), PROCESS_KEYRING)
+
+    def clear_keys(self) -> None:
+        """Drop what `add_key` added."""
+        self._syscall("keyctl", KEYCTL_CLEAR, PROCESS_KEYRING)
+
+    def dm(
+        self, command: DmCommand, name: str, flags: int = 0, table: tuple[int, str, str] | None = None
+    ) -> str:
+        """Do one device-mapper ioctl; `table` is (sectors, target type, parameters). Returns the device's
+        path.
+        """
+        payload = b""
+        if table is not None:
+            sectors, kind, parameters = table
+            text = parameters.encode() + b"\0"
+            text += bytes(-len(text) % 8)
+            payload = _DM_TARGET.pack(0, sectors, 0, _DM_TARGET.size + len(text), kind.encode()) + text
+        size = max(_DM_IOCTL.size + len(payload), 2 * BLOCK)
+        head = _DM_IOCTL.pack(
+            4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b""
+        )
+        buffer = bytearray((head + payload).ljust(size, b"\0"))
+        fd = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, command, buffer)
+        finally:
+            os.close(fd)
+        device = int(_DM_IOCTL.unpack_from(buffer)[10])
+        return f"/dev/dm-{(device & 0xFF) | (device >> 12 & 0xFFF00)}"
+
+    def attach_loop(self, path: str) -> tuple[str, int]:
+        """Attach a read-only loop device of 4096-byte sectors with direct I/O; returns its path and the
+        file's size.
+
+        The loop ends by itself when its last user does.
+        """
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+            flags = LO_READ_ONLY | LO_AUTOCLEAR | LO_DIRECT_IO
+            config = _LOOP_CONFIG.pack(
+                file, BLOCK, 0, 0, 0, 0, 0, 0, 0, 0, flags, path[-63:].encode(), b"", b"", 0, 0, *[0] * 8
+            )
+            loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.ioctl(loop, LOOP_CONFIGURE, config)
+            # Kept open on purpose: closing it before device-mapper holds it would clear the loop.
+            return f"/dev/loop{number}", os.fstat(file).st_size
+        finally:
+            os.close(control)
+            os.close(file)
+
+    def open_device(self, path: str) -> int:
+        """Open a block device for reading."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.ENOTBLK, f"{path} is no block device")
+        return fd
+
+    def device_size(self, fd: int) -> tuple[int, int]:
+        """Return (bytes, bytes of a sector) of an open block device."""
+        sector = bytearray(4)
+        size = bytearray(8)
+        fcntl.ioctl(fd, BLKSSZGET, sector)
+        fcntl.ioctl(fd, BLKGETSIZE64, size)
+        return int.from_bytes(size, "little"), int.from_bytes(sector, "little")
+
+    def device_number(self, fd: int) -> str:
+        """Return MAJOR:MINOR of an open block device."""
+        number = os.fstat(fd).st_rdev
+        return f"{os.major(number)}:{os.minor(number)}"
+
+    def read_at(self, fd: int, offset: int, size: int) -> bytes:
+        """Read exactly `size` bytes; OSError if the device ends before."""
+        data = os.pread(fd, size, offset)
+        if len(data) != size:
+            raise OSError(errno.EIO, f"only {len(data)} of {size} bytes at {offset}")
+        return data
+
+    def close(self, fd: int) -> None:
+        """Close a file descriptor."""
+        os.close(fd)
+
+    # TPM, watchdog, clock
+
+    def tpm(self, command: bytes) -> bytes:
+        """Send one command to the TPM and return its response (at most 4096 bytes)."""
+        fd = os.open("/dev/tpmrm0", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.write(fd, command)
+            return os.read(fd, 4096)
+        finally:
+            os.close(fd)
+
+    def arm_watchdog(self, seconds: int) -> bool:
+        """Start the hardware watchdog; False if there is none. Nothing here ever stops it."""
+        try:
+            self._watchdog = os.open("/dev/watchdog", os.O_WRONLY | os.O_CLOEXEC)
+            fcntl.ioctl(self._watchdog, WDIOC_SETTIMEOUT, struct.pack("<i", seconds))
+        except OSError:
+            return False
+        return True
+
+    def feed_watchdog(self) -> None:
+        """Give the watchdog its full time again."""
+        if self._watchdog >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._watchdog, b"\0")
+
+    def monotonic(self) -> float:
+        """Return seconds since power-on, roughly."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    # Ends
+
+    def free_initramfs(self) -> None:
+        """Delete every file of the initramfs, which is memory; mounted file systems are not entered."""
+        root = os.lstat("/").st_dev
+        folders = ["/"]
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.stat(follow_symlinks=False).st_dev == root:
+                            folders.append(entry.path)
+                    else:
+                        with contextlib.suppress(OSError):
+                            os.unlink(entry.path)
+        for folder in reversed(folders[1:]):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+    def switch_root(self, root: str, init: str) -> NoReturn:
+        """Make `root` the root of everything and become its init, with an empty environment."""
+        os.chdir(root)
+        self.mount(".", "/", "", MountFlag.MOVE)
+        os.chroot(".")
+        os.chdir("/")
+        os.execve(init, [init], {})
+
+    def restart(self) -> NoReturn:
+        """Restart the machine now."""
+        self._libc.sync()
+        self._libc.reboot(RB_AUTOBOOT)
+        os._exit(1)  # PID 1 that ends is a panic, and panic=10 restarts too
+
+    def power_off(self) -> NoReturn:
+        """Switch the machine off now."""
+        self._libc.reboot(RB_POWER_OFF)
+        os._exit(1)
+
+
+# --- Report: what this boot decided, for people and machines -----------------------------------------------
+
+
+class Report:
+    """Everything one boot says about itself: stages, checks, and what was refused."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, object] = {"mode": None, "product": None, "sequence": None, "generation": None}
+        self.checks: list[dict[str, object]] = []
+        self.stages: list[dict[str, object]] = []
+        self.fenced = False
+
+    def passed(self, check: str, expected: str, seen: str) -> None:
+        """Note a check that held."""
+        self.checks.append({"id": check, "ok": True, "expected": expected, "seen": seen})
+
+    def document(self, result: str, failure: Refused | None = None) -> dict[str, object]:
+        """Return the report in the form of its JSON schema 1."""
+        failed = [] if failure is None else [
+            {"id": failure.check, "ok": False, "expected": failure.expected, "seen": failure.seen}
+        ]  # fmt: skip
+        return {
+            "schema": 1, "result": result, **self.facts, "failed": failure.check if failure else None,
+            "fenced": self.fenced, "checks": self.checks + failed, "stages": self.stages,
+        }  # fmt: skip
+
+
+class Machine(Kernel):
+    """The kernel with the report of this boot: what every stage is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = Report()
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def stage(step: F) -> F:
+    """Log and time one stage of the boot."""
+    name = step.__name__.replace("_", "-")
+
+    @functools.wraps(step)
+    def run(k: Machine, *arguments: object) -> object:
+        start = k.monotonic()
+        entry: dict[str, object] = {"name": name, "ok": False}
+        k.report.stages.append(entry)
+        try:
+            result = step(k, *arguments)
+            entry["ok"] = True
+            return result
+        finally:
+            entry["ms"] = round(1000 * (k.monotonic() - start))
+            words = f"{name}: {'ok' if entry['ok'] else 'failed'}, {entry['ms']} ms"
+            k.log(words)
+            k.print(f"mosinit: {words}\n")
+
+    return cast(F, run)
+
+
+def demand(k: Machine, check: str, *, expected: str, seen: str) -> None:
+    """Note the check if both are equal, refuse the boot if not."""
+    if seen != expected:
+        raise Refused(check, expected=expected, seen=seen)
+    k.report.passed(check, expected, seen)
+
+
+@contextlib.contextmanager
+def refusing(check: str, expected: str) -> Iterator[None]:
+    """Turn an operating-system error into a refusal by `check`."""
+    try:
+        yield
+    except OSError as error:
+        raise Refused(check, expected=expected, seen=str(error)) from error
+
+
+# --- Formats: parsers of bytes, strict and bounded ---------------------------------------------------------
+
+
+def parse_json(data: bytes, check: str) -> object:
+    """Parse verified JSON; a repeated key or anything odd is refused by `check`."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return result
+
+    try:
+        return cast(object, json.loads(data, object_pairs_hook=once))
+    except (ValueError, RecursionError) as error:
+        raise Refused(check, expected="JSON", seen=str(error)) from error
+
+
+class Module(NamedTuple):
+    """A kernel module to load: name as in /sys/module, path in the initrd, parameters."""
+
+    name: str
+    path: str
+    parameters: dict[str, str]
+
+
+class Policy(NamedTuple):
+    """What the build decided and signed into the initrd."""
+
+    mode: str
+    product: str
+    epoch: int
+    kernel: str
+    cmdline: str
+    db: tuple[str, ...]  # SHA-256 of each DER certificate that the firmware's db must hold, no other
+    platform: tuple[str, ...]  # how the kernel describes those certificates in its keyring
+    modules: tuple[Module, ...]
+    uki_id: str
+    manifest_ca: bytes
+
+
+def parse_policy(data: bytes, uki_id: bytes, manifest_ca: bytes) -> Policy:
+    """Parse the policy of a signed initrd. It is our own build's: a fault is a crash, not a refusal."""
+    raw = cast(dict[str, Any], json.loads(data))
+    if raw["schema"] != 1:
+        raise ValueError(f"policy schema {raw['schema']} is not 1")
+    modules = tuple(Module(m["name"], m["path"], dict(m["parameters"])) for m in raw["modules"])
+    return Policy(
+        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], tuple(raw["db"]),
+        tuple(raw["platform"]), modules, uki_id.decode().strip(), manifest_ca,
+    )  # fmt: skip
+
+
+def format_guid(raw: bytes) -> str:
+    """Return an EFI GUID (mixed-endian) as text."""
+    a, b, c = struct.unpack("<IHH", raw[:8])
+    return f"{a:08x}-{b:04x}-{c:04x}-{raw[8:10].hex()}-{raw[10:16].hex()}"
+
+
+_SIGNATURE_LIST = struct.Struct("<16sIII")  # UEFI specification 32.4.1, EFI_SIGNATURE_LIST
+
+
+def parse_signature_database(data: bytes) -> tuple[str, ...]:
+    """Return each entry of an EFI signature database: the SHA-256 of a certificate, or TYPE:SHA-256 of
+    another kind.
+    """
+    entries = []
+    while data:
+        if len(data) < _SIGNATURE_LIST.size:
+            raise ValueError("a signature list is cut short")
+        kind, size, header, each = _SIGNATURE_LIST.unpack_from(data)
+        body = data[_SIGNATURE_LIST.size + header : size]
+        if not _SIGNATURE_LIST.size + header <= size <= len(data) or each <= 16 or len(body) % each:
+            raise ValueError("a signature list has impossible sizes")
+        for start in range(0, len(body), each):
+            digest = hashlib.sha256(body[start + 16 : start + each]).hexdigest()
+            entries.append(digest if format_guid(kind) == EFI_CERT_X509 else f"{format_guid(kind)}:{digest}")
+        data = data[size:]
+    return tuple(entries)
+
+
+class Partition(NamedTuple):
+    """One GPT entry; offsets in bytes."""
+
+    number: int
+    kind: str
+    uuid: str
+    start: int
+    size: int
+
+
+_GPT = struct.Struct("<8sIIIIQQQQ16sQIII")  # UEFI specification 5.3.2
+assert _GPT.size == 92
+_GPT_ENTRY = struct.Struct("<16s16sQQQ72s")  # UEFI specification 5.3.3
+assert _GPT_ENTRY.size == 128
+
+
+def parse_gpt(
+    untrusted_header: bytes, untrusted_entries: bytes, sector: int, sectors: int
+) -> tuple[Partition, ...]:
+    """Read a primary GPT of a disk of `sectors`; the header is one sector, the entries follow it.
+
+    Strict where the specification leaves room: entries at sector 2, 128 bytes each, none overlapping, ids
+    unique.
+    """
+    entries_crc = _check_gpt_header(untrusted_header, sectors)
+    first, last, count = struct.unpack_from("<QQ24xI", untrusted_header, 40)
+    table = untrusted_entries[: count * _GPT_ENTRY.size]
+    if zlib.crc32(table) != entries_crc:
+        raise Refused("GPT-ENTRY", expected=f"checksum {entries_crc:08x}", seen=f"{zlib.crc32(table):08x}")
+    found = []
+    for number in range(count):
+        kind, uuid, start, end, _, _ = _GPT_ENTRY.unpack_from(table, number * _GPT_ENTRY.size)
+        if kind == bytes(16):
+            continue
+        if not first <= start <= end <= last:
+            raise Refused("GPT-ENTRY", expected=f"sectors within {first}-{last}", seen=f"{start}-{end}")
+        size = (end - start + 1) * sector
+        found.append(Partition(number + 1, format_guid(kind), format_guid(uuid), start * sector, size))
+    _check_partitions_apart(found)
+    return tuple(found)
+
+
+def _check_gpt_header(untrusted: bytes, sectors: int) -> int:
+    """Check the fixed fields of a GPT header and return the checksum of its entries."""
+    magic, revision, size, crc, zero, mine, _, first, last, _, table, count, each, entries_crc = (
+        _GPT.unpack_from(untrusted)
+    )
+    if magic != b"EFI PART":
+        raise Refused("GPT-HEADER", expected="a GPT", seen="no signature")
+    seen = zlib.crc32(untrusted[:16] + bytes(4) + untrusted[20:92])
+    if seen != crc:
+        raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{seen:08x}")
+    fixed = (revision, size, zero, mine, table, each)
+    if fixed != (0x10000, 92, 0, 1, 2, 128):
+        raise Refused(
+            "GPT-HEADER", expected="revision 1.0 at sector 1 with its entries at sector 2", seen=str(fixed)
+        )
+    if not (1 <= count <= 128 and 2 < first <= last < sectors):
+        raise Refused(
+            "GPT-HEADER", expected=f"within {sectors} sectors", seen=f"{count} entries, {first}-{last}"
+        )
+    return int(entries_crc)
+
+
+def _check_partitions_apart(partitions: list[Partition]) -> None:
+    if len({partition.uuid for partition in partitions}) != len(partitions):
+        raise Refused("GPT-ENTRY", expected="partition ids that differ", seen="two partitions with one id")
+    ordered = sorted(partitions, key=lambda partition: partition.start)
+    for one, two in zip(ordered, ordered[1:], strict=False):
+        if one.start + one.size > two.start:
+            raise Refused(
+                "GPT-ENTRY", expected="partitions apart", seen=f"{one.number} and {two.number} overlap"
+            )
+
+
+class LiveSeal(NamedTuple):
+    """What vouches for the store of a live medium: its size in blocks, its root hash, the layer key's
+    PKCS#7.
+    """
+
+    data_blocks: int
+    root_hash: str
+    signature: bytes
+
+
+LIVE_SEAL = struct.Struct("<8sIIQ32s")  # magic, version, bytes of the signature, data blocks, root hash
+LIVE_SEAL_MAGIC = b"MOSLIVE1"
+assert LIVE_SEAL.size == 56
+
+
+def parse_live_seal(untrusted: bytes) -> LiveSeal:
+    """Check the fixed header of a seal; nothing of it counts before the kernel accepted the signature."""
+    magic, version, length, blocks, root = LIVE_SEAL.unpack_from(untrusted)
+    if magic != LIVE_SEAL_MAGIC or version != 1:
+        raise Refused(
+            "STORE-SEAL", expected=f"{LIVE_SEAL_MAGIC!r} version 1", seen=f"{magic!r} version {version}"
+        )
+    if not 0 < length <= len(untrusted) - LIVE_SEAL.size or not 0 < blocks < 1 << 40:
+        raise Refused(
+            "STORE-SEAL", expected="plausible sizes", seen=f"signature {length} bytes, {blocks} blocks"
+        )
+    return LiveSeal(blocks, root.hex(), untrusted[LIVE_SEAL.size : LIVE_SEAL.size + length])
+
+
+def live_store_salt(data_blocks: int) -> str:
+    """Return the dm-verity salt of a live store of that size.
+
+    The signature covers the root hash alone. With a salt made from size and purpose, the root hash vouches
+    for both: a shorter store, or a layer in place of a store, would need another root hash.
+    """
+    return hashlib.sha256(b"mosinit live store\0" + struct.pack("<Q", data_blocks)).hexdigest()
+
+
+def verity_tree_blocks(data_blocks: int) -> int:
+    """Return how many 4096-byte blocks a dm-verity SHA-256 tree over that many blocks takes."""
+    total, level = 0, data_blocks
+    while True:
+        level = -(-level // (BLOCK // 32))
+        total += level
+        if level == 1:
+            return total
+
+
+def verity_data_blocks(size: int) -> int:
+    """Return how many data blocks a layer file of `size` bytes (data, superblock, tree) has.
+
+    The size is signed and has one answer only. Never take the count from the superblock: fewer blocks under
+    the same root hash and signature verify too, and end the file system where an attacker likes.
+    """
+    blocks = size // BLOCK
+    low, high = 1, max(1, blocks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle + 1 + verity_tree_blocks(middle) <= blocks:
+            low = middle
+        else:
+            high = middle - 1
+    if size % BLOCK or low + 1 + verity_tree_blocks(low) != blocks:
+        raise Refused(
+            "LAYER-SIZE", expected="data, superblock and hash tree in 4096-byte blocks", seen=f"{size} bytes"
+        )
+    return low
+
+
+# cryptsetup, lib/verity/verity.c: struct verity_sb
+_VERITY = struct.Struct("<8sII16s32sIIQH6x256s168x")
+assert _VERITY.size == 512
+
+
+def parse_verity_salt(untrusted: bytes, data_blocks: int) -> str:
+    """Return the salt of a verity superblock, after a check that everything else in it is what we pin
+    anyway.
+    """
+    magic, version, kind, _, name, data, hashes, blocks, size, salt = _VERITY.unpack_from(untrusted)
+    fixed = (magic, version, kind, name.rstrip(b"\0"), data, hashes, blocks)
+    pinned = (b"verity\0\0", 1, 1, b"sha256", BLOCK, BLOCK, data_blocks)
+    if fixed != pinned or size > 256 or any(salt[size:]):
+        raise Refused("LAYER-SUPERBLOCK", expected=str(pinned), seen=f"{fixed}, {size} bytes of salt")
+    return str(salt[:size].hex())
+
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+HEX64 = re.compile(r"[0-9a-f]{64}")
+ROOT_HASH_ANNOTATIONS = (
+    "io.stackeroci.stacker.atomfs_verity_root_hash",
+    "io.stackeroci.stacker.squashfs_verity_root_hash",
+)
+UKI_MEDIA_TYPE = "application/vnd.machine.uki.v1+efi"
+UKI_ID_ANNOTATION = "io.mosinit.uki-id"
+RELEASE_ARTIFACT = "application/vnd.machine.install"
+MANIFEST_MEDIA_TYPE = "application/vnd.machine.install.v1+yaml"
+SIGNATURE_MEDIA_TYPE = "application/vnd.machine.signature"
+CERTIFICATE_MEDIA_TYPE = "application/vnd.machine.pubkeycrt"
+LAYER_SIGNATURE_MEDIA_TYPE = "application/vnd.machine.layer-signature.v1+pkcs7"
+
+
+class Descriptor(NamedTuple):
+    """OCI content descriptor (image specification 1.1, descriptor.md)."""
+
+    media_type: str
+    digest: str
+    size: int
+    artifact_type: str
+    annotations: dict[str, str]
+
+
+class Layer(NamedTuple):
+    """A verity layer of an image: where it lies, how many bytes it has, its root hash."""
+
+    media_type: str
+    digest: str
+    size: int
+    root_hash: str
+
+
+class Image(NamedTuple):
+    """What the bring-up takes from an OCI image manifest."""
+
+    layers: tuple[Layer, ...]
+    uki_id: str | None
+
+
+def parse_descriptor(raw: object, check: str) -> Descriptor:
+    """Take an OCI descriptor out of parsed JSON."""
+    fields = raw if isinstance(raw, dict) else {}
+    kind, digest, size = fields.get("mediaType"), fields.get("digest"), fields.get("size")
+    annotations = fields.get("annotations") or {}
+    artifact = fields.get("artifactType") or ""
+    if not (
+        isinstance(kind, str)
+        and isinstance(digest, str)
+        and DIGEST.fullmatch(digest)
+        and type(size) is int
+        and 0 <= size < 1 << 50
+        and isinstance(artifact, str)
+        and isinstance(annotations, dict)
+        and all(isinstance(value, str) for value in annotations.values())
+    ):
+        raise Refused(check, expected="an OCI descriptor", seen=json.dumps(raw)[:300])
+    return Descriptor(kind, digest, size, artifact, annotations)
+
+
+def parse_descriptors(data: bytes, key: str, check: str) -> tuple[dict[str, object], tuple[Descriptor, ...]]:
+    """Parse an OCI index (`manifests`) or image manifest (`layers`): the whole object and its descriptors."""
+    raw = parse_json(data, check)
+    if not isinstance(raw, dict) or raw.get("schemaVersion") != 2 or not isinstance(raw.get(key), list):
+        raise Refused(check, expected=f"an OCI document with {key}", seen=data[:60].decode(errors="replace"))
+    if len(raw[key]) > 1024:
+        raise Refused(check, expected=f"at most 1024 {key}", seen=str(len(raw[key])))
+    return raw, tuple(parse_descriptor(item, check) for item in raw[key])
+
+
+def parse_image(data: bytes) -> Image:
+    """Parse an OCI image manifest whose digest is signed."""
+    raw, descriptors = parse_descriptors(data, "layers", "IMAGE-FORMAT")
+    annotations = raw.get("annotations")
+    uki_id = annotations.get(UKI_ID_ANNOTATION) if isinstance(annotations, dict) else None
+    layers = []
+    for item in descriptors:
+        if item.media_type == UKI_MEDIA_TYPE:
+            continue
+        roots = {item.annotations[name] for name in ROOT_HASH_ANNOTATIONS if name in item.annotations}
+        if len(roots) != 1 or not HEX64.fullmatch(min(roots)):
+            raise Refused(
+                "LAYER-ROOTHASH",
+                expected="one dm-verity root hash",
+                seen=f"{sorted(roots)} in {item.digest}",
+            )
+        layers.append(Layer(item.media_type, item.digest, item.size, min(roots)))
+    if not layers:
+        raise Refused("IMAGE-FORMAT", expected="at least one layer", seen="none")
+    return Image(tuple(layers), uki_id if isinstance(uki_id, str) else None)
+
+
+# --- YAML: the small language in which manifests are written -----------------------------------------------
+
+MANIFEST_BYTES, MANIFEST_NODES, MANIFEST_DEPTH = MIB, 20_000, 12
+
+
+class Node(NamedTuple):
+    """A YAML value and the line it stands in, counted from 1."""
+
+    value: object
+    line: int
+
+
+def fault(node: Node, path: str, expected: str) -> Refused:
+    """Make the refusal that names line, key and what should stand there."""
+    seen = node.value if isinstance(node.value, str | int) else type(node.value).__name__
+    return Refused(
+        "MANIFEST-FORMAT", expected=expected, seen=f"line {node.line}, {path or 'top'}: {str(seen)[:100]!r}"
+    )
+
+
+def parse_yaml(data: bytes) -> Node:
+    """Parse one YAML document of plain mappings, sequences, strings, whole numbers and true/false.
+
+    Anchors, aliases, tags, repeated keys, several documents and words that YAML versions read differently
+    are refused.
+    """
+    import yaml
+
+    if len(data) > MANIFEST_BYTES:
+        raise Refused(
+            "MANIFEST-FORMAT", expected=f"at most {MANIFEST_BYTES} bytes", seen=f"{len(data)} bytes"
+        )
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        events = iter(list(_bounded(yaml.parse(data, Loader=loader))))
+        node = _yaml_document(events)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused("MANIFEST-FORMAT", expected="YAML", seen=" ".join(str(error).split())[:300]) from error
+    return node
+
+
+def _bounded(events: Iterator[Any]) -> Iterator[Any]:
+    for count, event in enumerate(events):
+        if count > MANIFEST_NODES:
+            raise Refused("MANIFEST-FORMAT", expected=f"at most {MANIFEST_NODES} YAML nodes", seen="more")
+        yield event
+
+
+def _yaml_document(events: Iterator[Any]) -> Node:
+    next(events)  # stream start
+    start = next(events)
+    if type(start).__name__ != "DocumentStartEvent":
+        raise Refused("MANIFEST-FORMAT", expected="a YAML document", seen="an empty file")
+    node = _yaml_node(next(events), events, "", 0)
+    next(events)  # document end
+    after = next(events)
+    if type(after).__name__ != "StreamEndEvent":
+        raise Refused(
+            "MANIFEST-FORMAT", expected="one YAML document", seen=f"another at line {_line(after)}"
+        )
+    return node
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
+
+
+def _yaml_node(event: Any, events: Iterator[Any], path: str, depth: int) -> Node:
+    kind, line = type(event).__name__, _line(event)
+    if kind == "AliasEvent" or event.anchor is not None:
+        raise fault(Node("an anchor or alias", line), path, "no YAML anchors or aliases")
+    if event.tag is not None:
+        raise fault(Node(event.tag, line), path, "no YAML tags")
+    if depth > MANIFEST_DEPTH:
+        raise fault(Node("nested deeper", line), path, f"at most {MANIFEST_DEPTH} levels")
+    if kind == "ScalarEvent":
+        return Node(_yaml_scalar(event, path, line), line)
+    if kind == "SequenceStartEvent":
+        items: list[Node] = []
+        while type(event := next(events)).__name__ != "SequenceEndEvent":
+            items.append(_yaml_node(event, events, f"{path}[{len(items)}]", depth + 1))
+        return Node(items, line)
+    fields: dict[str, Node] = {}
+    while type(event := next(events)).__name__ != "MappingEndEvent":
+        key = _yaml_node(event, events, path, depth + 1)
+        if not isinstance(key.value, str):
+            raise fault(key, path, "a plain word as key")
+        here = f"{path}.{key.value}" if path else key.value
+        if key.value in fields:
+            raise fault(key, here, "each key once")
+        value = _yaml_node(next(events), events, here, depth + 1)
+        fields[key.value] = Node(value.value, key.line)
+    return Node(fields, line)
+
+
+_AMBIGUOUS = re.compile(
+    r"~|null|yes|no|on|off|y|n|[-+.0-9][0-9_.:eExXoObB+-]*|<<|=|true|false|\.inf|\.nan", re.IGNORECASE
+)
+
+
+def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
+    text = str(event.value)
+    if event.style is not None:
+        return text
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text):
+        return int(text)
+    # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
+    if (not text or _AMBIGUOUS.fullmatch(text)) and not re.fullmatch(r"\d+(\.\d+){2,}[-+.\w]*", text):
+        raise fault(
+            Node(text, line), path, "a value that can be read in one way only (put text into quotes)"
+        )
+    return text
+
+
+# --- Manifest: what a product's install manifest may say ---------------------------------------------------
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
+MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
+
+
+class Volume(NamedTuple):
+    """A storage volume: label, whether it survives a reboot, id range that owns it, bytes."""
+
+    label: str
+    persistent: bool
+    nsgroup: str
+    size: int
+
+
+class Port(NamedTuple):
+    """A TCP port of the host that leads to one of the container."""
+
+    host: int
+    container: int
+
+
+class Network(NamedTuple):
+    """How a container reaches the network: host, none, or simple with its own addresses."""
+
+    type: str
+    ipv4: str
+    ipv6: str
+    ports: tuple[Port, ...]
+
+
+class StorageMount(NamedTuple):
+    """Where a target sees a storage volume."""
+
+    dest: str
+    label: str
+
+
+class Target(NamedTuple):
+    """One image with a role. `source` stands in a person's manifest, digest, size and signatures in a signed
+    one.
+    """
+
+    service_name: str
+    service_type: str
+    version: str
+    source: str
+    digest: str
+    size: int
+    layer_signatures: tuple[str, ...]
+    nsgroup: str
+    writable: str
+    network: Network
+    storage: tuple[StorageMount, ...]
+
+
+class Contents(NamedTuple):
+    """What an install manifest says. It proves nothing: see `Manifest`."""
+
+    version: int
+    product: str
+    sequence: int
+    epoch: int
+    update_type: str
+    storage: tuple[Volume, ...]
+    targets: tuple[Target, ...]
+
+    def of_type(self, service_type: str) -> tuple[Target, ...]:
+        """Return the targets with that role."""
+        return tuple(target for target in self.targets if target.service_type == service_type)
+
+
+class Field(NamedTuple):
+    """One key of a mapping: how to read it, and what it is if absent (REQUIRED: it may not be)."""
+
+    read: Callable[[Node, str], Any]
+    default: object
+
+
+REQUIRED = object()
+
+
+def _record(build: Callable[..., Any], fields: Mapping[str, Field]) -> Callable[[Node, str], Any]:
+    """Make the reader of a mapping with exactly these keys."""
+
+    def read(node: Node, path: str) -> Any:
+        if not isinstance(node.value, dict):
+            raise fault(node, path, "a mapping")
+        given = cast(dict[str, Node], node.value)
+        for key, value in given.items():
+            if key not in fields:
+                raise fault(Node(key, value.line), f"{path}.{key}".strip("."), f"one of {', '.join(fields)}")
+        values = {}
+        for key, field in fields.items():
+            if key in given:
+                values[key] = field.read(given[key], f"{path}.{key}".strip("."))
+            elif field.default is REQUIRED:
+                raise fault(Node(f"no {key}", node.line), path, f"the key {key}")
+            else:
+                values[key] = field.default
+        return build(**values)
+
+    return read
+
+
+def _list_of(read: Callable[[Node, str], Any], limit: int) -> Callable[[Node, str], Any]:
+    def read_list(node: Node, path: str) -> Any:
+        if not isinstance(node.value, list) or len(node.value) > limit:
+            raise fault(node, path, f"a list of at most {limit}")
+        return tuple(read(item, f"{path}[{index}]") for index, item in enumerate(node.value))
+
+    return read_list
+
+
+def _text(pattern: re.Pattern[str], expected: str) -> Callable[[Node, str], str]:
+    def read(node: Node, path: str) -> str:
+        if not isinstance(node.value, str) or not pattern.fullmatch(node.value):
+            raise fault(node, path, expected)
+        return node.value
+
+    return read
+
+
+def _choice(*words: str) -> Callable[[Node, str], str]:
+    return _text(re.compile("|".join(re.escape(word) for word in words)), f"one of {', '.join(words)}")
+
+
+def _number(low: int, high: int) -> Callable[[Node, str], int]:
+    def read(node: Node, path: str) -> int:
+        if type(node.value) is not int or not low <= node.value <= high:
+            raise fault(node, path, f"a whole number from {low} to {high}")
+        return node.value
+
+    return read
+
+
+def _boolean(node: Node, path: str) -> bool:
+    if not isinstance(node.value, bool):
+        raise fault(node, path, "true or false")
+    return node.value
+
+
+def _size(node: Node, path: str) -> int:
+    found = re.fullmatch(r"([1-9][0-9]{0,8})([KMGT])", node.value) if isinstance(node.value, str) else None
+    if found is None:
+        raise fault(node, path, "a size with its unit: K, M, G or T (powers of 1024)")
+    return int(found[1]) << 10 * (1 + "KMGT".index(found[2]))
+
+
+def _address(version: int) -> Callable[[Node, str], str]:
+    def read(node: Node, path: str) -> str:
+        import ipaddress
+
+        try:
+            if not isinstance(node.value, str) or "/" not in node.value:
+                raise ValueError
+            if ipaddress.ip_interface(node.value).version != version:
+                raise ValueError
+        except ValueError:
+            raise fault(node, path, f"an IPv{version} address with its prefix length") from None
+        return node.value
+
+    return read
+
+
+def _mount_path(node: Node, path: str) -> str:
+    text = node.value if isinstance(node.value, str) else ""
+    # Commas, colons and backslashes would be read as separators by mount options and unit files.
+    if not re.fullmatch(r"(/[A-Za-z0-9._+@-]{1,255})+", text) or {".", ".."} & set(text.split("/")):
+        raise fault(node, path, "an absolute path of plain names")
+    return text
+
+
+_name = _text(NAME, "a name of a-z, 0-9, '.', '_', '-', at most 64 characters")
+_digest = _text(DIGEST, "sha256: and 64 hex digits")
+_NO_NETWORK = Network("none", "", "", ())
+_PORT = _record(
+    Port, {"host": Field(_number(1, 65535), REQUIRED), "container": Field(_number(1, 65535), REQUIRED)}
+)
+_NETWORK = _record(Network, {
+    "type": Field(_choice("host", "none", "simple"), REQUIRED),
+    "ipv4": Field(_address(4), ""),
+    "ipv6": Field(_address(6), ""),
+    "ports": Field(_list_of(_PORT, 1024), ()),
+})  # fmt: skip
+_STORAGE_MOUNT = _record(StorageMount, {
+    "dest": Field(_mount_path, REQUIRED),
+    "label": Field(_name, REQUIRED),
+})  # fmt: skip
+_VOLUME = _record(Volume, {
+    "label": Field(_name, REQUIRED),
+    "persistent": Field(_boolean, REQUIRED),
+    "nsgroup": Field(_name, ""),
+    "size": Field(_size, REQUIRED),
+})  # fmt: skip
+_TARGET = {
+    "service_name": Field(_name, REQUIRED),
+    "service_type": Field(_choice("hostfs", "container", "fs-only", "bootkit"), REQUIRED),
+    "version": Field(_text(VERSION, "a version (in quotes if it looks like a number)"), REQUIRED),
+    "nsgroup": Field(_name, ""),
+    "writable": Field(_choice("all", "etc", "none"), ""),
+    "network": Field(_NETWORK, _NO_NETWORK),
+    "storage": Field(_list_of(_STORAGE_MOUNT, 64), ()),
+}
+_WRITTEN = {
+    **_TARGET,
+    "source": Field(
+        _text(re.compile(r"(oci:|docker://)[!-~]{1,500}"), "oci:DIR[:TAG] or docker://…"), REQUIRED
+    ),
+}
+_SIGNED = {
+    **_TARGET,
+    "digest": Field(_digest, REQUIRED),
+    "size": Field(_number(1, 4 * MIB), REQUIRED),
+    "layer_signatures": Field(_list_of(_digest, 512), REQUIRED),
+}
+_ABSENT = {"source": "", "digest": "", "size": 0, "layer_signatures": ()}
+
+
+def _contents(target: Mapping[str, Field]) -> Callable[[Node, str], Any]:
+    read_target = _record(lambda **values: Target(**{**_ABSENT, **values}), target)
+    return _record(Contents, {
+        "version": Field(_number(1, 1), REQUIRED),
+        "product": Field(_text(UUID, "a product id (lower-case uuid)"), REQUIRED),
+        "sequence": Field(_number(1, MAX_SEQUENCE), REQUIRED),
+        "epoch": Field(_number(1, MAX_EPOCH), REQUIRED),
+        "update_type": Field(_choice("complete", "partial"), REQUIRED),
+        "storage": Field(_list_of(_VOLUME, 256), ()),
+        "targets": Field(_list_of(read_target, 256), REQUIRED),
+    })  # fmt: skip
+
+
+def parse_manifest(text: bytes, *, published: bool = True) -> Contents:
+    """Parse an install manifest: as signed (`published`) or as a person writes it. Raises Refused with line
+    and key.
+    """
+    node = parse_yaml(text)
+    contents = cast(Contents, _contents(_SIGNED if published else _WRITTEN)(node, ""))
+    fields = cast(dict[str, Node], node.value)
+    _check_unique([volume.label for volume in contents.storage], fields.get("storage"), "storage", "label")
+    _check_unique(
+        [target.service_name for target in contents.targets], fields["targets"], "targets", "service_name"
+    )
+    labels = {volume.label for volume in contents.storage}
+    for index, target in enumerate(contents.targets):
+        item = cast(list[Node], fields["targets"].value)[index]
+        _check_target(target, labels, Node(target.service_name, item.line), f"targets[{index}]")
+    return contents
+
+
+def _check_unique(names: list[str], node: Node | None, path: str, key: str) -> None:
+    for index, name in enumerate(names):
+        if name in names[:index] and node is not None:
+            line = cast(list[Node], node.value)[index].line
+            raise fault(Node(name, line), f"{path}[{index}].{key}", "each name once")
+
+
+def _check_target(target: Target, labels: set[str], node: Node, path: str) -> None:
+    """Check what one target's keys must be together."""
+    for mount in target.storage:
+        if mount.label not in labels:
+            raise fault(
+                Node(mount.label, node.line), f"{path}.storage", f"a label of storage: {sorted(labels)}"
+            )
+    if (target.service_type in ("hostfs", "bootkit")) and target.service_name != target.service_type:
+        raise fault(
+            node, f"{path}.service_name", f"the name {target.service_type} for a target of that type"
+        )
+    if target.writable and target.service_type != "hostfs":
+        raise fault(Node(target.writable, node.line), f"{path}.writable", "writable at hostfs only")
+    if target.network.type != "simple" and target.network[1:] != _NO_NETWORK[1:]:
+        raise fault(
+            Node(target.network.type, node.line),
+            f"{path}.network",
+            "addresses and ports with type simple only",
+        )
+    if target.network != _NO_NETWORK and target.service_type != "container":
+        raise fault(Node(target.network.type, node.line), f"{path}.network", "a network at containers only")
+
+
+# --- Trust: who signed this, and is it exactly what they signed? -------------------------------------------
+
+
+class Manifest(NamedTuple):
+    """An install manifest whose signature, chain, product and epoch were verified: only `verify_manifest`
+    makes one.
+    """
+
+    contents: Contents
+    sha256: str
+
+
+def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, policy: Policy) -> Manifest:
+    """Return the manifest if a certificate of this product under the manifest CA signed exactly these bytes."""
+    signer = verify_certificate(certificate, policy.manifest_ca, policy.product)
+    verify_signature(signer, signature, untrusted)
+    contents = parse_manifest(untrusted)
+    if contents.product != policy.product:
+        raise Refused("MANIFEST-PRODUCT", expected=policy.product, seen=contents.product)
+    if contents.epoch < policy.epoch:
+        raise Refused(
+            "MANIFEST-EPOCH", expected=f"epoch {policy.epoch} or later", seen=f"epoch {contents.epoch}"
+        )
+    return Manifest(contents, hashlib.sha256(untrusted).hexdigest())
+
+
+def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certificate:
+    """Return the certificate if the CA issued it to sign manifests of `product` (RFC 5280).
+
+    Validity dates do not count here: a machine with a flat clock battery must boot. They count when a
+    manifest is published or installed.
+    """
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+
+    authority = x509.load_pem_x509_certificate(ca)
+    try:
+        if untrusted.count(b"-----BEGIN") != 1 or len(untrusted) > 16384:
+            raise ValueError("not one PEM certificate")
+        certificate = x509.load_pem_x509_certificate(untrusted)
+        uses = _certificate_uses(certificate)
+    except (
+        ValueError,
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ) as error:
+        raise Refused(
+            "MANIFEST-CERTIFICATE", expected="an X.509 certificate for code signing", seen=str(error)
+        ) from error
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        seen = f"issued by {certificate.issuer.rfc4514_string()} ({error or 'the signature does not fit'})"
+        raise Refused(
+            "MANIFEST-CHAIN", expected=f"issued by {authority.subject.rfc4514_string()}", seen=seen
+        ) from error
+    expected = f"a leaf for code signing with the name urn:uuid:{product}"
+    if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
+        raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=", ".join(uses))
+    if uses[-1] != f"urn:uuid:{product}":
+        raise Refused("MANIFEST-PRODUCT", expected=f"a certificate for urn:uuid:{product}", seen=uses[-1])
+    return certificate
+
+
+def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str]:
+    """Return what a certificate may be used for, in words: leaf or ca, key usage, extended usage, its one
+    URI.
+    """
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    known = (x509.BasicConstraints, x509.KeyUsage, x509.ExtendedKeyUsage, x509.SubjectAlternativeName)
+    for extension in certificate.extensions:
+        if extension.critical and not isinstance(extension.value, known):
+            raise ValueError(f"unknown critical extension {extension.oid.dotted_string}")
+    find = certificate.extensions.get_extension_for_class
+    usage = find(x509.KeyUsage).value
+    signs_only = usage.digital_signature and not (usage.key_cert_sign or usage.crl_sign)
+    extended = find(x509.ExtendedKeyUsage).value
+    names = find(x509.SubjectAlternativeName).value.get_values_for_type(x509.UniformResourceIdentifier)
+    return (
+        "ca" if find(x509.BasicConstraints).value.ca else "leaf",
+        "digitalSignature" if signs_only else "other key usage",
+        "codeSigning"
+        if list(extended) == [ExtendedKeyUsageOID.CODE_SIGNING]
+        else "other extended key usage",
+        names[0] if len(names) == 1 else f"{len(names)} names",
+    )
+
+
+def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: bytes) -> None:
+    """Raise Refused unless `signature` is the signer's over exactly these bytes.
+
+    The algorithm follows from the certificate's key: ECDSA P-256 with SHA-256, P-384 with SHA-384, RSA from
+    3072 bits with PKCS#1 v1.5 and SHA-256, Ed25519. Nothing in the data chooses it.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
+    key = signer.public_key()
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+            key.verify(signature, untrusted, ec.ECDSA(hashes.SHA256()))
+        elif isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp384r1":
+            key.verify(signature, untrusted, ec.ECDSA(hashes.SHA384()))
+        elif isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(signature, untrusted)
+        elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= 3072:
+            key.verify(signature, untrusted, padding.PKCS1v15(), hashes.SHA256())
+        else:
+            raise Refused(
+                "MANIFEST-CERTIFICATE",
+                expected="ECDSA P-256 or P-384, Ed25519 or RSA from 3072 bits",
+                seen=str(key),
+            )
+    except InvalidSignature as error:
+        seen = f"a signature that does not fit the manifest or {signer.subject.rfc4514_string()}"
+        raise Refused(
+            "MANIFEST-SIGNATURE", expected="the signature of exactly these bytes", seen=seen
+        ) from error
+
+
+# --- TPM: measuring, and the fence -------------------------------------------------------------------------
+
+TPM_SYSFS = "/sys/class/tpm/tpm0"
+MEASURE_LOG = "/run/log/systemd/tpm2-measure.log"
+TPM_ALGORITHMS = {
+    "sha1": 0x0004,
+    "sha256": 0x000B,
+    "sha384": 0x000C,
+    "sha512": 0x000D,
+}  # TCG algorithm registry
+TPM_CC_PCR_EXTEND, TPM_ST_SESSIONS, TPM_RS_PW = 0x182, 0x8002, 0x40000009  # TPM 2.0 library, part 2
+TPM_RETRY = (0x922, 0x90A, 0x908)  # the same: RC_RETRY, RC_TESTING, RC_YIELDED
+
+
+def read_pcr(k: Machine, pcr: Pcr) -> bytes:
+    """Return a PCR of the SHA-256 bank, as the kernel reads it from the TPM."""
+    return bytes.fromhex(k.read(f"{TPM_SYSFS}/pcr-sha256/{pcr}", 256).decode().strip())
+
+
+def encode_pcr_extend(pcr: Pcr, digests: Mapping[str, bytes]) -> bytes:
+    """Return the command TPM2_PCR_Extend with empty authorisation (TPM 2.0 library, part 3, 22.2)."""
+    password = struct.pack(">IHBH", TPM_RS_PW, 0, 0, 0)
+    values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
+    body = struct.pack(">II", pcr, len(password)) + password + struct.pack(">I", len(digests)) + values
+    return struct.pack(">HII", TPM_ST_SESSIONS, 10 + len(body), TPM_CC_PCR_EXTEND) + body
+
+
+def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
+    """Extend every bank of a PCR with a word, and append the event to systemd's measurement log.
+
+    Raises OSError if the TPM does not take it.
+    """
+    banks = [name.removeprefix("pcr-") for name in k.names(TPM_SYSFS) if name.startswith("pcr-")]
+    digests = {bank: hashlib.new(bank, word).digest() for bank in banks if bank in TPM_ALGORITHMS}
+    for _ in range(50):
+        response = k.tpm(encode_pcr_extend(pcr, digests))
+        code = struct.unpack_from(">HII", response)[2] if len(response) >= 10 else -1
+        if code not in TPM_RETRY:
+            break
+        k.sleep(0.1)
+    if code != 0:
+        raise OSError(errno.EIO, f"the TPM answered {code:#x} to TPM2_PCR_Extend")
+    _log_measurement(k, pcr, word, digests)
+
+
+def _log_measurement(k: Machine, pcr: Pcr, word: bytes, digests: Mapping[str, bytes]) -> None:
+    """Append a record as systemd-pcrphase does (TCG canonical event log as JSON, RFC 7464 framing)."""
+    record = {
+        "pcr": pcr,
+        "digests": [{"hashAlg": bank, "digest": digest.hex()} for bank, digest in digests.items()],
+        "content_type": "systemd",
+        "content": {
+            "string": word.decode(),
+            "bootId": k.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""),
+            "timestamp": round(1_000_000 * k.monotonic()),
+            "eventType": "phase",
+        },
+    }
+    k.make_folder(os.path.dirname(MEASURE_LOG))
+    earlier = k.read(MEASURE_LOG) if k.exists(MEASURE_LOG) else b""
+    k.write(MEASURE_LOG, earlier + b"\x1e" + json.dumps(record).encode() + b"\n")
+
+
+def fence(k: Machine) -> None:
+    """Extend PCR 11 past the state in which anything can be unsealed, and see that it happened.
+
+    Every way out of this program comes through here; the second time does nothing. Raises FenceError: then
+    nothing may run on this machine any more. Without a TPM there is nothing that could be unsealed.
+    """
+    if k.report.fenced:
+        return
+    try:
+        if not k.names("/sys/class"):
+            raise OSError(errno.ENOENT, "/sys is not there")
+        if not k.exists(TPM_SYSFS):
+            return
+        before = read_pcr(k, MEASURED)
+        extend_pcr(k, MEASURED, LEAVE_INITRD)
+        after = read_pcr(k, MEASURED)
+    except (OSError, ValueError) as error:
+        raise FenceError(str(error)) from error
+    if after != hashlib.sha256(before + hashlib.sha256(LEAVE_INITRD).digest()).digest():
+        raise FenceError("PCR 11 did not change as it must")
+    k.report.fenced = True
+
+
+# --- Stages, in the order of boot() ------------------------------------------------------------------------
+
+
+@stage
+def set_up(k: Machine) -> Policy:
+    """Mount the pseudo file systems, open the consoles, read what the build decided."""
+    k.mount("proc", "/proc", "proc", SAFE)
+    k.mount("sysfs", "/sys", "sysfs", SAFE)
+    k.mount("devtmpfs", "/dev", "devtmpfs", MountFlag.NOSUID | MountFlag.NOEXEC, "mode=0755")
+    k.mount("tmpfs", "/run", "tmpfs", SAFE, "mode=0755")
+    k.mount("securityfs", "/sys/kernel/security", "securityfs", SAFE)
+    k.open_consoles()
+    k.quiet_kernel(4)
+    policy = parse_policy(
+        k.read(f"{POLICY_FOLDER}/policy.json"),
+        k.read(f"{POLICY_FOLDER}/uki-id"),
+        k.read(f"{POLICY_FOLDER}/manifest-ca.pem"),
+    )
+    k.report.facts |= {
+        "mode": policy.mode,
+        "product": policy.product,
+        "uki_id": policy.uki_id,
+        "epoch": policy.epoch,
+    }
+    return policy
+
+
+def import_ahead() -> None:
+    """Import what later stages need while the kernel probes devices."""
+    os.environ["CRYPTOGRAPHY_OPENSSL_NO_LEGACY"] = "1"  # the initrd has no legacy provider
+    with contextlib.suppress(ImportError):  # the importing function says it better
+        for name in FROZEN_IMPORTS:
+            __import__(name)
+
+
+@stage
+def load_modules(k: Machine, policy: Policy) -> None:
+    """Load what the build listed, in its order, read the parameters back, arm the watchdog."""
+    for module in policy.modules:
+        words = " ".join(f"{name}={value}" for name, value in module.parameters.items())
+        with refusing("MODULE-LOAD", f"{module.name} to load"):
+            k.load_module(module.path, words)
+        for name, value in module.parameters.items():
+            with refusing("MODULE-PARAMETER", f"{module.name}.{name}={value}"):
+                seen = k.read(f"/sys/module/{module.name}/parameters/{name}", BLOCK).decode().strip()
+            demand(
+                k,
+                "MODULE-PARAMETER",
+                expected=f"{module.name}.{name}={value}",
+                seen=f"{module.name}.{name}={seen}",
+            )
+    k.report.facts["watchdog"] = k.arm_watchdog(WATCHDOG_SECONDS)
+
+
+@stage
+def check_firmware(k: Machine, policy: Policy) -> None:
+    """See that firmware, kernel and boot stub are in the state that the signatures rely on."""
+    k.mount("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", SAFE)
+    _check_secure_boot(k)
+    _check_trusted_keys(k, policy)
+    lockdown = re.search(r"\[(\w+)\]", k.read("/sys/kernel/security/lockdown").decode())
+    demand(k, "SB-LOCKDOWN", expected="confidentiality", seen=lockdown[1] if lockdown else "none")
+    _check_tpm(k)
+    seen = k.read("/proc/cmdline", 65536).decode(errors="backslashreplace").removesuffix("\n")
+    demand(k, "CMDLINE", expected=policy.cmdline, seen=seen)
+    _check_nothing_extra(k)
+
+
+def _check_secure_boot(k: Machine) -> None:
+    secure_boot = k.efi_read("SecureBoot", EFI_GLOBAL)
+    demand(k, "SB-OFF", expected="on", seen="on" if secure_boot and secure_boot[1] == b"\1" else "off")
+    modes = [
+        name
+        for name in ("SetupMode", "AuditMode")
+        if (k.efi_read(name, EFI_GLOBAL) or (0, b"\0"))[1] != b"\0"
+    ]
+    demand(k, "SB-MODE", expected="user mode", seen=", ".join(modes) or "user mode")
+
+
+def _check_trusted_keys(k: Machine, policy: Policy) -> None:
+    """See that the firmware's db and the kernel's keyrings hold what the build listed, and nothing of
+    shim's.
+    """
+    shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID)]
+    for name in shim:
+        with contextlib.suppress(OSError):
+            k.efi_write(name.removesuffix(f"-{SHIM_GUID}"), SHIM_GUID, b"")
+    demand(k, "SB-MOK", expected="none", seen=", ".join(shim) or "none")
+    try:
+        db = parse_signature_database((k.efi_read("db", EFI_IMAGE_SECURITY) or (0, b""))[1])
+    except (ValueError, struct.error) as error:
+        raise Refused("SB-DB", expected=_words(policy.db), seen=str(error)) from error
+    demand(k, "SB-DB", expected=_words(policy.db), seen=_words(db))
+    # Only the key id counts: the words before it are the certificate's own and anybody can choose them.
+    for ring, expected in ((".platform", policy.platform), (".machine", ())):
+        keys = [description.rpartition(": ")[2] for description in k.keyring(ring) or ()]
+        demand(k, "SB-KEYRING", expected=f"{ring} {_words(expected)}", seen=f"{ring} {_words(keys)}")
+
+
+def _words(items: Sequence[str]) -> str:
+    return ", ".join(sorted(items)) or "empty"
+
+
+def _check_tpm(k: Machine) -> None:
+    """See that there is a TPM 2.0 whose SHA-256 bank got this boot's measurements, and no others."""
+    major = k.read(f"{TPM_SYSFS}/tpm_version_major") if k.exists(TPM_SYSFS) else b"no TPM"
+    demand(k, "TPM-ABSENT", expected="TPM 2", seen=f"TPM {major.decode().strip()}")
+    with refusing("TPM-BANK", "a SHA-256 bank"):
+        measured = any(read_pcr(k, MEASURED))
+    demand(
+        k,
+        "TPM-BANK",
+        expected="measured into PCR 11",
+        seen=f"{'measured' if measured else 'nothing'} into PCR 11",
+    )
+
+
+def _check_nothing_extra(k: Machine) -> None:
+    """See that the stub took nothing from beside the UKI: no credential, extension, add-on, command line."""
+    signed = ("os-release", "tpm2-pcr-public-key.pem", "tpm2-pcr-signature.json")
+    extra = [f"/.extra/{name}" for name in k.names("/.extra") if name not in signed]
+    extra += [f"PCR {pcr}" for pcr in EXTRA_PCRS if any(read_pcr(k, pcr))]
+    demand(k, "ESP-EXTRA", expected="nothing", seen=", ".join(extra) or "nothing")
+
+
+@stage
+def measure(k: Machine) -> None:
+    """Extend PCR 11 with the phase that approvals are made for."""
+    with refusing("TPM-EXTEND", "the TPM to take a measurement"):
+        extend_pcr(k, MEASURED, ENTER_INITRD)
+
+
+class BootDisk(NamedTuple):
+    """The disk that the stub was loaded from, by its name in /sys/block, and its partition table."""
+
+    name: str
+    partitions: tuple[Partition, ...]
+
+
+@stage
+def find_disk(k: Machine) -> BootDisk:
+    """Wait for the disk with the partition that the stub was started from."""
+    hint = k.efi_read("LoaderDevicePartUUID", LOADER_GUID)
+    if hint is None or hint[0] & EFI_NON_VOLATILE:
+        seen = "not set" if hint is None else "a stored variable, which anybody may have written"
+        raise Refused("DISK-HINT", expected="LoaderDevicePartUUID of this boot", seen=seen)
+    wanted = hint[1].decode("utf-16-le", errors="replace").rstrip("\0").lower()
+    if not UUID.fullmatch(wanted):
+        raise Refused("DISK-HINT", expected="a partition's uuid", seen=repr(wanted[:80]))
+    deadline = k.monotonic() + DISK_SECONDS
+    while True:
+        found, seen = _scan_disks(k, wanted)
+        if found or k.monotonic() > deadline:
+            break
+        k.sleep(0.02)
+    if not found:
+        raise Refused(
+            "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(seen) or "no disk"
+        )
+    demand(
+        k,
+        "DISK-AMBIGUOUS",
+        expected="one disk",
+        seen=" and ".join(d.name for d in found) if found[1:] else "one disk",
+    )
+    return found[0]
+
+
+def _scan_disks(k: Machine, wanted: str) -> tuple[list[BootDisk], list[str]]:
+    """Return the disks with an EFI system partition of that id, and what was seen on the others."""
+    found, others = [], []
+    for name in k.names("/sys/block"):
+        if name.startswith(("loop", "ram", "zram", "dm-", "md", "fd", "mtd")):
+            continue
+        try:
+            partitions = _read_gpt(k, name)
+        except (OSError, Refused) as error:
+            others.append(f"{name}: {error}")
+            continue
+        if any(partition.kind == ESP_TYPE and partition.uuid == wanted for partition in partitions):
+            found.append(BootDisk(name, partitions))
+        else:
+            others.append(f"{name}: {len(partitions)} other partitions")
+    return found, others
+
+
+def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
+    fd = k.open_device(f"/dev/{name}")
+    try:
+        size, sector = k.device_size(fd)
+        if size < MIB or sector not in (512, 4096):
+            raise OSError(errno.ENOMEDIUM, f"{size} bytes in sectors of {sector}")
+        header, entries = k.read_at(fd, sector, sector), k.read_at(fd, 2 * sector, 128 * _GPT_ENTRY.size)
+        return parse_gpt(header, entries, sector, size // sector)
+    finally:
+        k.close(fd)
+
+
+def open_partition(k: Machine, disk: BootDisk, kind: str) -> tuple[int, Partition]:
+    """Open the one partition of that type on the boot disk; the kernel must place it where the table does."""
+    partitions = [partition for partition in disk.partitions if partition.kind == kind]
+    if len(partitions) != 1:
+        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind}", seen=str(len(partitions)))
+    partition = partitions[0]
+    expected = f"partition {partition.number} of {partition.size} bytes at {partition.start}"
+    for name in k.names(f"/sys/block/{disk.name}"):
+        folder = f"/sys/block/{disk.name}/{name}"
+        if not k.exists(f"{folder}/partition"):
+            continue
+        number, start, size = (
+            int(k.read(f"{folder}/{file}", 64)) for file in ("partition", "start", "size")
+        )
+        if number == partition.number:
+            seen = f"partition {number} of {size * 512} bytes at {start * 512}"
+            demand(k, "DISK-PARTITION", expected=expected, seen=seen)
+            return k.open_device(f"/dev/{name}"), partition
+    raise Refused("DISK-PARTITION", expected=expected, seen="a disk without it")
+
+
+class Verity(NamedTuple):
+    """An active dm-verity device and what it takes to load its table again."""
+
+    name: str
+    path: str
+    data_blocks: int
+    parameters: str  # up to the optional ones
+    signature: bytes
+
+
+def activate_verity(
+    k: Machine,
+    name: str,
+    device: str,
+    data_blocks: int,
+    root_hash: str,
+    salt: str,
+    signature: bytes,
+    check: str,
+) -> Verity:
+    """Make a dm-verity device whose root hash the kernel itself checked; refused by `check` if it does not
+    agree.
+
+    `device` is MAJOR:MINOR and holds data, one block of superblock, and the tree.
+    """
+    parameters = f"1 {device} {device} {BLOCK} {BLOCK} {data_blocks} {data_blocks + 1} sha256 {root_hash} {salt or '-'}"
+    path = ""
+    try:
+        path = k.dm(DmCommand.DEV_CREATE, name)
+        verity = Verity(name, path, data_blocks, parameters, signature)
+        load_verity_table(k, verity)
+        k.dm(DmCommand.DEV_SUSPEND, name)  # without the suspend flag: resume
+    except OSError as error:
+        if path:
+            k.dm(DmCommand.DEV_REMOVE, name)
+        seen = f"{error.strerror or error} for {name}"
+        raise Refused(check, expected="a root hash signed by the layer key", seen=seen) from error
+    k.report.passed(check, "a root hash signed by the layer key", f"{root_hash} of {name}")
+    return verity
+
+
+def load_verity_table(k: Machine, verity: Verity, *extra: str) -> None:
+    """Load a verity table with its signature, which the kernel checks against its platform keyring."""
+    key = f"mosinit:{verity.name}"
+    options = ("root_hash_sig_key_desc", key, *extra)
+    k.add_key(key, verity.signature)
+    try:
+        table = (
+            verity.data_blocks * (BLOCK // 512),
+            "verity",
+            f"{verity.parameters} {len(options)} {' '.join(options)}",
+        )
+        k.dm(DmCommand.TABLE_LOAD, verity.name, DM_READONLY, table)
+    finally:
+        k.clear_keys()
+
+
+@stage
+def open_live_store(k: Machine, disk: BootDisk) -> Verity:
+    """Mount the medium's store: one erofs image under verity, its root hash signed by the layer key."""
+    seal_fd, partition = open_partition(k, disk, LIVE_SEAL_TYPE)
+    with refusing("STORE-SEAL", "a readable seal"):
+        seal = parse_live_seal(k.read_at(seal_fd, 0, min(partition.size, 16384)))
+    k.close(seal_fd)
+    store_fd, partition = open_partition(k, disk, LIVE_STORE_TYPE)
+    needed = (seal.data_blocks + 1 + verity_tree_blocks(seal.data_blocks)) * BLOCK
+    if needed > partition.size:
+        raise Refused(
+            "STORE-SEAL", expected=f"a store within {partition.size} bytes", seen=f"{needed} bytes"
+        )
+    # The descriptor stays open: its device number cannot pass to another disk before device-mapper holds it.
+    device, salt = k.device_number(store_fd), live_store_salt(seal.data_blocks)
+    name = "mosinit-store"
+    verity = activate_verity(
+        k, name, device, seal.data_blocks, seal.root_hash, salt, seal.signature, "STORE-SIGNATURE"
+    )
+    with refusing("STORE-READ", "an erofs file system"):
+        k.mount(verity.path, STORE, "erofs", RO_SAFE | MountFlag.NOSYMFOLLOW)
+    return verity
+
+
+def blob_path(digest: str) -> str:
+    """Return where the store keeps a blob; `digest` has passed DIGEST."""
+    return f"{STORE}/{REPOSITORY}/blobs/sha256/{digest.removeprefix('sha256:')}"
+
+
+def read_blob(k: Machine, digest: str, size: int, check: str) -> bytes:
+    """Return a small blob of the store if it is exactly what `digest` and `size` say, refused by `check` if
+    not.
+    """
+    if size > 4 * MIB:
+        raise Refused(check, expected="at most 4 MiB", seen=f"{size} bytes")
+    with refusing("STORE-READ", f"blob {digest}"):
+        untrusted = k.read(blob_path(digest), 4 * MIB)
+    seen = "sha256:" + hashlib.sha256(untrusted).hexdigest()
+    if (seen, len(untrusted)) != (digest, size):
+        raise Refused(check, expected=f"{digest}, {size} bytes", seen=f"{seen}, {len(untrusted)} bytes")
+    return untrusted
+
+
+def find_release(k: Machine) -> dict[str, Descriptor]:
+    """Return the install artefact of the store's one release: descriptors by media type."""
+    with refusing("MANIFEST-ABSENT", "a release"):
+        data = k.read(f"{STORE}/{REPOSITORY}/index.json")
+    _, releases = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    if len(releases) != 1:
+        raise Refused("MANIFEST-ABSENT", expected="one release", seen=str(len(releases)))
+    data = read_blob(k, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    _, images = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    artefacts = [image for image in images if image.artifact_type == RELEASE_ARTIFACT]
+    if len(artefacts) != 1:
+        raise Refused("MANIFEST-ABSENT", expected="one install artefact", seen=str(len(artefacts)))
+    data = read_blob(k, artefacts[0].digest, artefacts[0].size, "MANIFEST-ABSENT")
+    _, parts = parse_descriptors(data, "layers", "MANIFEST-ABSENT")
+    return {part.media_type: part for part in reversed(parts)}
+
+
+@stage
+def load_manifest(k: Machine, policy: Policy) -> Manifest:
+    """Verify the medium's install manifest: signature, chain, product, epoch."""
+    release = find_release(k)
+    blobs = []
+    for kind in (MANIFEST_MEDIA_TYPE, SIGNATURE_MEDIA_TYPE, CERTIFICATE_MEDIA_TYPE):
+        if kind not in release:
+            raise Refused("MANIFEST-ABSENT", expected=kind, seen=", ".join(release))
+        blobs.append(read_blob(k, release[kind].digest, release[kind].size, "MANIFEST-ABSENT"))
+    manifest = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+    contents = manifest.contents
+    k.report.facts |= {"sequence": contents.sequence, "manifest": manifest.sha256}
+    for check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-SIGNATURE", "MANIFEST-FORMAT"):
+        k.report.passed(check, "valid", manifest.sha256)
+    k.report.passed("MANIFEST-PRODUCT", policy.product, contents.product)
+    k.report.passed("MANIFEST-EPOCH", f"epoch {policy.epoch} or later", f"epoch {contents.epoch}")
+    return manifest
+
+
+def boot_targets(contents: Contents) -> tuple[Target, Target]:
+    """Return the two targets that a machine starts from: hostfs and bootkit."""
+    found = [contents.of_type(kind) for kind in ("hostfs", "bootkit")]
+    if [len(targets) for targets in found] != [1, 1]:
+        seen = ", ".join(f"{target.service_name} ({target.service_type})" for target in contents.targets)
+        raise Refused("MANIFEST-TARGET", expected="one hostfs and one bootkit", seen=seen or "no targets")
+    return found[0][0], found[1][0]
+
+
+class Mounted(NamedTuple):
+    """The verified layers that make the root, uppermost first, and their verity devices."""
+
+    folders: tuple[str, ...]
+    devices: tuple[Verity, ...]
+    writable: str
+
+
+@stage
+def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
+    """Mount each layer of hostfs and, below them, the kernel's modules from the bootkit."""
+    hostfs, bootkit = boot_targets(manifest.contents)
+    folders: list[str] = []
+    devices: list[Verity] = []
+    for target in (hostfs, bootkit):
+        image = parse_image(read_blob(k, target.digest, target.size, "IMAGE-DIGEST"))
+        if target is bootkit:
+            demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_id))
+        if len(image.layers) != len(target.layer_signatures):
+            seen = f"{len(target.layer_signatures)} signatures for {len(image.layers)} layers"
+            raise Refused(
+                "LAYER-SIGNATURE",
+                expected="a signature for each layer",
+                seen=f"{seen} of {target.service_name}",
+            )
+        k.report.passed("IMAGE-DIGEST", target.digest, target.digest)
+        # The last layer of an image is its uppermost.
+        for index in range(len(image.layers) - 1, -1, -1):
+            name = f"mosinit-{target.service_name}-{index}"
+            device = open_layer(k, name, image.layers[index], target.layer_signatures[index])
+            folders.append(mount_layer(k, device))
+            devices.append(device)
+    return Mounted(tuple(folders), tuple(devices), hostfs.writable or "all")
+
+
+def open_layer(k: Machine, name: str, layer: Layer, signature_digest: str) -> Verity:
+    """Set up loop and dm-verity for one layer of the store; only the salt is taken from the layer itself."""
+    with refusing("STORE-READ", f"blob {signature_digest}"):
+        signature = k.read(blob_path(signature_digest), 16384)
+    if "sha256:" + hashlib.sha256(signature).hexdigest() != signature_digest:
+        raise Refused("LAYER-SIGNATURE", expected=signature_digest, seen=f"another blob for {name}")
+    with refusing("STORE-READ", f"blob {layer.digest}"):
+        path, size = k.attach_loop(blob_path(layer.digest))
+        fd = k.open_device(path)
+    if size != layer.size:
+        raise Refused("LAYER-SIZE", expected=f"{layer.size} bytes", seen=f"{size} bytes in {layer.digest}")
+    blocks = verity_data_blocks(size)
+    with refusing("LAYER-READ", "a readable verity superblock"):
+        salt = parse_verity_salt(k.read_at(fd, blocks * BLOCK, 512), blocks)
+    device = k.device_number(fd)
+    verity = activate_verity(k, name, device, blocks, layer.root_hash, salt, signature, "LAYER-SIGNATURE")
+    k.close(fd)
+    return verity
+
+
+def mount_layer(k: Machine, device: Verity) -> str:
+    """Mount a layer read-only where nobody but the overlay will see it."""
+    with refusing("LAYER-READ", "blocks that fit the root hash"):
+        fd = k.open_device(device.path)
+        head = k.read_at(fd, 0, BLOCK)
+        k.close(fd)
+    if head[1024:1028] == struct.pack("<I", 0xE0F5E1E2):  # linux/magic.h, EROFS_SUPER_MAGIC_V1
+        fstype = "erofs"
+    elif head[:4] == b"hsqs":  # linux/magic.h, SQUASHFS_MAGIC
+        fstype = "squashfs"
+    else:
+        raise Refused(
+            "LAYER-FILESYSTEM", expected="erofs or squashfs", seen=f"{head[:4].hex()} in {device.name}"
+        )
+    folder = f"/run/mosinit/layers/{device.name}"
+    k.make_folder(folder, 0o700)
+    with refusing("LAYER-READ", f"{fstype} in {device.name}"):
+        k.mount(device.path, folder, fstype, MountFlag.RDONLY)
+    return folder
+
+
+class Overlay(NamedTuple):
+    """One overlay mount of the plan; without `upper` it is read-only."""
+
+    target: str
+    lowers: tuple[str, ...]
+    upper: str
+
+
+def plan_root(layers: tuple[str, ...], writable: str) -> list[Overlay]:
+    """Return the overlays that make the root: a writable layer over all of it, over /etc, or none."""
+    if writable == "all":
+        return [Overlay(SYSROOT, layers, f"{SCRATCH}/root")]
+    root = Overlay(SYSROOT, layers, "")
+    return (
+        [root, Overlay(f"{SYSROOT}/etc", (f"{SYSROOT}/etc",), f"{SCRATCH}/etc")]
+        if writable == "etc"
+        else [root]
+    )
+
+
+@stage
+def stack(k: Machine, layers: Mounted) -> str:
+    """Stack the verified layers under a fresh writable one and return the init of the result."""
+    k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
+    for overlay in plan_root(layers.folders, layers.writable):
+        # Nothing in a layer may redirect to data of another place than its own.
+        options = {"redirect_dir": "nofollow", "metacopy": "off", "index": "off", "xino": "off"}
+        if overlay.upper:
+            options |= {"upperdir": f"{overlay.upper}/upper", "workdir": f"{overlay.upper}/work"}
+            for folder in ("upper", "work"):
+                k.make_folder(f"{overlay.upper}/{folder}")
+        with refusing("OVERLAY-MOUNT", f"{len(overlay.lowers)} layers on {overlay.target}"):
+            k.mount_overlay(overlay.target, overlay.lowers, options, read_only=not overlay.upper)
+    for folder in layers.folders:
+        k.unmount(folder, lazy=True)
+    return find_init(k)
+
+
+def find_init(k: Machine) -> str:
+    """Return the path of hostfs's init."""
+    for path in DEFAULT_INITS:
+        found = k.read_in_root(SYSROOT, path, 4)
+        if (
+            found
+            and stat.S_ISREG(found[0])
+            and found[0] & 0o111
+            and (found[1] == b"\x7fELF" or found[1][:2] == b"#!")
+        ):
+            k.report.passed("HOSTFS-INIT", "a program", path)
+            return path
+    raise Refused("HOSTFS-INIT", expected=f"a program at {' or '.join(DEFAULT_INITS)}", seen="none")
+
+
+MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)
+
+
+@stage
+def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
+    """Make the new root ready: mount points, restart on corruption, no kexec."""
+    for folder in MOVED:
+        if not k.is_folder(SYSROOT + folder):
+            with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
+                k.make_folder(SYSROOT + folder)
+    # From here a corrupt block is somebody's attack on a running system, or a dying disk: restart, be
+    # refused, say so.
+    for device in devices:
+        with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
+            load_verity_table(k, device, "restart_on_corruption")
+            k.dm(DmCommand.DEV_SUSPEND, device.name)
+    k.write("/proc/sys/kernel/kexec_load_disabled", b"1")
+
+
+def hand_over(k: Machine, init: str) -> NoReturn:
+    """Leave the report, free the initramfs, become hostfs's init."""
+    k.report.facts["previous_refusal"] = read_refusal(k)
+    if k.report.facts["previous_refusal"]:
+        with contextlib.suppress(OSError):
+            k.efi_write(REFUSAL_VARIABLE, OUR_GUID, b"")
+    document = json.dumps(k.report.document("pivoted"))
+    k.make_folder("/run/mosinit")
+    k.write("/run/mosinit/report.json", document.encode() + b"\n")
+    if k.report.facts["mode"] == "live":
+        k.print(
+            "mosinit: live system: nothing of an installed one was opened, nothing written here survives\n"
+        )
+    k.quiet_kernel(1)
+    k.print(f"\nmosinit-report: {document}\n")
+    k.quiet_kernel(4)
+    for folder in MOVED:
+        k.mount(folder, SYSROOT + folder, "", MountFlag.MOVE)
+    k.free_initramfs()
+    k.switch_root(SYSROOT, init)
+
+
+# --- The boot, and the one way out -------------------------------------------------------------------------
+
+
+def boot(k: Machine) -> NoReturn:
+    """Bring this machine up, or raise."""
+    k.print("mosinit: start\n")
+    policy = set_up(k)
+    _thread.start_new_thread(import_ahead, ())
+    load_modules(k, policy)
+    try:
+        check_firmware(k, policy)
+        measure(k)
+        disk = find_disk(k)
+    finally:
+        fence(k)  # from here nobody can unseal, we included
+    store = open_live_store(k, disk)
+    manifest = load_manifest(k, policy)
+    layers = mount_layers(k, manifest, policy)
+    init = stack(k, layers)
+    prepare_root(k, (store, *layers.devices))
+    hand_over(k, init)
+
+
+REFUSAL_VARIABLE = "MosinitRefusal"
+FIRST_WAIT, LONGEST_WAIT = 10, 600
+
+
+def read_refusal(k: Machine) -> dict[str, object] | None:
+    """Return what the last refused boot left behind. Anybody can write it: it is shown and counts a wait, no
+    more.
+    """
+    try:
+        untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
+        raw = json.loads(untrusted[1]) if untrusted and len(untrusted[1]) <= 1024 else None
+        keep = {key: raw[key] for key in ("id", "sequence", "uki", "count")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return keep if type(keep["count"]) is int and 0 < keep["count"] <= 64 else None
+
+
+def count_refusal(k: Machine, report: Mapping[str, object]) -> int:
+    """Note this refusal in the firmware and return how many there were in a row."""
+    same = {"id": report["failed"] or "crash", "sequence": report["sequence"], "uki": report.get("uki_id")}
+    last = read_refusal(k)
+    count = 1 + cast(int, last["count"]) if last and {key: last[key] for key in same} == same else 1
+    # The wait grows no more after seven, and flash wears: then the variable stays as it is.
+    if count <= 7:
+        with contextlib.suppress(OSError):
+            k.efi_write(REFUSAL_VARIABLE, OUR_GUID, json.dumps({**same, "count": count}).encode()[:1024])
+    return count
+
+
+def screen(report: Mapping[str, object], error: BaseException) -> str:
+    """Return the one screen that says what was refused and what to do."""
+    stages = cast(list[dict[str, object]], report["stages"])
+    rows = [("stage", str(stages[-1]["name"]) if stages else "start")]
+    if isinstance(error, Refused):
+        check = CHECKS[error.check]
+        rows = [("check", error.check), ("", check.title), *rows]
+        rows += [("expected", error.expected), ("seen", error.seen), ("what to do", check.remedy)]
+    else:
+        rows += [
+            ("crash", f"{type(error).__name__}: {error}"),
+            ("what to do", "this is a fault of mosinit: report it"),
+        ]
+    facts = f"UKI {str(report.get('uki_id'))[:16]}, manifest sequence {report['sequence']}, mode {report['mode']}"
+    lines = [f"  {name:<12}{_printable(text)[:600]}" for name, text in (*rows, ("system", facts))]
+    bar = "=" * 78
+    return "\n".join(["", bar, "  mosinit does not start this machine", bar, *lines, bar, ""])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def tell(k: Machine, error: BaseException) -> int:
+    """Say on console, screen and log why this machine does not start; return the seconds to wait."""
+    if isinstance(error, Refused):
+        report = k.report.document("refused", error)
+    else:
+        report = {
+            **k.report.document("crashed"),
+            "crash": f"{type(error).__name__}: {error} {_where(error)}"[:1000],
+        }
+    k.log(str(error))
+    k.quiet_kernel(1)
+    k.print(screen(report, error))
+    k.print(f"\nmosinit-report: {json.dumps(report)}\n")
+    return min(LONGEST_WAIT, FIRST_WAIT << count_refusal(k, report) - 1)
+
+
+def _where(error: BaseException) -> str:
+    """Return the lines of this file that led to a crash."""
+    trace, lines = error.__traceback__, []
+    while trace is not None:
+        lines.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(lines)
+
+
+def give_up(k: Machine, error: BaseException) -> NoReturn:
+    """Take the one way out: fence, tell, wait, restart; without a fence, power off."""
+    try:
+        try:
+            fence(k)
+        except FenceError as failure:
+            tell(k, error)
+            k.print(f"mosinit: the TPM does not close ({failure}): switching off\n")
+            k.power_off()
+        wait = tell(k, error)
+        for left in range(wait, 0, -1):
+            k.feed_watchdog()
+            k.print(f"\rmosinit: restart in {left} s  ")
+            k.sleep(1)
+    finally:
+        k.restart()
+
+
+def main() -> NoReturn:
+    """Be PID 1. Arguments and environment are whatever the kernel was told: neither is looked at."""
+    os.environ.clear()
+    k = Machine()
+    try:
+        boot(k)
+    except BaseException as error:  # PID 1 must not end: whatever happened, the way out is the same
+        give_up(k, error)
+
+
+if __name__ == "__main__":
+    main()

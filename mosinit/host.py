@@ -1,7 +1,8 @@
-"""The package's seam to the world: the core's `Kernel`, extended by what only a build host or a booted machine needs.
+"""The package's seam to the world: the core's `Kernel`, extended by what only a build host or a booted
+machine needs.
 
-Everything that starts a process, writes a file a person keeps, or talks to that person goes through `Host`, so that a
-test can hand a recorder to any verb.
+Everything that starts a process, writes a file a person keeps, or talks to that person goes through `Host`,
+so that a test can hand a recorder to any verb.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Host(init.Kernel):
     ) -> bytes:
         """Run a program to its end and return its standard output.
 
-        Raises `Failure` with the last line of its standard error when it cannot start, fails or exceeds `timeout`
-        seconds. Secrets go through `stdin` or a file of mode 0600, never through `command`.
+        Raises `Failure` with the last line of its standard error when it cannot start, fails or exceeds
+        `timeout` seconds. Secrets go through `stdin` or a file of mode 0600, never through `command`.
         """
         name = os.path.basename(str(command[0]))
         try:
@@ -83,7 +84,8 @@ class Host(init.Kernel):
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> int:
-        """Run a program that talks to the person itself and return its exit status, 128 + N if signal N ended it.
+        """Run a program that talks to the person itself and return its exit status, 128 + N if signal N
+        ended it.
 
         Without `stdin` it has this process's own. Raises `Failure` if it cannot start.
         """
@@ -101,7 +103,9 @@ class Host(init.Kernel):
 
     @contextlib.contextmanager
     def scratch(self, near: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-        """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file system)."""
+        """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file
+        system).
+        """
         parent = None if near is None else Path(near).absolute().parent
         with tempfile.TemporaryDirectory(prefix=".mosinit-", dir=parent) as folder:
             yield Path(folder)
