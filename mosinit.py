@@ -1053,7 +1053,7 @@ def parse_descriptor(raw: object, check: str) -> Descriptor:
 
 
 def parse_descriptors(data: bytes, key: str, check: str) -> tuple[dict[str, object], tuple[Descriptor, ...]]:
-    """Parse an OCI index (`manifests`) or image manifest (`layers`): the whole object and its descriptors."""
+    """Parse an OCI index (`manifests`) or image manifest (`layers`): all of it, and its descriptors."""
     raw = parse_json(data, check)
     if not isinstance(raw, dict) or raw.get("schemaVersion") != 2 or not isinstance(raw.get(key), list):
         raise Refused(check, expected=f"an OCI document with {key}", seen=data[:60].decode(errors="replace"))
@@ -1495,7 +1495,7 @@ class Manifest(NamedTuple):
 
 
 def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, policy: Policy) -> Manifest:
-    """Return the manifest if a certificate of this product under the manifest CA signed exactly these bytes."""
+    """Return the manifest if this product's certificate, under the manifest CA, signed just these bytes."""
     signer = verify_certificate(certificate, policy.manifest_ca, policy.product)
     verify_signature(signer, signature, untrusted)
     contents = parse_manifest(untrusted)
@@ -1786,9 +1786,9 @@ def _check_trusted_keys(k: Machine, policy: Policy) -> None:
         raise Refused("SB-DB", expected=_words(policy.db), seen=str(error)) from error
     demand(k, "SB-DB", expected=_words(policy.db), seen=_words(db))
     # Only the key id counts: the words before it are the certificate's own and anybody can choose them.
-    for ring, expected in ((".platform", policy.platform), (".machine", ())):
+    for ring, listed in ((".platform", policy.platform), (".machine", ())):
         keys = [description.rpartition(": ")[2] for description in k.keyring(ring) or ()]
-        demand(k, "SB-KEYRING", expected=f"{ring} {_words(expected)}", seen=f"{ring} {_words(keys)}")
+        demand(k, "SB-KEYRING", expected=f"{ring} {_words(listed)}", seen=f"{ring} {_words(keys)}")
 
 
 def _words(items: Sequence[str]) -> str:
@@ -1851,12 +1851,8 @@ def find_disk(k: Machine) -> BootDisk:
         raise Refused(
             "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(seen) or "no disk"
         )
-    demand(
-        k,
-        "DISK-AMBIGUOUS",
-        expected="one disk",
-        seen=" and ".join(d.name for d in found) if found[1:] else "one disk",
-    )
+    others = " and ".join(disk.name for disk in found[1:])
+    demand(k, "DISK-AMBIGUOUS", expected="on one disk", seen=f"on {others} too" if others else "on one disk")
     return found[0]
 
 
@@ -1891,7 +1887,7 @@ def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
 
 
 def open_partition(k: Machine, disk: BootDisk, kind: str) -> tuple[int, Partition]:
-    """Open the one partition of that type on the boot disk; the kernel must place it where the table does."""
+    """Open the one partition of that type on the boot disk, where kernel and table agree on it."""
     partitions = [partition for partition in disk.partitions if partition.kind == kind]
     if len(partitions) != 1:
         raise Refused("DISK-PARTITION", expected=f"one partition of type {kind}", seen=str(len(partitions)))
@@ -1936,7 +1932,8 @@ def activate_verity(
 
     `device` is MAJOR:MINOR and holds data, one block of superblock, and the tree.
     """
-    parameters = f"1 {device} {device} {BLOCK} {BLOCK} {data_blocks} {data_blocks + 1} sha256 {root_hash} {salt or '-'}"
+    places = f"1 {device} {device} {BLOCK} {BLOCK} {data_blocks} {data_blocks + 1}"
+    parameters = f"{places} sha256 {root_hash} {salt or '-'}"
     path = ""
     try:
         path = k.dm(DmCommand.DEV_CREATE, name)
@@ -2259,7 +2256,9 @@ def read_refusal(k: Machine) -> dict[str, object] | None:
     """
     try:
         untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
-        raw = json.loads(untrusted[1]) if untrusted and len(untrusted[1]) <= 1024 else None
+        if untrusted is None or len(untrusted[1]) > 1024:
+            return None
+        raw = json.loads(untrusted[1])
         keep = {key: raw[key] for key in ("id", "sequence", "uki", "count")}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -2291,7 +2290,8 @@ def screen(report: Mapping[str, object], error: BaseException) -> str:
             ("crash", f"{type(error).__name__}: {error}"),
             ("what to do", "this is a fault of mosinit: report it"),
         ]
-    facts = f"UKI {str(report.get('uki_id'))[:16]}, manifest sequence {report['sequence']}, mode {report['mode']}"
+    uki = str(report.get("uki_id"))[:16]
+    facts = f"UKI {uki}, manifest sequence {report['sequence']}, mode {report['mode']}"
     lines = [f"  {name:<12}{_printable(text)[:600]}" for name, text in (*rows, ("system", facts))]
     bar = "=" * 78
     return "\n".join(["", bar, "  mosinit does not start this machine", bar, *lines, bar, ""])
