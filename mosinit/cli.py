@@ -1,7 +1,7 @@
 """The command line: one table of verbs, each a function that takes plain values and returns plain data.
 
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a check (its id is in the output), 130 interrupted.
-Results go to standard output, as text or with `--json` as one JSON value; progress and errors to standard error.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a check (its id is shown), 130 interrupted.
+Results go to standard output, as text or with `--json` as one JSON value; progress and errors to stderr.
 `--help`, `--version` and `explain` need nothing but Python: the other verbs first enter the tools tree.
 """
 
@@ -132,8 +132,15 @@ def explain_check(host: Host, values: argparse.Namespace) -> Result:
 
 def _keyset(keyset: Any) -> Result:
     roles = keyset.describe()
-    rows = [f"{r['role']:<12} {r['algorithm']:<12} until {r['not_after'][:10]}  {r['fingerprint']}" for r in roles]
-    head = [f"keyset {keyset.name}, product {keyset.product}", "fingerprints: SHA-256 of the certificate", ""]
+    rows = [
+        f"{r['role']:<12} {r['algorithm']:<12} until {r['not_after'][:10]}  {r['fingerprint']}"
+        for r in roles
+    ]
+    head = [
+        f"keyset {keyset.name}, product {keyset.product}",
+        "fingerprints: SHA-256 of the certificate",
+        "",
+    ]
     data = {"name": keyset.name, "product": keyset.product, "folder": str(keyset.folder), "roles": roles}
     return Result(data, "\n".join(head + rows))
 
@@ -192,7 +199,7 @@ VERBS = (
         "mosinit demo --dir ./demo",
         demo,
         (
-            folder("--dir", "where everything is made and reports are left (default: ./demo)", default=Path("demo")),
+            folder("--dir", "where everything is made (default: ./demo)", default=Path("demo")),
             flag("--interactive", "end at the console of a demo profile that can log in"),
         ),
     ),
@@ -202,7 +209,7 @@ VERBS = (
         "mosinit test unit -k keys",
         test,
         (
-            positional("strength", "only the unit tests or only the VM tests", nargs="?", choices=("unit", "vm")),
+            positional("strength", "only unit tests or only VM tests", nargs="?", choices=("unit", "vm")),
             Option("-k", "only tests whose names match, as pytest understands it", {"metavar": "EXPR"}),
             flag("--cold", "boot every VM from zero instead of restoring saved ones"),
         ),
@@ -233,7 +240,7 @@ VERBS = (
         (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the results go", required=True),
-            Option("--epoch", "everything below is unsafe, 1 to 64 (default: 1)", {"type": int, "default": 1}),
+            Option("--epoch", "what is below is unsafe, 1 to 64 (default: 1)", {"type": int, "default": 1}),
         ),
     ),
     Verb(
@@ -254,7 +261,7 @@ VERBS = (
         vm_boot,
         (
             folder("--disk", "the disk image", "FILE", required=True),
-            folder("--dir", "the machine's state: firmware variables, TPM, console log", "STATE", required=True),
+            folder("--dir", "the machine: firmware variables, TPM, console log", "STATE", required=True),
             folder("--keys", "the keyset to enrol in a new machine's firmware (default: the medium's own)"),
             folder("--report", "also write the report here", "FILE"),
             Option("--until", "how far (default: multi-user)",
@@ -305,8 +312,8 @@ def parser() -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for name, title in GROUPS.items():
         lines = "\n".join(f"  {v.words:<10} {v.summary}" for v in VERBS if v.words.startswith(f"{name} "))
-        words = {"prog": f"mosinit {name}", "usage": f"mosinit {name} VERB ..."}
-        inner = verbs.add_parser(name, **words, **_parser_options(title, f"verbs:\n{lines}"))
+        words = _parser_options(title, f"verbs:\n{lines}")
+        inner = verbs.add_parser(name, prog=f"mosinit {name}", usage=f"mosinit {name} VERB ...", **words)
         inner.set_defaults(group=name)
         groups[name] = inner.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
     for verb in VERBS:
@@ -317,7 +324,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add(verbs: Any, name: str, verb: Verb) -> None:
     words = f"mosinit {verb.words}"
-    made = verbs.add_parser(name, prog=words, **_parser_options(f"{verb.summary}.", f"example:\n  {verb.example}"))
+    made = verbs.add_parser(
+        name, prog=words, **_parser_options(f"{verb.summary}.", f"example:\n  {verb.example}")
+    )
     for option in verb.options:
         made.add_argument(option.name, help=option.help, **option.more)
     if verb.json:

@@ -41,11 +41,16 @@ def markdown_table() -> str:
 
 
 def table_in(document: str) -> str:
-    """Return the table that a document holds between its markers. Raises `Failure` without exactly one pair."""
+    """Return the table that a document holds between its markers.
+
+    Raises `Failure` without exactly one pair.
+    """
     before, begin, rest = document.partition(TABLE_BEGIN)
     inside, end, after = rest.partition(TABLE_END)
     if not begin or not end or TABLE_BEGIN in after or TABLE_END in before + after:
-        raise Failure(f"the document needs the lines {TABLE_BEGIN!r} and {TABLE_END!r}, each once, in this order")
+        raise Failure(
+            f"the document needs the lines {TABLE_BEGIN!r} and {TABLE_END!r}, each once, in this order"
+        )
     return inside.strip("\n") + "\n"
 
 
@@ -67,7 +72,7 @@ def refusal(refused: init.Refused) -> dict[str, str]:
 
 
 def report_text(report: Mapping[str, object]) -> str:
-    """Write a boot report for a person: the result, each check, how long each stage took, and a remedy if refused."""
+    """Write a boot report for a person: result, checks, how long each stage took, a remedy if refused."""
     lines = [f"{report.get('result')}: mode {report.get('mode')}, sequence {report.get('sequence')}"]
     for check in _rows(report, "checks"):
         mark = "ok     " if check.get("ok") else "REFUSED"

@@ -1,13 +1,13 @@
-"""The keyset: a folder with every key of an organisation, one role per key, and the one way to sign with them.
+"""The keyset: a folder with every key of an organisation, one role per key, and the one way to sign.
 
     keyset.json        {"schema": 1, "name": NAME, "product": UUID}
     ROLE.key           private key, PKCS#8 PEM, mode 0600; the folder is 0700
     ROLE.pem           certificate
     pcr.pub, platform.pub    public keys (SubjectPublicKeyInfo PEM), for tools that measure
 
-Roles do not mix. Firmware ignores key usage, so a key that may sign two kinds of things could be made to sign one in
-place of the other; and TPM policies tell keys in db apart only if each is an entry of its own. No private key is ever
-printed or overwritten.
+Roles do not mix. Firmware ignores key usage, so a key that may sign two kinds of things could be made to
+sign one in place of the other; and TPM policies tell keys in db apart only if each is an entry of its own.
+No private key is ever printed or overwritten.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ ROLES: Mapping[str, Role] = {
     "sudi-ca": Role("issues machine identities and machine records", "ECDSA P-384", ca=True),
 }
 
-# The time that Authenticode signatures carry where SOURCE_DATE_EPOCH says nothing: firmware does not look at it, and a
-# constant keeps two builds of the same input equal.
+# The time that Authenticode signatures carry where SOURCE_DATE_EPOCH says nothing: firmware does not look at
+# it, and a constant keeps two builds of the same input equal.
 SIGNING_TIME = 1735689600  # 2025-01-01T00:00:00Z
 
 
@@ -73,16 +73,19 @@ class Signer(Protocol):
         """The certificate that verifies what this signer signs."""
 
     def sign(self, data: bytes) -> bytes:
-        """Sign the exact bytes; the algorithm follows the key (`openssl pkeyutl -verify -rawin` verifies it)."""
+        """Sign the exact bytes as the key's type wants it; `openssl pkeyutl -verify -rawin` verifies it."""
 
     def sign_pkcs7(self, data: bytes) -> bytes:
-        """Return a detached PKCS#7 (DER) without attributes and certificates, as the kernel's dm-verity takes it."""
+        """Return a detached PKCS#7 (DER), no attributes, no certificates: what dm-verity takes."""
 
     def sign_pe(self, source: Path, target: Path) -> None:
         """Write `source` with an Authenticode signature to `target`; the same input gives the same bytes."""
 
     def private_key_path(self) -> Path:
-        """Return a file with the private key, for tools that must have one. Raises `Failure` where there is none."""
+        """Return a file with the private key, for tools that must have one.
+
+        Raises `Failure` where there is none.
+        """
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class FileSigner:
     certificate: x509.Certificate
 
     def sign(self, data: bytes) -> bytes:
-        """Sign the exact bytes: ECDSA (RFC 6979, so that it repeats), RSA PKCS#1 v1.5 with SHA-256, or Ed25519."""
+        """Sign the exact bytes: ECDSA (RFC 6979, so that it repeats), RSA PKCS#1 v1.5, or Ed25519."""
         key = _read_key(self.key)
         if isinstance(key, rsa.RSAPrivateKey):
             return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
@@ -114,7 +117,7 @@ class FileSigner:
         )  # fmt: skip
 
     def sign_pe(self, source: Path, target: Path) -> None:
-        """Write the signed copy of a PE file; the time in its signature is SOURCE_DATE_EPOCH or a constant."""
+        """Write the signed copy of a PE file; its time is SOURCE_DATE_EPOCH or a constant."""
         epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or SIGNING_TIME)
         frozen = datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
         with self.host.replacing(target) as fresh:
@@ -160,7 +163,7 @@ class Keyset:
         )
 
     def describe(self) -> list[dict[str, str]]:
-        """List the roles as plain data: fingerprints (SHA-256 of the DER certificate) and validity, nothing private."""
+        """List the roles as plain data; a fingerprint is the SHA-256 of the DER certificate."""
         return [
             {
                 "role": role,
@@ -176,7 +179,7 @@ class Keyset:
 
 
 def new(host: Host, folder: Path, product_name: str) -> Keyset:
-    """Make a keyset with a key of its own for each role and a new product id; it appears complete or not at all."""
+    """Make a keyset with a new key for each role and a new product id; it appears complete or not at all."""
     if not NAME.fullmatch(product_name):
         raise Usage(f"product name {product_name!r} must match {NAME.pattern}")
     if os.path.lexists(folder):
@@ -196,7 +199,10 @@ def new(host: Host, folder: Path, product_name: str) -> Keyset:
 
 
 def open_keyset(host: Host, folder: Path) -> Keyset:
-    """Open a keyset. Raises `Failure` if a role is missing, readable by others, or does not fit its certificate."""
+    """Open a keyset.
+
+    Raises `Failure` if a role is missing, readable by others, or does not fit its certificate.
+    """
     name, product = _read_description(folder / "keyset.json")
     certificates = {role: _open_role(folder, role) for role in ROLES}
     return Keyset(host, folder, name, product, certificates)
@@ -209,7 +215,9 @@ def _read_description(path: Path) -> tuple[str, str]:
             raise Failure(f"{path} has schema {words['schema']}, this mosinit knows {SCHEMA}")
         return str(words["name"]), str(uuid.UUID(words["product"]))
     except FileNotFoundError as error:
-        raise Failure(f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`") from error
+        raise Failure(
+            f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"cannot read {path}: {error}") from error
 
@@ -225,7 +233,9 @@ def _open_role(folder: Path, role: str) -> x509.Certificate:
         if public != _spki(certificate.public_key()):
             raise Failure(f"{key} does not fit {certificate_path}: restore the pair from a backup")
         if ROLES[role].public and (folder / f"{role}.pub").read_bytes() != public:
-            raise Failure(f"{folder / f'{role}.pub'} does not fit {certificate_path}: restore it from a backup")
+            raise Failure(
+                f"{folder / f'{role}.pub'} does not fit {certificate_path}: restore it from a backup"
+            )
     except FileNotFoundError as error:
         raise Failure(f"the keyset lacks {error.filename}: restore it from a backup") from error
     except (OSError, ValueError) as error:

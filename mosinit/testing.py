@@ -1,4 +1,5 @@
-"""The `test` verb: everything that says whether a checkout is sound, in one run of pytest inside the tools tree.
+"""The `test` verb: everything that says whether a checkout is sound, in one run of pytest inside the tools
+tree.
 
 Lint, types and the rules of the code are tests like the others (tests/test_rules.py).
 """

@@ -1,8 +1,8 @@
-"""The tools tree: a Debian 13 folder with every program that builds, signs and boots; the host's do not matter.
+"""The tools tree: a Debian 13 folder with every program that builds, signs and boots.
 
-The tree is made once by mmdebstrap from the host's own package sources, kept in the user's cache under a name derived
-from what is in it, and entered by a mount namespace of its own: `/usr`, `/etc` and `/var` are the tree's, every other
-folder of the host (home, work folders, `/tmp`, `/dev`) appears where it is.
+The tree is made once by mmdebstrap from the host's own package sources, kept in the user's cache under a
+name derived from what is in it, and entered by a mount namespace of its own: `/usr`, `/etc` and `/var` are
+the tree's, every other folder of the host (home, work folders, `/tmp`, `/dev`) appears where it is.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mosinit.host import Failure, Host, Usage
 
 SUITE = "trixie"
 PACKAGES = (
-    "ca-certificates", "cpio", "cryptsetup-bin", "dosfstools", "e2fsprogs", "erofs-utils", "faketime", "fdisk", "git",
-    "kmod", "libtss2-tcti-swtpm0t64", "mkosi", "mtools", "mypy", "openssl", "ovmf", "python3", "python3-cryptography",
-    "python3-hypothesis", "python3-pip", "python3-pyelftools", "python3-pytest", "python3-rich",
-    "python3-virt-firmware", "python3-yaml", "qemu-system-x86", "qemu-utils", "sbsigntool", "shellcheck", "skopeo",
-    "squashfs-tools", "swtpm", "swtpm-tools", "systemd", "systemd-boot-efi", "systemd-repart", "systemd-ukify",
-    "tpm2-tools", "uidmap", "zstd",
+    "ca-certificates", "cpio", "cryptsetup-bin", "dosfstools", "e2fsprogs", "erofs-utils", "faketime",
+    "fdisk", "git", "kmod", "libtss2-tcti-swtpm0t64", "mkosi", "mtools", "mypy", "openssl", "ovmf",
+    "python3", "python3-cryptography", "python3-hypothesis", "python3-pip", "python3-pyelftools",
+    "python3-pytest", "python3-rich", "python3-virt-firmware", "python3-yaml", "qemu-system-x86",
+    "qemu-utils", "sbsigntool", "shellcheck", "skopeo", "squashfs-tools", "swtpm", "swtpm-tools", "systemd",
+    "systemd-boot-efi", "systemd-repart", "systemd-ukify", "tpm2-tools", "uidmap", "zstd",
 )  # fmt: skip
 WHEELS = ("qemu.qmp==0.0.3", "ruff==0.14.5", "types-PyYAML==6.0.12.20250915")
 
@@ -38,8 +38,8 @@ TREE_OWN = {"bin", "boot", "etc", "lib", "lib32", "lib64", "libx32", "lost+found
 NEEDED_BYTES = 3 << 30  # the tree, and as much again while it is made
 UNUSED_SECONDS = 7 * 24 * 3600
 
-# The package alone, shown at a path of its own: the folder it lies in may be full of another Python's modules, and the
-# current folder must not be able to put a module of its own into a process of root.
+# The package alone, shown at a path of its own: the folder it lies in may be full of another Python's
+# modules, and the current folder must not be able to put a module of its own into a process of root.
 CODE = "/.mosinit"
 START = f"import sys; sys.path.insert(0, {CODE!r}); from mosinit.cli import main; sys.exit(main())"
 FROM_HOST_ETC = ("resolv.conf", "hosts", "pip.conf", "ssl/certs/ca-certificates.crt", "localtime")
@@ -64,7 +64,7 @@ def inside() -> bool:
 
 
 def run_inside(host: Host, arguments: list[str]) -> None:
-    """Return if this process is inside the tools tree; otherwise make the tree, enter it and start the command again.
+    """Return if this process is inside the tools tree; otherwise enter it and start the command again.
 
     Raises `Usage` if the current folder cannot be seen from inside, `Failure` without root.
     """
@@ -87,11 +87,13 @@ def hidden(path: Path) -> bool:
 def check_visible(path: Path, name: str) -> None:
     """Raise `Usage` if the tools tree hides a path that the command is to work with."""
     if not inside() and hidden(path):
-        raise Usage(f"{name} ({path}) lies where the tools tree has its own files: use /root, /home, /srv or /tmp")
+        raise Usage(
+            f"{name} ({path}) lies where the tools tree has its own files: use /root, /home, /srv or /tmp"
+        )
 
 
 def ensure(host: Host) -> Path:
-    """Return the tools tree, making it first if the cache has none; trees of other content, unused, are removed."""
+    """Return the tools tree, making it first if the cache has none; unused old trees are removed."""
     folder = cache()
     check_visible(folder, "the cache folder, see XDG_CACHE_HOME,")
     tree = folder / f"tools-{key()}"
@@ -99,7 +101,9 @@ def ensure(host: Host) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "tools.lock", "w")
     except OSError as error:
-        raise Failure(f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder") from error
+        raise Failure(
+            f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder"
+        ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (tree / STAMP).exists():
@@ -156,7 +160,9 @@ def _mounts_below(folder: Path) -> list[str]:
 def _make(host: Host, tree: Path) -> None:
     free = shutil.disk_usage(tree.parent).free
     if free < NEEDED_BYTES:
-        raise Failure(f"{tree.parent} has {free >> 20} MiB free, the tools tree needs {NEEDED_BYTES >> 20} MiB")
+        raise Failure(
+            f"{tree.parent} has {free >> 20} MiB free, the tools tree needs {NEEDED_BYTES >> 20} MiB"
+        )
     _need_mmdebstrap(host)
     host.say("making the tools tree (Debian 13, about 800 MB, once): one to three minutes")
     fresh = tree.with_suffix(".new")
@@ -188,7 +194,9 @@ def _need_mmdebstrap(host: Host) -> None:
     if not missing:
         return
     if not shutil.which("apt-get"):
-        raise Failure(f"{' and '.join(missing)} missing, and this is no Debian or Ubuntu: install them first")
+        raise Failure(
+            f"{' and '.join(missing)} missing, and this is no Debian or Ubuntu: install them first"
+        )
     host.say(f"installing {' and '.join(missing)}, to make the tools tree with")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=120"]
@@ -220,7 +228,7 @@ def debian_sources(apt: Path, suite: str) -> list[str]:
 
 
 def _host_sources(apt: Path) -> Iterator[tuple[str, str]]:
-    """Yield (mirror, suite) of every Debian source with the component main that the host uses (sources.list(5))."""
+    """Yield (mirror, suite) of every Debian source with the component main that the host uses."""
     parts = apt / "sources.list.d"
     found: list[tuple[str, str]] = []
     for path in (apt / "sources.list", *sorted(parts.glob("*.list"))):
@@ -254,7 +262,7 @@ def _deb822_sources(text: str) -> list[tuple[str, str]]:
 
 
 def _is_debian(uri: str, suite: str) -> bool:
-    # Others publish for Debian's suites too: the folder's name tells them apart. A snapshot's date is below it.
+    # Others publish for Debian's suites too: the folder's name, above a snapshot's date, tells them apart.
     path = re.sub(r"/\d{8}T\d{6}Z$", "", uri.rstrip("/")).rpartition("/")[2]
     codenames = ("bullseye", "bookworm", "trixie", "forky", "sid", "stable", "testing")
     return path.startswith("debian") and suite.partition("-")[0] in codenames
@@ -275,7 +283,7 @@ def _in_child(host: Host, tree: Path, command: list[str]) -> None:
 
 
 def enter(host: Host, tree: Path, command: list[str]) -> NoReturn:
-    """Replace this process by `command`, run with the tree's system folders and the host's everything else."""
+    """Replace this process by `command`, run with the tree's system folders and the host's other ones."""
     here = Path.cwd()
     try:
         host.unshare_mounts()
@@ -297,7 +305,11 @@ def enter(host: Host, tree: Path, command: list[str]) -> NoReturn:
             host.mount(os.path.realpath(f"/etc/{name}"), str(root / "etc" / name), "", init.MountFlag.BIND)
     host.pivot_root(str(root))
     os.chdir(here)
-    env = {**os.environ, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    env = {
+        **os.environ,
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LC_ALL": "C.UTF-8",
+    }
     temporary = ("TMPDIR",) if hidden(Path(env.get("TMPDIR", "/tmp"))) else ()
     for name in ("PYTHONHOME", "PYTHONPATH", "LD_PRELOAD", "LD_LIBRARY_PATH", *temporary):
         env.pop(name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,19 @@ from mosinit.host import Host
 
 @pytest.fixture
 def need() -> Callable[..., None]:
-    """Return a function that skips the test unless all the named programs exist, or fails it where they must."""
+    """Return a function that skips the test unless all the named programs and files exist, or fails it where
+    they must.
+    """
 
-    def check(*tools: str) -> None:
-        missing = [tool for tool in tools if not shutil.which(tool)]
+    def is_path(tool: str | Path) -> bool:
+        return "/" in str(tool) and Path(tool).exists()
+
+    def check(*tools: str | Path) -> None:
+        missing = [str(tool) for tool in tools if not shutil.which(tool) and not is_path(tool)]
         if missing and os.environ.get("MOSINIT_REQUIRE_TOOLS") == "1":
-            pytest.fail(f"this needs {', '.join(missing)}, and MOSINIT_REQUIRE_TOOLS=1 says it must be there")
+            pytest.fail(
+                f"this needs {', '.join(missing)}, and MOSINIT_REQUIRE_TOOLS=1 says it must be there"
+            )
         if missing:
             pytest.skip(f"this needs {', '.join(missing)}")
 
