@@ -1,0 +1,181 @@
+"""The firmware's variables: a file for OVMF with the Secure Boot certificates of one organisation in it.
+
+PK, KEK and db hold exactly the certificates that are given; no vendor's are added. The owner GUID of the entries is a
+constant, since the firmware measures it: machines with the same certificates have the same PCR 7.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from mosinit.host import Failure, Host
+
+TEMPLATE = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+OWNER = "9391f455-1d06-5c39-886f-52232b682dd8"  # uuid5(DNS, "secure-boot.mosinit"): of our entries in PK, KEK and db
+SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's vendor GUID, of MokListRT and its kin
+X509_GUID = "a5c059a1-94e4-4aa7-87b5-ab155c2bf072"  # UEFI 2.10, 32.4.1: EFI_CERT_X509_GUID
+NV_BS_RT = 0x07  # UEFI 2.10, 8.2: non-volatile, boot service, runtime
+ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+CERTIFICATE_LIMIT = 16 * 1024  # bytes of one certificate on a medium
+
+_LIST = struct.Struct("<16sIII16s")  # type, size of the list, of its header, of an entry; the entry's owner
+assert _LIST.size == 44
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What Secure Boot trusts: the machine's owner, who may change db, and db itself."""
+
+    pk: x509.Certificate
+    kek: x509.Certificate
+    db: tuple[x509.Certificate, ...]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One more variable of the firmware, with its attributes (UEFI 2.10, 8.2)."""
+
+    name: str
+    guid: str
+    data: bytes
+    attributes: int = NV_BS_RT
+
+
+def enroll(
+    host: Host,
+    target: Path,
+    certificates: Certificates,
+    *,
+    secure_boot: bool = True,
+    variables: Sequence[Variable] = (),
+) -> None:
+    """Write the variables of a new machine, whose firmware trusts exactly these certificates.
+
+    `secure_boot=False` keeps the certificates and turns enforcement off; `variables` are added as they are. Raises
+    `Failure` when OVMF or virt-fw-vars is missing or refuses.
+    """
+    if not TEMPLATE.is_file():
+        raise Failure(f"cannot read {TEMPLATE}: install ovmf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with host.scratch(target) as folder, host.replacing(target) as fresh:
+        command = ["virt-fw-vars", "--input", str(TEMPLATE), "--output", str(fresh), "--secure-boot"]
+        command += ["--set-pk", OWNER, _pem(folder / "PK.pem", certificates.pk)]
+        command += ["--add-kek", OWNER, _pem(folder / "KEK.pem", certificates.kek)]
+        for number, certificate in enumerate(certificates.db):
+            command += ["--add-db", OWNER, _pem(folder / f"db-{number}.pem", certificate)]
+        host.run(command, timeout=60)
+        command = ["virt-fw-vars", "--inplace", str(fresh), "--set-json", str(folder / "variables.json")]
+        if not secure_boot:
+            command += ["--set-false", "SecureBootEnable"]
+        (folder / "variables.json").write_text(_encode_variables(variables))
+        host.run(command, timeout=60)
+
+
+def mok_list(certificate: x509.Certificate) -> Variable:
+    """Return the variable by which shim gives the kernel a certificate that db does not hold."""
+    return Variable("MokListRT", SHIM, signature_list(certificate))
+
+
+def signature_list(certificate: x509.Certificate) -> bytes:
+    """Encode one certificate as an EFI_SIGNATURE_LIST (UEFI 2.10, 32.4.1)."""
+    der = certificate.public_bytes(Encoding.DER)
+    entry = 16 + len(der)
+    kind, owner = uuid.UUID(X509_GUID).bytes_le, uuid.UUID(OWNER).bytes_le
+    return _LIST.pack(kind, _LIST.size - 16 + entry, 0, entry, owner) + der
+
+
+def certificates_of_keyset(folder: Path) -> Certificates:
+    """Read what Secure Boot needs from a keyset folder; its private keys need not be there."""
+
+    def read(role: str) -> bytes:
+        try:
+            return (folder / f"{role}.pem").read_bytes()
+        except OSError as error:
+            raise Failure(
+                f"cannot read {folder / role}.pem ({error.strerror}): {folder} is no keyset"
+            ) from error
+
+    return _certificates(read, x509.load_pem_x509_certificate, ("PK", "KEK", "uki", "layer"), str(folder))
+
+
+def certificates_of_medium(host: Host, disk: Path) -> Certificates:
+    """Read the certificates that a medium offers for enrolment: the folder `keys/` of its EFI system partition.
+
+    A medium that enrols itself is trusted at first use, as at a real machine in setup mode. Raises `Failure` when it
+    has no such folder.
+    """
+    offset = _esp_offset(host, disk)
+
+    def read(name: str) -> bytes:
+        try:
+            return host.run(
+                ["mtype", "-i", f"{disk.absolute()}@@{offset}", f"::keys/{name}.der"], timeout=60
+            )
+        except Failure as error:
+            raise Failure(
+                f"{disk} offers no keys/{name}.der on its ESP: name the keyset that signed it by --keys"
+            ) from error
+
+    return _certificates(
+        read, x509.load_der_x509_certificate, ("PK", "KEK", "db-uki", "db-layer"), f"the ESP of {disk}"
+    )
+
+
+def _certificates(
+    read: Callable[[str], bytes],
+    parse: Callable[[bytes], x509.Certificate],
+    names: tuple[str, str, str, str],
+    where: str,
+) -> Certificates:
+    """Read PK, KEK and the two entries of db by these names."""
+
+    def load(name: str) -> x509.Certificate:
+        untrusted = read(name)
+        if len(untrusted) > CERTIFICATE_LIMIT:
+            raise Failure(f"the certificate {name} of {where} has more than {CERTIFICATE_LIMIT} bytes")
+        try:
+            return parse(untrusted)
+        except ValueError as error:
+            raise Failure(
+                f"the certificate {name} of {where} cannot be read: make the medium or keyset again"
+            ) from error
+
+    pk, kek, uki, layer = (load(name) for name in names)
+    return Certificates(pk, kek, (uki, layer))
+
+
+def _esp_offset(host: Host, disk: Path) -> int:
+    """Return where the EFI system partition of a raw image begins, in bytes."""
+    try:
+        table = json.loads(host.run(["sfdisk", "--json", disk], timeout=60))["partitiontable"]
+        sector = int(table.get("sectorsize", 512))
+        starts = [int(row["start"]) for row in table["partitions"] if row["type"].upper() == ESP_TYPE]
+    except (Failure, ValueError, KeyError) as error:
+        raise Failure(
+            f"{disk} has no partition table that can be read: name the keyset by --keys"
+        ) from error
+    if len(starts) != 1:
+        raise Failure(f"{disk} has {len(starts)} EFI system partitions, not one: name the keyset by --keys")
+    return starts[0] * sector
+
+
+def _pem(path: Path, certificate: x509.Certificate) -> str:
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    return str(path)
+
+
+def _encode_variables(variables: Sequence[Variable]) -> str:
+    """Encode variables as virt-fw-vars reads them."""
+    rows = [
+        {"name": each.name, "guid": each.guid, "attr": each.attributes, "data": each.data.hex()}
+        for each in variables
+    ]
+    return json.dumps({"version": 2, "variables": rows})

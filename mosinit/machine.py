@@ -1,0 +1,235 @@
+"""A virtual machine: QEMU with OVMF and swtpm as processes, driven over QMP.
+
+Every channel is a socket pair that QEMU and swtpm inherit: nothing listens, nothing has a path, and nothing is left
+behind. Both programs die with this process, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from qemu.qmp import EventListener, QMPClient, QMPError
+
+from mosinit.host import Failure
+
+CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
+VARIABLES = "OVMF_VARS.fd"
+REPORT_PORT = "org.mosinit.report"
+ACCELERATORS = {
+    "kvm": ["-accel", "kvm", "-cpu", "host"],
+    "tcg": ["-accel", "tcg,thread=multi", "-cpu", "max"],
+}
+QUIT_SECONDS = 5.0  # that a process has to end by itself
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the machine is made of, besides its boot disk. `memory` in MiB.
+
+    `network` is QEMU's user network: "restricted" reaches nothing outside, "user" what the host reaches. `smbios` are
+    strings of type 11. With `snapshot` the disks keep nothing of what is written to them.
+    """
+
+    memory: int = 1024
+    cpus: int = 2
+    tpm: bool = True
+    network: Literal["none", "restricted", "user"] = "none"
+    smbios: tuple[str, ...] = ()
+    extra_disks: tuple[Path, ...] = ()
+    snapshot: bool = False
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The file descriptors that QEMU inherits."""
+
+    qmp: int
+    console: int
+    report: int
+    tpm: int
+
+
+def command_line(
+    hardware: Hardware, disks: list[Path], variables: Path, accelerator: str, channels: Channels
+) -> list[str]:
+    """Return the command that starts QEMU, stopped before its first instruction."""
+    words = ["qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-S"]
+    words += ["-machine", "q35,smm=on", *ACCELERATORS[accelerator]]
+    words += ["-m", str(hardware.memory), "-smp", str(hardware.cpus)]
+    # Only code in System Management Mode may write the variables: the guest's own kernel is not to be trusted.
+    words += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
+    words += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_escape(CODE)}"]
+    words += ["-drive", f"if=pflash,unit=1,format=raw,file={_escape(variables)}"]
+    words += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
+    words += ["-chardev", f"socket,id=console,fd={channels.console}", "-serial", "chardev:console"]
+    words += ["-chardev", f"socket,id=report,fd={channels.report}", "-device", "virtio-serial-pci"]
+    words += ["-device", f"virtserialport,chardev=report,name={REPORT_PORT}"]
+    # A restart or a power-off stops the machine where it is, so that the reason can be asked for.
+    words += ["-device", "i6300esb", "-action", "reboot=shutdown,shutdown=pause,panic=pause,watchdog=reset"]
+    if hardware.tpm:
+        words += ["-chardev", f"socket,id=tpm,fd={channels.tpm}", "-tpmdev", "emulator,id=tpm,chardev=tpm"]
+        words += ["-device", "tpm-crb,tpmdev=tpm"]
+    for number, disk in enumerate(disks):
+        words += _disk(number, disk, hardware.snapshot)
+    for text in hardware.smbios:
+        words += ["-smbios", f"type=11,value={_escape(text)}"]
+    if hardware.network != "none":
+        restrict = "on" if hardware.network == "restricted" else "off"
+        words += [
+            "-netdev",
+            f"user,id=net,restrict={restrict}",
+            "-device",
+            "virtio-net-pci,netdev=net,romfile=",
+        ]
+    return words
+
+
+def _disk(number: int, path: Path, snapshot: bool) -> list[str]:
+    # A raw disk is never guessed to be another format: what the guest writes into it must not decide that.
+    driver = "qcow2" if path.suffix == ".qcow2" else "raw"
+    cache = {"no-flush": snapshot}
+    node = {
+        "node-name": f"disk{number}", "driver": driver, "discard": "unmap", "cache": cache,
+        "file": {"driver": _protocol(path), "filename": str(path), "cache": cache},
+    }  # fmt: skip
+    serial = "boot" if number == 0 else f"extra{number}"
+    device = f"virtio-blk-pci,id=blk{number},drive=disk{number},serial={serial},bootindex={number + 1}"
+    return ["-blockdev", json.dumps(node), "-device", device]
+
+
+def _protocol(path: Path) -> str:
+    return "host_device" if path.is_block_device() else "file"
+
+
+def _escape(value: str | Path) -> str:
+    return str(value).replace(",", ",,")  # QEMU's options are separated by commas
+
+
+@contextlib.contextmanager
+def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Yield the two ends of a channel: ours, which does not block, and the one that a program inherits."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@contextlib.asynccontextmanager
+async def process(
+    command: list[str], log: IO[bytes], *fds: int
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a program that ends with this context, and with this process even if that is killed.
+
+    A session of its own keeps the terminal's Ctrl-C from it. Its messages go to `log`. Raises `Failure` when it is
+    not there to be started.
+    """
+    try:
+        child = await asyncio.create_subprocess_exec(
+            "/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *command,
+            stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise Failure(f"cannot start {command[0]}: {error.filename} is missing") from error
+    try:
+        yield child
+    finally:
+        await asyncio.shield(_end(child))
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """Wait for a process that was told to end, and kill it when it does not."""
+    try:
+        await asyncio.wait_for(child.wait(), QUIT_SECONDS)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+
+
+def swtpm_command(folder: Path, control: int) -> list[str]:
+    """Return the command that starts a software TPM, which ends with the machine; its state lies in `folder`."""
+    return ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={folder.absolute()},mode=0600",
+            "--ctrl", f"type=unixio,clientfd={control}", "--terminate"]  # fmt: skip
+
+
+def last_words(log: Path) -> str:
+    """Return the last line of a log of QEMU or swtpm, for a message."""
+    try:
+        lines = log.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "no message"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that exists and does not run yet: `go` starts it."""
+
+    qmp: QMPClient
+    events: EventListener
+    console: socket.socket
+    report: socket.socket
+    qemu: asyncio.subprocess.Process
+    log: Path
+
+    async def go(self) -> None:
+        """Let the machine run."""
+        await self.command("cont")
+
+    async def command(self, name: str, **arguments: object) -> object:
+        """Give QEMU a command over QMP and return its answer. Raises `Failure`."""
+        try:
+            return await self.qmp.execute(name, arguments)
+        except (QMPError, EOFError, OSError) as error:
+            raise Failure(f"QEMU did not do {name}: {error}; it said: {last_words(self.log)}") from error
+
+
+@contextlib.asynccontextmanager
+async def powered(
+    hardware: Hardware, disks: list[Path], folder: Path, accelerator: str, more: tuple[str, ...] = ()
+) -> AsyncIterator[Machine]:
+    """Make a machine whose variables and TPM state lie in `folder`, and end it with this context.
+
+    `more` are further words for QEMU. Raises `Failure` with QEMU's own words when it refuses.
+    """
+    log = folder / "qemu.log"
+    async with contextlib.AsyncExitStack() as stack:
+        messages = stack.enter_context(log.open("wb"))
+        pairs = {name: stack.enter_context(channel()) for name in ("qmp", "console", "report")}
+        tpm_of_qemu, tpm_of_swtpm = (stack.enter_context(end) for end in socket.socketpair())
+        if hardware.tpm:
+            (folder / "tpm").mkdir(mode=0o700, exist_ok=True)
+            swtpm = swtpm_command(folder / "tpm", tpm_of_swtpm.fileno())
+            await stack.enter_async_context(process(swtpm, messages, tpm_of_swtpm.fileno()))
+        theirs = {name: end.fileno() for name, (_, end) in pairs.items()}
+        channels = Channels(**theirs, tpm=tpm_of_qemu.fileno())
+        command = command_line(hardware, disks, folder / VARIABLES, accelerator, channels)
+        qemu = await stack.enter_async_context(process([*command, *more], messages, *astuple(channels)))
+        # Whoever inherited an end must be its only owner: that the other is gone is seen by nothing else.
+        for end in (tpm_of_qemu, tpm_of_swtpm, *(theirs for _, theirs in pairs.values())):
+            end.close()
+        client = QMPClient()
+        events = EventListener()
+        client.register_listener(events)
+        try:
+            await client.connect(pairs["qmp"][0])
+        except (QMPError, EOFError, OSError) as error:
+            await qemu.wait()
+            raise Failure(f"QEMU did not start: {last_words(log)}") from error
+        stack.push_async_callback(_quit, client)
+        yield Machine(client, events, pairs["console"][0], pairs["report"][0], qemu, log)
+
+
+async def _quit(client: QMPClient) -> None:
+    """Ask QEMU to end; who waits for it kills it if it does not."""
+    with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+        await asyncio.wait_for(client.execute("quit"), QUIT_SECONDS)
+    with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+        await asyncio.wait_for(client.disconnect(), QUIT_SECONDS)

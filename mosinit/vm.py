@@ -1,0 +1,394 @@
+"""Boot a disk image in a virtual machine with Secure Boot and a TPM, and return the machine's own report.
+
+A machine has a folder, its STATE: the firmware's variables, the TPM's state, `console.log`, `report.json`. A folder
+that is new gets its certificates from a keyset or from the medium; one that is not keeps what it has, so that a disk
+can be moved to another machine, or a machine get another disk.
+
+A machine can also be saved where the bring-up begins, and be restored from there with another disk: the firmware, the
+stub and the kernel are then not run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+from qemu.qmp.message import Message
+
+from mosinit import accelerator, firmware, terminal, tools
+from mosinit.console import Lines, Log, Report
+from mosinit.host import Failure, Host
+from mosinit.machine import VARIABLES, Hardware, Machine, last_words, powered
+from mosinit.verdict import Until, Verdict, Watch
+
+SAVE_SECONDS = 120.0  # for QEMU to write or read the memory of a machine
+QUEUE = 256  # happenings that may wait: beyond, the guest's console waits
+
+
+@dataclass(frozen=True)
+class BootOptions:
+    """What to boot and what to wait for. `folder` is STATE, `timeout` counts seconds.
+
+    `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive` joins the
+    terminal to the machine's console until the machine stops or Ctrl-] is typed.
+    """
+
+    disk: Path
+    folder: Path
+    keys: Path | None = None
+    report: Path | None = None
+    until: Literal["multi-user", "pivoted"] = "multi-user"
+    timeout: float = 300.0
+    interactive: bool = False
+    hardware: Hardware = field(default_factory=Hardware)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a boot ended: `status` 0 as asked, 1 failed, 3 refused by a check; `reason` is a line for people.
+
+    `seconds` is all the time it took; `marks` says at what second the kernel, the bring-up ("start"), its report and
+    multi-user.target were seen.
+    """
+
+    status: int
+    report: Report | None
+    reason: str
+    console: Path
+    seconds: float
+    marks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A machine that was saved: its folder, how long boot and save took, and the bytes of its memory file."""
+
+    folder: Path
+    boot_seconds: float
+    save_seconds: float
+    size: int
+
+
+def boot(host: Host, options: BootOptions) -> Outcome:
+    """Boot a machine from power-on. Raises `Failure` when it cannot be made."""
+    with _prepared(host, options) as session:
+        _enroll_if_new(host, options)
+        kind = accelerator.choose(host)
+        return asyncio.run(_boot(session, kind))
+
+
+def save(host: Host, options: BootOptions, saved: Path) -> Saved:
+    """Boot a machine to the first line of its bring-up and keep it in the new folder `saved`.
+
+    Raises `Failure` when it does not get there, or got further: if a disk was read since the kernel started, a
+    restored machine would remember what the saved one saw.
+    """
+    if saved.exists():
+        raise Failure(f"{saved} exists, and a saved machine is never overwritten: remove it first")
+    with _prepared(host, options) as session, _fresh_folder(saved) as fresh:
+        _enroll_if_new(host, options)
+        kind = accelerator.choose(host)
+        seconds = asyncio.run(_save(session, kind, fresh / "memory"))
+        shutil.copyfile(options.folder / VARIABLES, fresh / VARIABLES)
+        (fresh / "machine.json").write_text(json.dumps(_shape(options, kind)))
+        return Saved(saved, *seconds, (fresh / "memory").stat().st_size)
+
+
+def restore(host: Host, saved: Path, options: BootOptions) -> Outcome:
+    """Let a saved machine go on with another disk of the same size; STATE is made anew.
+
+    Raises `Failure` when the hardware is not the one that was saved.
+    """
+    kind = accelerator.choose(host)
+    try:
+        shape = json.loads((saved / "machine.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Failure(f"{saved} holds no saved machine: save one there first") from error
+    if shape != _shape(options, kind):
+        raise Failure(f"{saved} holds a machine of other hardware or disk size: save one like this first")
+    with _prepared(host, options) as session:
+        shutil.rmtree(options.folder / "tpm", ignore_errors=True)
+        shutil.copyfile(saved / VARIABLES, options.folder / VARIABLES)
+        return asyncio.run(_restore(session, kind, saved / "memory"))
+
+
+# --- Before and after -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One use of a STATE folder: nobody else uses it meanwhile."""
+
+    host: Host
+    options: BootOptions
+    disks: list[Path]
+    log: Log
+
+    def outcome(self, watch: Watch, verdict: Verdict) -> Outcome:
+        """Keep the report where people look for it, and sum up."""
+        folder = self.options.folder
+        for path in (folder / "report.json", self.options.report):
+            if path and watch.report:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self.host.replacing(path) as fresh:
+                    fresh.write_text(json.dumps(watch.report, indent=2) + "\n")
+        seconds = round(watch.clock(), 2)
+        return Outcome(
+            verdict.status, watch.report, verdict.reason, folder / "console.log", seconds, watch.marks
+        )
+
+
+@contextlib.contextmanager
+def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
+    """Take the STATE folder, drop what an earlier boot said, and open the disks as the hardware asks."""
+    disks = [options.disk, *options.hardware.extra_disks]
+    for disk in disks:
+        if not (disk.is_file() or disk.is_block_device()):
+            raise Failure(f"cannot read the disk {disk}: make it first, or name another")
+    if options.interactive:
+        terminal.need()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((options.folder / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"a machine runs in {options.folder}: stop it or take another folder") from error
+        (options.folder / "report.json").unlink(missing_ok=True)
+        if options.hardware.snapshot:
+            layers = stack.enter_context(host.scratch(options.folder / "lock"))
+            disks = [
+                _layer_over(host, disk, layers / f"{number}.qcow2") for number, disk in enumerate(disks)
+            ]
+        log = stack.enter_context(contextlib.closing(Log(options.folder / "console.log")))
+        yield _Session(host, options, disks, log)
+
+
+def _layer_over(host: Host, disk: Path, layer: Path) -> Path:
+    """Make the file that takes what is written to a disk whose own file must not change."""
+    backing = "qcow2" if disk.suffix == ".qcow2" else "raw"
+    host.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", backing, "-b", disk.absolute(), layer], timeout=60
+    )
+    return layer
+
+
+def _enroll_if_new(host: Host, options: BootOptions) -> None:
+    if (options.folder / VARIABLES).exists():
+        return
+    if options.keys:
+        certificates = firmware.certificates_of_keyset(options.keys)
+    else:
+        certificates = firmware.certificates_of_medium(host, options.disk)
+        host.say(
+            f"{options.folder} is new: its firmware trusts the certificates in keys/ on the medium's ESP"
+        )
+    firmware.enroll(host, options.folder / VARIABLES, certificates)
+
+
+def _shape(options: BootOptions, kind: str) -> dict[str, object]:
+    """Return what must be equal in the machine that is saved and the one that is restored, as JSON has it."""
+    hardware = options.hardware
+    sizes = [_size(disk) for disk in (options.disk, *hardware.extra_disks)]
+    same = {**asdict(replace(hardware, extra_disks=(), snapshot=False)), "smbios": list(hardware.smbios)}
+    return {
+        "hardware": same | {"extra_disks": []},
+        "disks": sizes,
+        "accelerator": kind,
+        "tools": tools.key(),
+    }
+
+
+def _size(disk: Path) -> int:
+    with disk.open("rb") as file:
+        return file.seek(0, os.SEEK_END)
+
+
+@contextlib.contextmanager
+def _fresh_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `target` if all goes well and is gone otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield fresh
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+# --- While it runs --------------------------------------------------------------------------------
+
+Happening = Callable[[Watch], Verdict | None]
+
+
+def _watch(until: Until) -> Watch:
+    started = time.monotonic()
+    return Watch(until, lambda: time.monotonic() - started)
+
+
+async def _boot(session: _Session, kind: str) -> Outcome:
+    options, watch = session.options, _watch(session.options.until)
+    async with powered(options.hardware, session.disks, options.folder, kind) as machine:
+        return session.outcome(watch, await _until_settled(session, machine, watch))
+
+
+async def _save(session: _Session, kind: str, memory: Path) -> tuple[float, float]:
+    options, watch = session.options, _watch("start")
+    async with powered(options.hardware, session.disks, options.folder, kind) as machine:
+        reads: list[int] = []
+
+        async def count_reads() -> None:
+            if not reads and "kernel" in watch.marks:
+                reads.append(await _disk_reads(machine))
+
+        verdict = await _until_settled(session, machine, watch, count_reads)
+        await machine.command("stop")
+        if verdict.status != 0:
+            raise Failure(f"cannot save the machine: {verdict.reason}; see {options.folder / 'console.log'}")
+        if reads != [await _disk_reads(machine)]:
+            raise Failure("cannot save the machine: its disk was read before it could be stopped; try again")
+        begun = watch.clock()
+        await _migrate(machine, "migrate", memory)
+        return watch.marks["start"], round(watch.clock() - begun, 2)
+
+
+async def _restore(session: _Session, kind: str, memory: Path) -> Outcome:
+    options, watch = session.options, _watch(session.options.until)
+    more = ("-incoming", "defer")
+    async with powered(options.hardware, session.disks, options.folder, kind, more) as machine:
+        await _migrate(machine, "migrate-incoming", memory)
+        watch.marks |= {"kernel": 0.0, "start": round(watch.clock(), 2)}
+        return session.outcome(watch, await _until_settled(session, machine, watch))
+
+
+async def _disk_reads(machine: Machine) -> int:
+    """Count what the machine read from all its disks so far."""
+    answer = await machine.command("query-blockstats")
+    return sum(int(row["stats"]["rd_operations"]) for row in cast(list[dict[str, dict[str, int]]], answer))
+
+
+async def _migrate(machine: Machine, command: str, memory: Path) -> None:
+    """Write a stopped machine to a file, or read it from there, and wait until that is done."""
+    await machine.command("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    address = {"transport": "file", "filename": str(memory.absolute()), "offset": 0}
+    await machine.command(command, channels=[{"channel-type": "main", "addr": address}])
+    try:
+        async with asyncio.timeout(SAVE_SECONDS):
+            while (state := _migration_state(await machine.events.get())) != "completed":
+                if state == "failed":
+                    raise Failure(f"QEMU did not {command} {memory}: {last_words(machine.log)}")
+    except TimeoutError as error:
+        raise Failure(f"QEMU did not {command} {memory} within {SAVE_SECONDS:.0f} s") from error
+
+
+def _migration_state(event: Message) -> object:
+    return cast(dict[str, object], event["data"])["status"] if event["event"] == "MIGRATION" else None
+
+
+async def _until_settled(
+    session: _Session, machine: Machine, watch: Watch, each: Callable[[], Awaitable[None]] | None = None
+) -> Verdict:
+    """Let the machine run until its boot is settled, then, if a person is at its console, until that is over."""
+    options = session.options
+    async with _happenings(session, machine) as queue:
+        try:
+            async with asyncio.timeout(options.timeout):
+                await machine.go()
+                verdict = await _next_verdict(machine, watch, queue, each)
+        except TimeoutError:
+            return watch.late(options.timeout)
+        if options.interactive and verdict.status == 0:
+            await _next_verdict(machine, watch, queue, each)
+        return verdict
+
+
+async def _next_verdict(
+    machine: Machine,
+    watch: Watch,
+    queue: asyncio.Queue[Happening],
+    each: Callable[[], Awaitable[None]] | None,
+) -> Verdict:
+    while True:
+        resets = watch.resets
+        verdict = (await queue.get())(watch)
+        if each:
+            await each()
+        if verdict:
+            return verdict
+        if watch.resets > resets:
+            await machine.command("system_reset")
+            await machine.go()
+
+
+@contextlib.asynccontextmanager
+async def _happenings(session: _Session, machine: Machine) -> AsyncIterator[asyncio.Queue[Happening]]:
+    """Yield the queue of all that happens: lines of the console and the report port, events of QEMU, its end."""
+    queue: asyncio.Queue[Happening] = asyncio.Queue(QUEUE)
+    left = asyncio.Event()
+    with contextlib.ExitStack() as stack:
+        if session.options.interactive:
+            stack.enter_context(terminal.joined(machine.console, left))
+        tasks = [
+            asyncio.create_task(_console(session, machine, queue)),
+            asyncio.create_task(_report_port(machine, queue)),
+            asyncio.create_task(_events(machine, queue)),
+            asyncio.create_task(_end(machine, queue)),
+            asyncio.create_task(_leaving(left, queue)),
+        ]
+        try:
+            yield queue
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _console(session: _Session, machine: Machine, queue: asyncio.Queue[Happening]) -> None:
+    lines = Lines()
+    async for data in _received(machine.console):
+        session.log.write(data)
+        if session.options.interactive:
+            terminal.show(data)
+        for line in lines.feed(data):
+            await queue.put(partial(Watch.line, untrusted=line))
+
+
+async def _report_port(machine: Machine, queue: asyncio.Queue[Happening]) -> None:
+    lines = Lines()
+    async for data in _received(machine.report):
+        for line in lines.feed(data):
+            await queue.put(partial(Watch.port, untrusted=line))
+
+
+async def _received(end: socket.socket) -> AsyncIterator[bytes]:
+    with contextlib.suppress(ConnectionError):
+        while data := await asyncio.get_running_loop().sock_recv(end, 65536):
+            yield data
+
+
+async def _events(machine: Machine, queue: asyncio.Queue[Happening]) -> None:
+    async for event in machine.events:
+        data = cast(dict[str, object], event.get("data", {}))
+        await queue.put(partial(Watch.event, name=str(event["event"]), data=data))
+
+
+async def _end(machine: Machine, queue: asyncio.Queue[Happening]) -> None:
+    await machine.qemu.wait()
+    await queue.put(partial(Watch.ended, words=last_words(machine.log)))
+
+
+async def _leaving(left: asyncio.Event, queue: asyncio.Queue[Happening]) -> None:
+    await left.wait()
+    await queue.put(lambda watch: Verdict(1, "the person left the machine before it was up"))
