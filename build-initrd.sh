@@ -1,0 +1,76 @@
+#!/bin/bash
+# Packs the initrd: the frozen bring-up, the kernel modules that its policy lists, the organisation's CAs.
+# Two builds of the same input are byte-identical. What goes in is decided in mosinit/initrd.py.
+set -euo pipefail
+export LC_ALL=C
+umask 022
+
+usage() {
+    cat <<'END'
+usage: build-initrd.sh --kernel-modules DIR --policy FILE --manifest-ca FILE --sudi-ca FILE --out FILE
+
+  --kernel-modules DIR   lib/modules/VERSION of the kernel
+  --policy FILE          policy.json (`mosinit build` writes it)
+  --manifest-ca FILE     certificate (PEM) of the CA of install manifests
+  --sudi-ca FILE         certificate (PEM) of the CA of machine identities
+  --out FILE             the initrd; beside it FILE.parts.json (bytes of each part) and FILE.contents (what is in it)
+
+example: build-initrd.sh --kernel-modules /usr/lib/modules/6.12.0 --policy policy.json \
+           --manifest-ca keys/manifest-ca.pem --sudi-ca keys/sudi-ca.pem --out initrd.cpio.zst
+END
+}
+
+fail() {
+    echo "build-initrd.sh: $1" >&2
+    exit "${2:-1}"
+}
+
+modules='' policy='' manifest_ca='' sudi_ca='' out=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --kernel-modules | --policy | --manifest-ca | --sudi-ca | --out)
+            [ $# -ge 2 ] || fail "$1 wants a value" 2
+            name=${1#--}
+            [ "$name" = kernel-modules ] && name=modules
+            printf -v "${name//-/_}" '%s' "$2"
+            shift 2
+            ;;
+        *) fail "unknown option $1: see --help" 2 ;;
+    esac
+done
+for name in modules policy manifest_ca sudi_ca out; do
+    [ -n "${!name}" ] || fail "an option is missing: see --help" 2
+done
+for tool in cpio python3 zstd; do
+    command -v "$tool" >/dev/null || fail "$tool is missing: run this inside the tools tree, as \`mosinit build\` does"
+done
+
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+step() {
+    PYTHONPATH=$here PYTHONDONTWRITEBYTECODE=1 python3 -m mosinit.initrd "$@"
+}
+
+step stage --kernel-modules "$modules" --policy "$policy" --manifest-ca "$manifest_ca" --sudi-ca "$sudi_ca" \
+    --root "$work/root" >"$work/contents"
+
+# Two archives in one stream: device nodes first, since making them as files takes root.
+step nodes >"$work/initrd.cpio"
+(cd "$work/root" && find . -mindepth 1 -printf '%P\0' | sort -z |
+    cpio --quiet --null --create --format=newc --reproducible --owner=0:0) >>"$work/initrd.cpio"
+
+# One thread: with more, the bytes could depend on how many the machine has.
+zstd --quiet -19 --single-thread --no-progress "$work/initrd.cpio" -o "$work/initrd.cpio.zst"
+step weigh --root "$work/root" --packed "$work/initrd.cpio.zst" --parts "$work/parts.json" >"$work/table"
+
+# The initrd comes last: where it is, its two lists are.
+for pair in "contents .contents" "parts.json .parts.json" "initrd.cpio.zst "; do
+    target=$out${pair#* }
+    cp "$work/${pair% *}" "$target.new"
+    sync "$target.new"
+    mv "$target.new" "$target"
+done
+cat "$work/table"
