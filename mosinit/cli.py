@@ -109,7 +109,7 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
     options = vm.BootOptions(
         disk=values.disk,
-        state=values.dir,
+        folder=values.dir,
         keys=values.keys,
         report=values.report,
         until=values.until,
@@ -266,7 +266,8 @@ VERBS = (
             folder("--report", "also write the report here", "FILE"),
             Option("--until", "how far (default: multi-user)",
                    {"choices": ("pivoted", "multi-user"), "default": "multi-user"}),
-            Option("--timeout", "seconds that the whole boot may take", {"type": float, "metavar": "S"}),
+            Option("--timeout", "seconds that the boot may take (default: 300)",
+                   {"type": float, "metavar": "S", "default": 300.0}),
             flag("--interactive", "this terminal becomes the machine's console"),
         ),
     ),

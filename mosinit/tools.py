@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,9 +45,15 @@ START = f"import sys; sys.path.insert(0, {CODE!r}); from mosinit.cli import main
 FROM_HOST_ETC = ("resolv.conf", "hosts", "pip.conf", "ssl/certs/ca-certificates.crt", "localtime")
 
 
+def key_of(suite: str, packages: Sequence[str], wheels: Sequence[str]) -> str:
+    """Name the content of a tree: another content has another key."""
+    # The last word counts the ways in which trees were made.
+    return hashlib.sha256("\n".join((suite, *packages, *wheels, "1")).encode()).hexdigest()[:16]
+
+
 def key() -> str:
-    """Name what the tree holds: a tree of another content has another key."""
-    return hashlib.sha256("\n".join((SUITE, *PACKAGES, *WHEELS, "1")).encode()).hexdigest()[:16]
+    """Name the tree that this code needs."""
+    return key_of(SUITE, PACKAGES, WHEELS)
 
 
 def cache() -> Path:
@@ -92,9 +98,9 @@ def check_visible(path: Path, name: str) -> None:
         )
 
 
-def ensure(host: Host) -> Path:
+def ensure(host: Host, folder: Path | None = None) -> Path:
     """Return the tools tree, making it first if the cache has none; unused old trees are removed."""
-    folder = cache()
+    folder = folder or cache()
     check_visible(folder, "the cache folder, see XDG_CACHE_HOME,")
     tree = folder / f"tools-{key()}"
     try:
@@ -143,16 +149,16 @@ def _remove(host: Host, tree: Path) -> None:
             _remove(host, doomed)
         # A tree that is half gone must not be taken for a whole one: its stamp may be the last file to go.
         tree.rename(doomed)
-    for point in reversed(_mounts_below(doomed)):
+    for point in reversed(mounts_below(Path("/proc/self/mountinfo").read_text(), doomed)):
         # Removing files would otherwise go on into the host's own /dev.
         host.unmount(point, lazy=True)
     if doomed.is_dir():
         shutil.rmtree(doomed)
 
 
-def _mounts_below(folder: Path) -> list[str]:
+def mounts_below(mountinfo: str, folder: Path) -> list[str]:
     """Return the mount points below a folder, in the order they were mounted (proc(5), mountinfo)."""
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    points = [line.split()[4] for line in mountinfo.splitlines()]
     plain = [re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in points]
     return [point for point in plain if point.startswith(f"{os.path.realpath(folder)}/")]
 

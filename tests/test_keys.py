@@ -1,4 +1,4 @@
-"""The keyset: what `keys new` makes is what design and firmware need, and other tools accept what it signs."""
+"""The keyset: `keys new` makes what firmware, TPM and kernel need, and other tools accept what it signs."""
 
 from __future__ import annotations
 
@@ -308,21 +308,12 @@ def test_pkcs7_is_detached_bare_and_repeats(made: Path, host: Host, tmp_path: Pa
     assert ":sha256" in structure
     (tmp_path / "blob").write_bytes(blob)
     (tmp_path / "data").write_bytes(b"00" * 32)
-    verify = [
-        "smime",
-        "-verify",
-        "-binary",
-        "-inform",
-        "DER",
-        "-in",
-        tmp_path / "blob",
-        "-nointern",
-        "-noverify",
-    ]
-    openssl(*verify, "-content", tmp_path / "data", "-certfile", made / "layer.pem")
+    verify = ["smime", "-verify", "-binary", "-inform", "DER", "-nointern", "-noverify"]
+    verify += ["-in", str(tmp_path / "blob"), "-certfile", str(made / "layer.pem")]
+    openssl(*verify, "-content", tmp_path / "data")
     (tmp_path / "data").write_bytes(b"00" * 31 + b"01")
     with pytest.raises(subprocess.CalledProcessError):
-        openssl(*verify, "-content", tmp_path / "data", "-certfile", made / "layer.pem")
+        openssl(*verify, "-content", tmp_path / "data")
 
 
 def test_sbverify_accepts_a_signed_pe_and_signing_repeats(
