@@ -1,7 +1,8 @@
 """What a machine says: lines of its serial console and its boot report, all of it untrusted.
 
-The report comes as one line of the console, `mosinit-report: {json}`, from the bring-up itself, and as one line of
-JSON from a port of the started system. Nothing here believes a length, a type or a character of either.
+The report comes as one line of the console, `mosinit-report: {json}`, from the bring-up itself, and as one
+line of JSON from a port of the started system. Nothing here believes a length, a type or a character of
+either.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LINE_LIMIT = REPORT_LIMIT + 1024
 LOG_LIMIT = 16 * 1024 * 1024  # bytes of a console log
 RESULTS = {"pivoted": 0, "refused": 3, "crashed": 1}  # with the exit status each means
 CHECK_ID = re.compile(r"[A-Z][A-Z0-9]*(-[A-Z0-9]+){1,5}")
-# Terminal control: CSI and OSC sequences as firmware and systemd write them, then what is left of the controls.
+# Terminal control: CSI and OSC sequences as firmware and systemd write them, then every other control.
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\x20-\x7e\u00a0-\ud7ff]")
 
 Report = dict[str, object]
@@ -56,7 +57,7 @@ def check_report(value: dict[str, object]) -> Report:
 
 
 def parse_json(untrusted: bytes) -> dict[str, object]:
-    """Parse one JSON object of at most 64 KiB, without control characters in its strings. Raises `BadReport`."""
+    """Parse one JSON object of at most 64 KiB, free of control characters. Raises `BadReport`."""
     if len(untrusted) > REPORT_LIMIT:
         raise BadReport(f"it has more than {REPORT_LIMIT} bytes")
     try:

@@ -1,7 +1,8 @@
 """The firmware's variables: a file for OVMF with the Secure Boot certificates of one organisation in it.
 
-PK, KEK and db hold exactly the certificates that are given; no vendor's are added. The owner GUID of the entries is a
-constant, since the firmware measures it: machines with the same certificates have the same PCR 7.
+PK, KEK and db hold exactly the certificates that are given; no vendor's are added. The owner GUID of the
+entries is a constant, since the firmware measures it: machines with the same certificates have the same PCR
+7.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def enroll(
 ) -> None:
     """Write the variables of a new machine, whose firmware trusts exactly these certificates.
 
-    `secure_boot=False` keeps the certificates and turns enforcement off; `variables` are added as they are. Raises
-    `Failure` when OVMF or virt-fw-vars is missing or refuses.
+    `secure_boot=False` keeps the certificates and turns enforcement off; `variables` are added as they are.
+    Raises `Failure` when OVMF or virt-fw-vars is missing or refuses.
     """
     if not TEMPLATE.is_file():
         raise Failure(f"cannot read {TEMPLATE}: install ovmf")
@@ -107,10 +108,11 @@ def certificates_of_keyset(folder: Path) -> Certificates:
 
 
 def certificates_of_medium(host: Host, disk: Path) -> Certificates:
-    """Read the certificates that a medium offers for enrolment: the folder `keys/` of its EFI system partition.
+    """Read the certificates that a medium offers for enrolment: the folder `keys/` of its EFI system
+    partition.
 
-    A medium that enrols itself is trusted at first use, as at a real machine in setup mode. Raises `Failure` when it
-    has no such folder.
+    A medium that enrols itself is trusted at first use, as at a real machine in setup mode. Raises `Failure`
+    when it has no such folder.
     """
     offset = _esp_offset(host, disk)
 

@@ -1,7 +1,7 @@
 """A virtual machine: QEMU with OVMF and swtpm as processes, driven over QMP.
 
-Every channel is a socket pair that QEMU and swtpm inherit: nothing listens, nothing has a path, and nothing is left
-behind. Both programs die with this process, whatever ends it.
+Every channel is a socket pair that QEMU and swtpm inherit: nothing listens, nothing has a path, and nothing
+is left behind. Both programs die with this process, whatever ends it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ QUIT_SECONDS = 5.0  # that a process has to end by itself
 class Hardware:
     """What the machine is made of, besides its boot disk. `memory` in MiB.
 
-    `network` is QEMU's user network: "restricted" reaches nothing outside, "user" what the host reaches. `smbios` are
-    strings of type 11. With `snapshot` the disks keep nothing of what is written to them.
+    `network` is QEMU's user network: "restricted" reaches nothing outside, "user" what the host reaches.
+    `smbios` are strings of type 11. With `snapshot` the disks keep nothing of what is written to them.
     """
 
     memory: int = 1024
@@ -127,8 +127,8 @@ async def process(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a program that ends with this context, and with this process even if that is killed.
 
-    A session of its own keeps the terminal's Ctrl-C from it. Its messages go to `log`. Raises `Failure` when it is
-    not there to be started.
+    A session of its own keeps the terminal's Ctrl-C from it. Its messages go to `log`. Raises `Failure` when
+    it is not there to be started.
     """
     try:
         child = await asyncio.create_subprocess_exec(

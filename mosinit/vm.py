@@ -1,11 +1,11 @@
 """Boot a disk image in a virtual machine with Secure Boot and a TPM, and return the machine's own report.
 
-A machine has a folder, its STATE: the firmware's variables, the TPM's state, `console.log`, `report.json`. A folder
-that is new gets its certificates from a keyset or from the medium; one that is not keeps what it has, so that a disk
-can be moved to another machine, or a machine get another disk.
+A machine has a folder, its STATE: the firmware's variables, the TPM's state, `console.log`, `report.json`. A
+folder that is new gets its certificates from a keyset or from the medium; one that is not keeps what it has,
+so that a disk can be moved to another machine, or a machine get another disk.
 
-A machine can also be saved where the bring-up begins, and be restored from there with another disk: the firmware, the
-stub and the kernel are then not run again.
+A machine can also be saved where the bring-up begins, and be restored from there with another disk: the
+firmware, the stub and the kernel are then not run again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ QUEUE = 256  # happenings that may wait: beyond, the guest's console waits
 class BootOptions:
     """What to boot and what to wait for. `folder` is STATE, `timeout` counts seconds.
 
-    `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive` joins the
-    terminal to the machine's console until the machine stops or Ctrl-] is typed.
+    `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive`
+    joins the terminal to the machine's console until the machine stops or Ctrl-] is typed.
     """
 
     disk: Path
@@ -59,8 +59,8 @@ class BootOptions:
 class Outcome:
     """How a boot ended: `status` 0 as asked, 1 failed, 3 refused by a check; `reason` is a line for people.
 
-    `seconds` is all the time it took; `marks` says at what second the kernel, the bring-up ("start"), its report and
-    multi-user.target were seen.
+    `seconds` is all the time it took; `marks` says at what second the kernel, the bring-up ("start"), its
+    report and multi-user.target were seen.
     """
 
     status: int
@@ -92,8 +92,8 @@ def boot(host: Host, options: BootOptions) -> Outcome:
 def save(host: Host, options: BootOptions, saved: Path) -> Saved:
     """Boot a machine to the first line of its bring-up and keep it in the new folder `saved`.
 
-    Raises `Failure` when it does not get there, or got further: if a disk was read since the kernel started, a
-    restored machine would remember what the saved one saw.
+    Raises `Failure` when it does not get there, or got further: if a disk was read since the kernel started,
+    a restored machine would remember what the saved one saw.
     """
     if saved.exists():
         raise Failure(f"{saved} exists, and a saved machine is never overwritten: remove it first")
