@@ -1,4 +1,4 @@
-"""Whether this host can run machines in hardware: found out once per boot of the host, by running a firmware."""
+"""Whether this host runs machines in hardware: found out once per boot of the host, by running firmware."""
 
 from __future__ import annotations
 

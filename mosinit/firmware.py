@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from mosinit.host import Failure, Host
 
 TEMPLATE = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
-OWNER = "9391f455-1d06-5c39-886f-52232b682dd8"  # uuid5(DNS, "secure-boot.mosinit"): of our entries in PK, KEK and db
+OWNER = "9391f455-1d06-5c39-886f-52232b682dd8"  # uuid5(DNS, "secure-boot.mosinit")
 SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's vendor GUID, of MokListRT and its kin
 X509_GUID = "a5c059a1-94e4-4aa7-87b5-ab155c2bf072"  # UEFI 2.10, 32.4.1: EFI_CERT_X509_GUID
 NV_BS_RT = 0x07  # UEFI 2.10, 8.2: non-volatile, boot service, runtime

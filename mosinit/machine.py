@@ -63,7 +63,7 @@ def command_line(
     words = ["qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-S"]
     words += ["-machine", "q35,smm=on", *ACCELERATORS[accelerator]]
     words += ["-m", str(hardware.memory), "-smp", str(hardware.cpus)]
-    # Only code in System Management Mode may write the variables: the guest's own kernel is not to be trusted.
+    # Only code in System Management Mode writes the variables: the guest's kernel is not trusted.
     words += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     words += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_escape(CODE)}"]
     words += ["-drive", f"if=pflash,unit=1,format=raw,file={_escape(variables)}"]
@@ -154,7 +154,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 
 
 def swtpm_command(folder: Path, control: int) -> list[str]:
-    """Return the command that starts a software TPM, which ends with the machine; its state lies in `folder`."""
+    """Return the command of a software TPM that ends with the machine; its state lies in `folder`."""
     return ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={folder.absolute()},mode=0600",
             "--ctrl", f"type=unixio,clientfd={control}", "--terminate"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the happenings of a boot mean: from console lines, report lines and QEMU's events to how the boot ended."""
+"""What the happenings of a boot mean: from console lines, report lines and events to how it ended."""
 
 from __future__ import annotations
 

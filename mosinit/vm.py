@@ -73,7 +73,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Saved:
-    """A machine that was saved: its folder, how long boot and save took, and the bytes of its memory file."""
+    """A machine that was saved: its folder, seconds of boot and save, bytes of its memory file."""
 
     folder: Path
     boot_seconds: float
@@ -199,7 +199,7 @@ def _enroll_if_new(host: Host, options: BootOptions) -> None:
 
 
 def _shape(options: BootOptions, kind: str) -> dict[str, object]:
-    """Return what must be equal in the machine that is saved and the one that is restored, as JSON has it."""
+    """Return what must be equal in the machine that is saved and the one that is restored."""
     hardware = options.hardware
     sizes = [_size(disk) for disk in (options.disk, *hardware.extra_disks)]
     same = {**asdict(replace(hardware, extra_disks=(), snapshot=False)), "smbios": list(hardware.smbios)}
@@ -300,7 +300,7 @@ def _migration_state(event: Message) -> object:
 async def _until_settled(
     session: _Session, machine: Machine, watch: Watch, each: Callable[[], Awaitable[None]] | None = None
 ) -> Verdict:
-    """Let the machine run until its boot is settled, then, if a person is at its console, until that is over."""
+    """Run the machine until its boot is settled, and on while a person is at its console."""
     options = session.options
     async with _happenings(session, machine) as queue:
         try:
@@ -334,7 +334,7 @@ async def _next_verdict(
 
 @contextlib.asynccontextmanager
 async def _happenings(session: _Session, machine: Machine) -> AsyncIterator[asyncio.Queue[Happening]]:
-    """Yield the queue of all that happens: lines of the console and the report port, events of QEMU, its end."""
+    """Yield the queue of all that happens: lines of console and report port, events of QEMU, its end."""
     queue: asyncio.Queue[Happening] = asyncio.Queue(QUEUE)
     left = asyncio.Event()
     with contextlib.ExitStack() as stack:
