@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +62,7 @@ def demo(host: Host, values: argparse.Namespace) -> Result:
     """Go from nothing to a booted machine."""
     from mosinit import demo as demonstration
 
-    return _outcome(demonstration.demo(host, values.dir, values.interactive))
+    return outcome(demonstration.demo(host, values.dir, values.interactive))
 
 
 def test(host: Host, values: argparse.Namespace) -> Result:
@@ -91,7 +90,7 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
 
-    return _outcome(builder.build(host, values.keys, values.out, values.epoch))
+    return outcome(builder.build(host, values.keys, values.out, values.epoch))
 
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
@@ -100,7 +99,7 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
     from mosinit import publish as publisher
 
     keyset = keys.open_keyset(host, values.keys)
-    return _outcome(publisher.publish(host, values.manifest, keyset, values.to))
+    return outcome(publisher.publish(host, values.manifest, keyset, values.to))
 
 
 def vm_boot(host: Host, values: argparse.Namespace) -> Result:
@@ -116,13 +115,15 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
         timeout=values.timeout,
         interactive=values.interactive,
     )
-    return _outcome(vm.boot(host, options))
+    return outcome(vm.boot(host, options))
 
 
 def explain_check(host: Host, values: argparse.Namespace) -> Result:
     """Say what checks mean."""
     if bool(values.id) == values.all:
         raise Usage("explain takes one id, such as SB-OFF, or --all")
+    if values.markdown:
+        return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
     checks = explain.explain_all() if values.all else [explain.explain(values.id)]
     return Result(checks if values.all else checks[0], explain.text(checks))
 
@@ -145,7 +146,7 @@ def _keyset(keyset: Any) -> Result:
     return Result(data, "\n".join(head + rows))
 
 
-def _outcome(outcome: object) -> Result:
+def outcome(outcome: object) -> Result:
     """Return what a verb handed back as plain data; a boot report in it is written out for a person."""
     data = plain(outcome)
     if not isinstance(data, dict):
@@ -279,6 +280,7 @@ VERBS = (
         (
             positional("id", "the check", nargs="?", metavar="ID"),
             flag("--all", "list every check"),
+            flag("--markdown", "write them as the table of the README"),
         ),
         tools=False,
     ),
@@ -298,46 +300,54 @@ class Parser(argparse.ArgumentParser):
         raise Usage(f"{message} (see `{self.prog} --help`)")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(table: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
     """Build the parser from the table."""
-    overview = "\n".join(
-        f"  {verb.words:<10} {verb.summary}\n  {'':<10}   {verb.example}" for verb in VERBS
-    )  # fmt: skip
-    top = _parser_options(
-        "Brings a Linux machine from power-on to a running, verified root filesystem.",
-        f"verbs, each with an example:\n{overview}\n\n`mosinit VERB --help` says more.",
+    overview = "\n".join(f"  {verb.words:<10} {verb.summary}\n{'':<15}{verb.example}" for verb in table)
+    root = Parser(
+        prog="mosinit",
+        usage="mosinit VERB ...",
+        **_words(
+            "Brings a Linux machine from power-on to a running, verified root filesystem.",
+            f"verbs and examples (in a checkout, `mosinit` is `python3 -m mosinit`):\n{overview}\n\n"
+            "`mosinit VERB --help` says more.",
+        ),
     )
-    root = Parser(prog="mosinit", usage="mosinit VERB ...", **top)
     root.add_argument("--version", action="version", version=f"mosinit {__version__}")
     verbs = root.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
-    groups: dict[str, Any] = {}
-    for name, title in GROUPS.items():
-        lines = "\n".join(f"  {v.words:<10} {v.summary}" for v in VERBS if v.words.startswith(f"{name} "))
-        words = _parser_options(title, f"verbs:\n{lines}")
-        inner = verbs.add_parser(name, prog=f"mosinit {name}", usage=f"mosinit {name} VERB ...", **words)
-        inner.set_defaults(group=name)
-        groups[name] = inner.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
-    for verb in VERBS:
+    groups: dict[str, Any] = {"": verbs}
+    for verb in table:
         group, _, name = verb.words.rpartition(" ")
-        _add(groups[group] if group else verbs, name, verb)
+        if group not in groups:
+            groups[group] = _add_group(verbs, group, table)
+        _add_verb(groups[group], name, verb)
     return root
 
 
-def _add(verbs: Any, name: str, verb: Verb) -> None:
-    words = f"mosinit {verb.words}"
-    made = verbs.add_parser(
-        name, prog=words, **_parser_options(f"{verb.summary}.", f"example:\n  {verb.example}")
-    )
+def _add_group(verbs: Any, group: str, table: Sequence[Verb]) -> Any:
+    lines = "\n".join(f"  {verb.words:<10} {verb.summary}" for verb in _verbs_of(group, table))
+    words = _words(GROUPS[group], f"verbs:\n{lines}")
+    inner = verbs.add_parser(group, prog=f"mosinit {group}", usage=f"mosinit {group} VERB ...", **words)
+    inner.set_defaults(group=group)
+    return inner.add_subparsers(metavar="VERB", help=argparse.SUPPRESS, parser_class=Parser)
+
+
+def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
+    words = _words(f"{verb.summary}.", f"example:\n  {verb.example}")
+    made = verbs.add_parser(name, prog=f"mosinit {verb.words}", **words)
     for option in verb.options:
         made.add_argument(option.name, help=option.help, **option.more)
+    made.set_defaults(verb=verb, json=False)
     if verb.json:
         made.add_argument("--json", action="store_true", help="print the result as JSON")
-    made.set_defaults(verb=verb, json=False)
 
 
-def _parser_options(description: str, epilog: str) -> dict[str, Any]:
+def _verbs_of(group: str, table: Sequence[Verb]) -> list[Verb]:
+    return [verb for verb in table if not group or verb.words.startswith(f"{group} ")]
+
+
+def _words(description: str, epilog: str) -> dict[str, Any]:
     return {
-        "description": textwrap.fill(description[0].upper() + description[1:], 100),
+        "description": description[0].upper() + description[1:],
         "epilog": epilog,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         # An abbreviation that works today would be ambiguous or mean something else tomorrow.
@@ -345,14 +355,11 @@ def _parser_options(description: str, epilog: str) -> dict[str, Any]:
     }
 
 
-def run(host: Host, arguments: list[str]) -> Result:
-    """Parse the arguments, enter the tools tree if the verb needs it, and run the verb."""
-    top = parser()
-    values = top.parse_args(arguments)
-    if not hasattr(values, "verb"):
-        group = getattr(values, "group", None)
-        names = [v.words for v in VERBS if not group or v.words.startswith(f"{group} ")]
-        raise Usage(f"a verb is missing: {', '.join(names)} (see `mosinit --help`)")
+# --- Running a verb ----------------------------------------------------------------------------------
+
+
+def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
+    """Run the verb; if it needs the tools tree, enter that first, which starts this command again."""
     verb: Verb = values.verb
     if verb.tools:
         for name, value in vars(values).items():
@@ -362,23 +369,26 @@ def run(host: Host, arguments: list[str]) -> Result:
     return verb.run(host, values)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) -> int:
     """Run the command and return its exit status."""
     host = Host()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in words
-    # What a verb started (VMs, TPMs, mounts) is stopped by its `finally`: a plain SIGTERM would skip those.
-    signal.signal(signal.SIGTERM, _terminated)
+    as_json = False
     try:
-        result = run(host, words)
-        _print(json.dumps(result.data, indent=1) if as_json and result.data is not None else result.text)
+        if arguments is None:
+            # What a verb started (VMs, TPMs, mounts) is stopped by its `finally`: a plain SIGTERM skips
+            # those.
+            signal.signal(signal.SIGTERM, _terminated)
+        values = parser(table).parse_args(words)
+        as_json = getattr(values, "json", False)
+        if not hasattr(values, "verb"):
+            names = [verb.words for verb in _verbs_of(getattr(values, "group", ""), table)]
+            raise Usage(f"a verb is missing: {', '.join(names)} (see `mosinit --help`)")
+        result = run(host, values, words)
+        _print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.status
     except init.Refused as refused:
-        data = explain.refusal(refused)
-        host.say(f"refused: {refused}" + (f" ({data['title']})" if data["title"] else ""))
-        host.say(f"remedy: {data['remedy']}" if data["remedy"] else "remedy: none is known")
-        _print(json.dumps(data, indent=1) if as_json else "")
-        return REFUSED
+        return _refused(host, explain.refusal(refused), as_json)
     except Failure as failure:
         host.say(f"error: {failure}")
         return failure.status
@@ -392,6 +402,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         host.say(f"error: {error}")
         return FAILED
+
+
+def _refused(host: Host, refusal: Mapping[str, str], as_json: bool) -> int:
+    """Say what was refused and what to do."""
+    host.say(f"refused: {refusal['failed']}: expected {refusal['expected']}, seen {refusal['seen']}")
+    if refusal["remedy"]:
+        host.say(f"{refusal['title']}: {refusal['remedy']}")
+    if as_json:
+        _print(json.dumps(refusal, indent=1))
+    return REFUSED
 
 
 def _print(text: str) -> None:

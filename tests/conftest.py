@@ -14,7 +14,7 @@ from mosinit.host import Host
 
 @pytest.fixture
 def need() -> Callable[..., None]:
-    """Return a function that skips the test unless the named programs and files exist, or fails it for CI."""
+    """Return a function that skips the test unless programs or files exist, or fails it for CI."""
 
     def is_path(tool: str | Path) -> bool:
         return "/" in str(tool) and Path(tool).exists()

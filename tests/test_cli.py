@@ -1,0 +1,327 @@
+"""The command line: its statuses and outputs are an interface, and its help needs nothing but Python."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mosinit import __version__, cli, explain, init, testing
+from mosinit.host import Failure, Host, Usage
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = [verb.words for verb in cli.VERBS]
+
+
+def mosinit(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a Python without any package besides its own standard library."""
+    command = ["/usr/bin/python3", "-S", "-B", "-m", "mosinit", *words]
+    env = {"PATH": "/usr/bin:/bin", "COLUMNS": "100"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+# --- Help, on bare Python ----------------------------------------------------------------------------
+
+
+def test_help_shows_each_verb_with_its_example() -> None:
+    done = mosinit("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for verb in cli.VERBS:
+        assert verb.summary in done.stdout
+        assert verb.example in done.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=WORDS)
+def test_help_of_a_verb(verb: cli.Verb) -> None:
+    done = mosinit(*verb.words.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"example:\n  {verb.example}" in done.stdout
+    for option in verb.options:
+        assert option.help.split("(")[0].rstrip() in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+def test_help_of_a_group(group: str) -> None:
+    done = mosinit(group, "--help")
+    assert done.returncode == 0
+    assert [verb.words for verb in cli.VERBS if f"  {verb.words} " in done.stdout] == [
+        words for words in WORDS if words.startswith(f"{group} ")
+    ]
+
+
+def test_version() -> None:
+    assert mosinit("--version").stdout == f"mosinit {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=WORDS)
+def test_examples_are_valid(verb: cli.Verb) -> None:
+    name, *words = shlex.split(verb.example)
+    assert name == "mosinit"
+    assert cli.parser().parse_args(words).verb is verb
+
+
+# --- Wrong usage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "a verb is missing: demo, test, keys new"),
+        ("keys", "a verb is missing: keys new, keys show"),
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("keys nonsense", "invalid choice: 'nonsense'"),
+        ("keys new", "required: DIR, --product"),
+        ("keys new k --prod x", "required: --product"),
+        ("vm boot --disk d --dir s --until later", "invalid choice: 'later'"),
+        ("build --keys k --out o --epoch one", "invalid int value: 'one'"),
+        ("explain", "one id"),
+        ("explain SB-OFF --all", "one id"),
+        ("explain SB-OF", "did you mean SB-OFF"),
+        ("explain ???", "--all"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(words: str, says: str) -> None:
+    done = mosinit(*words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mosinit: error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+# --- explain -----------------------------------------------------------------------------------------
+
+
+def test_explain() -> None:
+    done = mosinit("explain", "sb-off")
+    check = init.CHECKS["SB-OFF"]
+    assert (done.returncode, done.stdout) == (0, f"SB-OFF: {check.title}\n  {check.remedy}\n")
+
+
+def test_explain_json() -> None:
+    check = init.CHECKS["SB-OFF"]
+    assert json.loads(mosinit("explain", "SB-OFF", "--json").stdout) == {
+        "id": "SB-OFF",
+        "title": check.title,
+        "remedy": check.remedy,
+    }
+
+
+def test_explain_all() -> None:
+    listed = json.loads(mosinit("explain", "--all", "--json").stdout)
+    assert [check["id"] for check in listed] == sorted(init.CHECKS)
+    text = mosinit("explain", "--all").stdout
+    assert all(f"{check}: {entry.title}\n" in text for check, entry in init.CHECKS.items())
+
+
+def test_the_table_is_found_between_its_markers() -> None:
+    table = explain.markdown_table()
+    assert table == mosinit("explain", "--all", "--markdown").stdout
+    document = f"# title\n\n{explain.TABLE_BEGIN}\n\n{table}\n{explain.TABLE_END}\n\nmore\n"
+    assert explain.table_in(document) == table
+    assert table.count("\n") == len(init.CHECKS) + 2
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "",
+        explain.TABLE_BEGIN,
+        explain.TABLE_END + explain.TABLE_BEGIN,
+        explain.TABLE_BEGIN + explain.TABLE_END + explain.TABLE_END,
+        explain.TABLE_BEGIN + explain.TABLE_END + explain.TABLE_BEGIN,
+    ],
+)
+def test_markers_that_are_not_a_pair(document: str) -> None:
+    with pytest.raises(Failure, match="each once"):
+        explain.table_in(document)
+
+
+def test_a_report_for_people() -> None:
+    report = {
+        "result": "refused",
+        "mode": "live",
+        "sequence": 7,
+        "failed": "SB-OFF",
+        "checks": [
+            {"id": "TPM-ABSENT", "ok": True, "expected": "a TPM", "seen": "TPM 2.0"},
+            {"id": "SB-OFF", "ok": False, "expected": "on", "seen": "off"},
+        ],
+        "stages": [{"name": "setup", "ms": 12}, {"name": "modules", "ms": 34}],
+    }
+    text = explain.report_text(report)
+    for words in ("refused: mode live, sequence 7", "ok      TPM-ABSENT: TPM 2.0", "REFUSED SB-OFF: off"):
+        assert words in text
+    assert "expected on" in text
+    assert "setup 12 ms, modules 34 ms" in text
+    assert init.CHECKS["SB-OFF"].remedy in text
+
+
+@pytest.mark.parametrize(
+    "report", [{}, {"checks": None, "stages": {"x": 1}}, {"checks": ["x"], "failed": "NEW-ID"}]
+)
+def test_a_report_of_another_version_is_shown_as_far_as_it_goes(report: dict[str, object]) -> None:
+    assert explain.report_text(report)
+
+
+# --- Statuses ----------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    report: dict[str, object]
+    status: int
+    console: Path
+
+
+def table(run: Callable[[Host, argparse.Namespace], cli.Result]) -> tuple[cli.Verb, ...]:
+    return (cli.Verb("go", "goes", "mosinit go", run, tools=False),)
+
+
+def raising(error: BaseException) -> tuple[cli.Verb, ...]:
+    def run(host: Host, values: argparse.Namespace) -> cli.Result:
+        raise error
+
+    return table(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (Failure("cannot do it: do that"), 1, "mosinit: error: cannot do it: do that\n"),
+        (Usage("not so"), 2, "mosinit: error: not so\n"),
+        (
+            PermissionError(1, "Operation not permitted", "/x"),
+            1,
+            "mosinit: error: [Errno 1] Operation not permitted",
+        ),
+        (KeyboardInterrupt(), 130, "mosinit: interrupted\n"),
+    ],
+)
+def test_errors(capsys: pytest.CaptureFixture[str], error: BaseException, status: int, says: str) -> None:
+    assert cli.main(["go", "--json"], raising(error)) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(says)
+    assert err.count("\n") == 1
+
+
+def test_a_refusal_names_its_check(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = init.Refused("SB-OFF", expected="on", seen="off")
+    assert cli.main(["go"], raising(refused)) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "mosinit: refused: SB-OFF: expected on, seen off\n" in err
+    assert init.CHECKS["SB-OFF"].remedy in err
+
+
+def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["go", "--json"], raising(init.Refused("SB-OFF", expected="on", seen="off"))) == 3
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["result"], shown["failed"]) == ("refused", "SB-OFF")
+    assert (shown["expected"], shown["seen"]) == ("on", "off")
+    assert (shown["title"], shown["remedy"]) == init.CHECKS["SB-OFF"]
+
+
+def test_a_fault_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["go"], raising(ZeroDivisionError()))
+
+
+def test_an_outcome_brings_its_status_and_its_report(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = Answer(
+        {"result": "refused", "failed": "SB-OFF", "checks": [], "stages": []}, 3, Path("/x/console.log")
+    )
+    verbs = table(lambda host, values: cli.outcome(answer))
+    assert cli.main(["go", "--json"], verbs) == 3
+    assert json.loads(capsys.readouterr().out) == {
+        "report": answer.report,
+        "status": 3,
+        "console": "/x/console.log",
+    }
+    assert cli.main(["go"], verbs) == 3
+    text = capsys.readouterr().out
+    assert "refused" in text
+    assert "SB-OFF" in text
+    assert "console: /x/console.log" in text
+
+
+def run_in_child(body: str) -> subprocess.Popen[str]:
+    program = f"""
+import sys, time
+from mosinit import cli
+def run(host, values):
+{body}
+sys.argv[1:] = ["go"]
+sys.exit(cli.main(None, (cli.Verb("go", "goes", "mosinit go", run, tools=False),)))
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) -> None:
+    body = """
+    try:
+        print("started", flush=True); time.sleep(30)
+    finally:
+        print("cleaned up", flush=True)
+"""
+    with run_in_child(body) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(number)
+        out, err = child.communicate(timeout=20)
+    assert (child.returncode, out) == (status, "cleaned up\n")
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    with run_in_child("    return cli.Result(None, 'x' * 10_000_000)") as child:
+        assert child.stdout
+        assert child.stderr
+        child.stdout.close()
+        err = child.stderr.read()
+    assert (child.returncode, err) == (1, "")
+
+
+# --- The test verb -----------------------------------------------------------------------------------
+
+
+def test_the_strengths() -> None:
+    pytest_itself = ["/usr/bin/python3", "-m", "pytest"]
+    assert testing.command(None, expression=None, cold=False) == [*pytest_itself, "tests", "vm-tests"]
+    assert testing.command("unit", expression="a or b", cold=False) == [
+        *pytest_itself,
+        "tests",
+        "-k",
+        "a or b",
+    ]
+    assert testing.command("vm", expression=None, cold=True) == [*pytest_itself, "vm-tests", "--cold"]
+    with pytest.raises(Usage, match="--cold"):
+        testing.command("unit", expression=None, cold=True)
+
+
+def test_tests_run_in_the_checkout_with_every_tool_required() -> None:
+    class Recorder(Host):
+        def call(self, command: object, **options: object) -> int:
+            assert options["cwd"] == testing.checkout() == ROOT
+            env = options["env"]
+            assert isinstance(env, dict)
+            assert env["MOSINIT_REQUIRE_TOOLS"] == "1"
+            return 5
+
+    assert testing.run(Recorder(), "unit") == 1
