@@ -59,8 +59,11 @@ class Refused(Exception):
         self.check, self.expected, self.seen = check, expected, seen
 
 
-class FenceError(Exception):
+class FenceError(Refused):
     """The TPM did not take the fence: this machine may run nothing more until it is powered off."""
+
+    def __init__(self, seen: str) -> None:
+        super().__init__("TPM-FENCE", expected="PCR 11 extended by leave-initrd", seen=seen)
 
 
 class Check(NamedTuple):
@@ -111,6 +114,10 @@ CHECKS: dict[str, Check] = {
     "TPM-EXTEND": Check(
         "the TPM does not take measurements",
         "switch the machine off and on; if it repeats, the TPM is broken",
+    ),
+    "TPM-FENCE": Check(
+        "the TPM does not close, so secrets could still be taken from it",
+        "the machine is switched off; switch it on again. If it repeats, the TPM is broken",
     ),
     "CMDLINE": Check(
         "the kernel command line is not the signed one",
@@ -946,11 +953,10 @@ def live_store_salt(data_blocks: int) -> str:
 def verity_tree_blocks(data_blocks: int) -> int:
     """Return how many 4096-byte blocks a dm-verity SHA-256 tree over that many blocks takes."""
     total, level = 0, data_blocks
-    while True:
+    while level > 1:
         level = -(-level // (BLOCK // 32))
         total += level
-        if level == 1:
-            return total
+    return total
 
 
 def verity_data_blocks(size: int) -> int:
@@ -1036,8 +1042,7 @@ def parse_descriptor(raw: object, check: str) -> Descriptor:
     """Take an OCI descriptor out of parsed JSON."""
     fields = raw if isinstance(raw, dict) else {}
     kind, digest, size = fields.get("mediaType"), fields.get("digest"), fields.get("size")
-    annotations = fields.get("annotations") or {}
-    artifact = fields.get("artifactType") or ""
+    annotations, artifact = fields.get("annotations", {}), fields.get("artifactType", "")
     if not (
         isinstance(kind, str)
         and isinstance(digest, str)
@@ -1186,7 +1191,7 @@ _AMBIGUOUS = re.compile(
 
 def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
     text = str(event.value)
-    if event.style is not None:
+    if event.style:
         return text
     if text in ("true", "false"):
         return text == "true"
@@ -1843,16 +1848,16 @@ def find_disk(k: Machine) -> BootDisk:
         raise Refused("DISK-HINT", expected="a partition's uuid", seen=repr(wanted[:80]))
     deadline = k.monotonic() + DISK_SECONDS
     while True:
-        found, seen = _scan_disks(k, wanted)
+        found, others = _scan_disks(k, wanted)
         if found or k.monotonic() > deadline:
             break
         k.sleep(0.02)
     if not found:
         raise Refused(
-            "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(seen) or "no disk"
+            "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(others) or "no disk"
         )
-    others = " and ".join(disk.name for disk in found[1:])
-    demand(k, "DISK-AMBIGUOUS", expected="on one disk", seen=f"on {others} too" if others else "on one disk")
+    twins = " and ".join(disk.name for disk in found[1:])
+    demand(k, "DISK-AMBIGUOUS", expected="on one disk", seen=f"on {twins} too" if twins else "on one disk")
     return found[0]
 
 
@@ -2328,20 +2333,19 @@ def _where(error: BaseException) -> str:
 
 def give_up(k: Machine, error: BaseException) -> NoReturn:
     """Take the one way out: fence, tell, wait, restart; without a fence, power off."""
+    leave = k.restart
     try:
         try:
             fence(k)
         except FenceError as failure:
-            tell(k, error)
-            k.print(f"mosinit: the TPM does not close ({failure}): switching off\n")
-            k.power_off()
+            leave, error = k.power_off, failure
         wait = tell(k, error)
-        for left in range(wait, 0, -1):
+        for left in range(wait if leave == k.restart else 0, 0, -1):
             k.feed_watchdog()
             k.print(f"\rmosinit: restart in {left} s  ")
             k.sleep(1)
     finally:
-        k.restart()
+        leave()
 
 
 def main() -> NoReturn:
