@@ -120,7 +120,7 @@ def verity(folder: Path, blocks: int, *options: str) -> tuple[Path, str]:
     layer = folder / f"layer-{blocks}"
     layer.write_bytes(bytes(blocks * 4096))
     place = ["--data-blocks", str(blocks), "--hash-offset", str(blocks * 4096)]
-    command = ["veritysetup", "format", *place, *options, layer, layer]
+    command = ["veritysetup", "format", *place, *options, str(layer), str(layer)]
     out = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     found = re.search(r"Root hash:\s+([0-9a-f]{64})", out)
     assert found
