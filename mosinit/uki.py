@@ -1,0 +1,340 @@
+"""The UKI: kernel, command line, os-release and initrd in one PE file, started by systemd's stub and signed.
+
+ukify puts it together and a signer signs the result; the kernel inside stays unsigned, because whatever db
+accepts on its own, without the stub that measures, would let anyone replay the measurements. A UKI has an
+id: SHA-256 over the SHA-256 digests of kernel, command line, os-release and initrd. A second small archive
+behind the initrd tells the bring-up that id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mosinit import __version__, init, pe
+from mosinit import initrd as initrds
+from mosinit.host import Failure, Host
+
+if TYPE_CHECKING:
+    from mosinit.hostfs import KernelTree
+    from mosinit.images import Descriptor, Layout
+    from mosinit.keys import Keyset
+
+STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
+
+# Complete: nothing is added from outside, and what is appended behind `--` can only become ignored argv.
+LIVE_CMDLINE = (
+    "console=tty0 console=ttyS0,115200 panic=10 oops=panic lockdown=confidentiality init_on_free=1 "
+    "systemd.import_credentials=no systemd.gpt_auto=no --"
+)
+
+# The sections of ours, those that the stub brings, and what only a UKI of run mode has.
+CONTENT = (".osrel", ".cmdline", ".uname", ".linux", ".initrd")
+STUB_SECTIONS = (".text", ".rodata", ".data", ".reloc", ".sdmagic", ".sbat")
+APPROVAL = (".pcrpkey", ".pcrsig")
+
+# The one phase in which a TPM may open something for a UKI: before the fence.
+PHASE = "enter-initrd"
+
+BOOTKIT_TYPE = "application/vnd.machine.bootkit"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+
+
+@dataclass(frozen=True)
+class Uki:
+    """A built and signed UKI."""
+
+    path: Path
+    uki_id: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a UKI. `initrd` is the main archive, without the one that carries the id."""
+
+    kernel: bytes
+    cmdline: bytes
+    osrel: bytes
+    uname: bytes
+    initrd: bytes
+
+    @property
+    def uki_id(self) -> str:
+        """The UKI's id."""
+        parts = (self.kernel, self.cmdline, self.osrel, self.initrd)
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    def sections(self) -> dict[str, bytes]:
+        """The content of each section of ours."""
+        # An archive that is not compressed is found only where its offset is a multiple of four.
+        padding = bytes(-len(self.initrd) % 4)
+        full = self.initrd + padding + initrds.uki_id_archive(self.uki_id)
+        return dict(zip(CONTENT, (self.osrel, self.cmdline, self.uname, self.kernel, full), strict=True))
+
+
+def os_release(mode: str) -> bytes:
+    """Return the os-release of our UKIs: what systemd-boot shows."""
+    fields = {
+        "ID": "mosinit",
+        "NAME": "mosinit",
+        "PRETTY_NAME": f"mosinit {__version__} ({mode})",
+        "VERSION_ID": __version__,
+    }
+    return "".join(f'{name}="{value}"\n' for name, value in fields.items()).encode()
+
+
+def build(
+    host: Host,
+    kernel: KernelTree,
+    initrd: initrds.Initrd,
+    keyset: Keyset,
+    out: Path,
+    cmdline: str = LIVE_CMDLINE,
+) -> Uki:
+    """Build and sign a UKI; for run mode, with the approval that lets a TPM open its secrets."""
+    content = Content(
+        kernel.vmlinuz.read_bytes(),
+        cmdline.encode(),
+        os_release(initrd.mode),
+        kernel.version.encode(),
+        initrd.path.read_bytes(),
+    )
+    return _finish(host, content, keyset, out, approve=initrd.mode == "run")
+
+
+def sign(host: Host, unsigned: Path, keyset: Keyset, out: Path) -> Uki:
+    """Sign a UKI that somebody else's tool has put together from our initrd, a kernel and a command line.
+
+    It is taken apart and put together again, so that it carries its id, and nothing that we do not know.
+    """
+    content = take_apart(unsigned.read_bytes(), str(unsigned))
+    policy = read_policy(host, content.initrd)
+    if policy.cmdline != content.cmdline.decode(errors="replace"):
+        raise Failure(
+            f"the command line of {unsigned} is not the one in its initrd: {policy.cmdline!r} is expected"
+        )
+    if policy.kernel != content.uname.decode(errors="replace"):
+        raise Failure(
+            f"the kernel of {unsigned} is not the one whose modules are in its initrd ({policy.kernel})"
+        )
+    return _finish(host, content, keyset, out, approve=policy.mode == "run")
+
+
+def read_policy(host: Host, initrd: bytes) -> init.Policy:
+    """Return the policy in one of our initrds. Raises `Failure` if it is not one of ours."""
+    archive = host.run(["zstd", "-dcq"], stdin=initrd)
+    with host.scratch() as folder:
+        # The device nodes are an archive of their own before the files'.
+        files = archive[archive.index(b"TRAILER!!!") + 10 :].lstrip(b"\0")
+        names = ["etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem"]
+        host.run(["cpio", "--quiet", "-id", *names], stdin=files, cwd=folder)
+        try:
+            policy, authority = ((folder / name).read_bytes() for name in names)
+            return init.parse_policy(policy, b"", authority)
+        except (OSError, KeyError, ValueError) as error:
+            raise Failure(
+                "the initrd of this UKI is not one of mosinit's: build it with build-initrd.sh"
+            ) from error
+
+
+def take_apart(data: bytes, name: str) -> Content:
+    """Return the content of an unsigned UKI. Raises `Failure` if it has a section that we do not know."""
+    try:
+        image = pe.parse(data)
+        sections = {section: image.section(data, section) for section in CONTENT}
+    except ValueError as error:
+        raise Failure(f"{name} is not a UKI: {error}") from error
+    missing = [section for section, content in sections.items() if not content]
+    if missing:
+        raise Failure(f"{name} is not a UKI: it has no section {', '.join(missing)}")
+    unknown = image.names - {*CONTENT, *STUB_SECTIONS}
+    if unknown:
+        raise Failure(f"{name} has sections that a signed UKI must not have: {', '.join(sorted(unknown))}")
+    osrel, cmdline, uname, kernel, initrd = (sections[section] for section in CONTENT)
+    return Content(kernel, cmdline, osrel, uname, initrd)
+
+
+def _finish(host: Host, content: Content, keyset: Keyset, out: Path, *, approve: bool) -> Uki:
+    """Put a UKI together, see that it is what was meant, and sign it."""
+    with host.scratch(out) as folder:
+        unsigned = folder / "unsigned.efi"
+        _assemble(host, content, unsigned, folder, keyset if approve else None)
+        _check(unsigned, content.sections(), approve=approve)
+        keyset.signer("uki").sign_pe(unsigned, out)
+    return Uki(out, content.uki_id)
+
+
+def _assemble(host: Host, content: Content, out: Path, folder: Path, approver: Keyset | None) -> None:
+    """Run ukify on exactly these parts; `approver` signs the TPM policy of this UKI."""
+    (folder / "ukify.conf").touch()  # named so that no ukify.conf of this machine is read
+    for name, data in content.sections().items():
+        (folder / name[1:]).write_bytes(data)
+    command: list[str | Path] = [
+        "ukify", "build", f"--config={folder}/ukify.conf", f"--stub={STUB}", "--efi-arch=x64",
+        f"--linux={folder}/linux", f"--initrd={folder}/initrd", f"--cmdline=@{folder}/cmdline",
+        f"--os-release=@{folder}/osrel", f"--uname={content.uname.decode()}",
+        "--no-sign-kernel", f"--output={out}",
+    ]  # fmt: skip
+    if approver:
+        command += [
+            f"--pcr-private-key={approver.signer('pcr').private_key_path()}",
+            f"--pcr-public-key={approver.public_path('pcr')}",
+            "--pcr-banks=sha256", f"--phases={PHASE}",
+        ]  # fmt: skip
+    host.run(command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}, timeout=300)
+
+
+def _check(path: Path, expected: Mapping[str, bytes], *, approve: bool) -> None:
+    """See that ukify took the parts as they are and added nothing: the id is over these bytes."""
+    data = path.read_bytes()
+    image = pe.parse(data)
+    changed = [name for name, content in expected.items() if image.section(data, name) != content]
+    known = {*CONTENT, *STUB_SECTIONS, *(APPROVAL if approve else ())}
+    if changed or image.names != known:
+        seen = ", ".join(changed or sorted(image.names ^ known))
+        raise Failure(f"ukify made another UKI than asked for ({seen}): use the tools tree's ukify")
+
+
+# --- The bootkit: the UKI and the modules of its kernel as an image ---------------------------------
+
+
+def bootkit(host: Host, kernel: KernelTree, uki: Uki, layout: Layout) -> Descriptor:
+    """Add the bootkit image to an OCI layout: a layer with the kernel's modules, and the UKI."""
+    from mosinit import images
+
+    with host.scratch(layout.path) as folder:
+        copy_modules(kernel.modules, folder / "usr/lib/modules" / kernel.version)
+        modules = images.tree_layer(host, folder, layout)
+    binary = layout.add_blob(host, uki.path, init.UKI_MEDIA_TYPE)
+    empty = layout.add_blob(host, b"{}", EMPTY_TYPE)
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": BOOTKIT_TYPE,
+        "config": empty.json(),
+        "layers": [modules.json(), binary.json()],
+        "annotations": {init.UKI_ID_ANNOTATION: uki.uki_id},
+    }
+    encoded = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    return layout.add_blob(host, encoded, MANIFEST_TYPE)
+
+
+def copy_modules(modules: Path, target: Path) -> None:
+    """Copy a kernel's modules without the kernel and the links to its sources; modes and dates are fixed."""
+    shutil.copytree(
+        modules, target, ignore=shutil.ignore_patterns("build", "source", "vmlinuz", "vmlinuz-*")
+    )
+    for folder, _, files in os.walk(target.parents[3]):
+        for path in (Path(folder), *(Path(folder, name) for name in files)):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            os.utime(path, (0, 0))
+
+
+# --- What db accepts: nothing but UKIs and systemd-boot ---------------------------------------------
+
+MAX_DEPTH = 4
+FAT_MAGICS = ((82, b"FAT32   "), (54, b"FAT16   "), (54, b"FAT12   "))
+EROFS_MAGIC = (1024, b"\xe2\xe1\xf5\xe0")
+GPT_MAGIC = (512, b"EFI PART")
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A PE file that was found: where, what it is, and whether a certificate of db verifies it."""
+
+    place: str
+    kind: str
+    accepted: bool
+
+
+def check_signed_binaries(
+    host: Host, paths: Iterable[Path], certificates: Iterable[Path]
+) -> tuple[Binary, ...]:
+    """Find every PE in files, folders and images, nested ones too, and see which of them db would accept.
+
+    Raises `Failure` if something other than a UKI or systemd-boot is accepted: started without the stub it
+    could extend PCR 11 as it likes, and open what is sealed to a UKI.
+    """
+    certificates = tuple(certificates)
+    found: list[Binary] = []
+    for path in paths:
+        found += _search(host, path, str(path), certificates, MAX_DEPTH)
+    for binary in found:
+        if binary.accepted and binary.kind == "other":
+            raise Failure(
+                f"{binary.place} is neither a UKI nor systemd-boot and is signed for db: do not sign it"
+            )
+    return tuple(found)
+
+
+def _search(
+    host: Host, path: Path, place: str, certificates: tuple[Path, ...], depth: int
+) -> Iterator[Binary]:
+    """Search a folder or file; a file that is an image of a file system or disk is opened as well."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for inner in sorted(path.iterdir()):
+            yield from _search(host, inner, f"{place}/{inner.name}", certificates, depth)
+    elif path.is_file() and path.stat().st_size > 0:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for image in pe.find(data):
+                yield _judge(host, data, image, place, certificates)
+            if depth:
+                yield from _search_inside(host, data, path, place, certificates, depth - 1)
+
+
+def _search_inside(
+    host: Host, data: mmap.mmap, path: Path, place: str, certificates: tuple[Path, ...], depth: int
+) -> Iterator[Binary]:
+    """Search what the bytes of an image do not show: files in pieces (FAT) or compressed (erofs)."""
+
+    def has(offset: int, magic: bytes) -> bool:
+        return data[offset : offset + len(magic)] == magic
+
+    with host.scratch() as folder:
+        if has(*GPT_MAGIC):
+            entries = data[1024 : 1024 + 128 * 128]
+            for part in init.parse_gpt(data[512:1024], entries, 512, len(data) // 512):
+                (folder / str(part.number)).write_bytes(data[part.start : part.start + part.size])
+        elif any(has(*magic) for magic in FAT_MAGICS):
+            host.run(["mcopy", "-s", "-n", "-Q", "-i", path, "::*", folder])
+        elif has(*EROFS_MAGIC):
+            host.run(["fsck.erofs", f"--extract={folder}/root", path])
+        yield from _search(host, folder, place, certificates, depth)
+
+
+def _judge(
+    host: Host, data: mmap.mmap, image: pe.Image, place: str, certificates: tuple[Path, ...]
+) -> Binary:
+    accepted = False
+    if image.signed_size:
+        with host.scratch() as folder:
+            binary = folder / "binary.efi"
+            binary.write_bytes(data[image.offset : image.offset + image.signed_size])
+            accepted = any(_verifies(host, binary, certificate) for certificate in certificates)
+    return Binary(f"{place}+{image.offset:#x}", kind(data, image), accepted)
+
+
+def _verifies(host: Host, binary: Path, certificate: Path) -> bool:
+    try:
+        host.run(["sbverify", "--cert", certificate, binary])
+    except Failure:
+        return False
+    return True
+
+
+def kind(data: pe.Bytes, image: pe.Image) -> str:
+    """Say what a PE file is: "UKI", "systemd-boot" or "other"."""
+    magic = image.section(data, ".sdmagic") if ".sdmagic" in image.names else b""
+    if magic.startswith(b"#### LoaderInfo: systemd-stub ") and {*CONTENT} <= image.names:
+        return "UKI"
+    return "systemd-boot" if magic.startswith(b"#### LoaderInfo: systemd-boot ") else "other"
