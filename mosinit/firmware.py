@@ -73,11 +73,12 @@ def enroll(
         for number, certificate in enumerate(certificates.db):
             command += ["--add-db", OWNER, _pem(folder / f"db-{number}.pem", certificate)]
         host.run(command, timeout=60)
-        command = ["virt-fw-vars", "--inplace", str(fresh), "--set-json", str(folder / "variables.json")]
-        if not secure_boot:
-            command += ["--set-false", "SecureBootEnable"]
-        (folder / "variables.json").write_text(_encode_variables(variables))
-        host.run(command, timeout=60)
+        changes = [] if secure_boot else ["--set-false", "SecureBootEnable"]
+        if variables:
+            (folder / "variables.json").write_text(_encode_variables(variables))
+            changes += ["--set-json", str(folder / "variables.json")]
+        if changes:
+            host.run(["virt-fw-vars", "--inplace", fresh, *changes], timeout=60)
 
 
 def mok_list(certificate: x509.Certificate) -> Variable:

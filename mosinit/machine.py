@@ -144,7 +144,9 @@ async def process(
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    """Wait for a process that was told to end, and kill it when it does not."""
+    """Tell a process to end, wait for it, and kill it when it does not."""
+    with contextlib.suppress(ProcessLookupError):
+        child.terminate()
     try:
         await asyncio.wait_for(child.wait(), QUIT_SECONDS)
     except TimeoutError:

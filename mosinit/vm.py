@@ -20,7 +20,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -102,7 +102,7 @@ def save(host: Host, options: BootOptions, saved: Path) -> Saved:
         kind = accelerator.choose(host)
         seconds = asyncio.run(_save(session, kind, fresh / "memory"))
         shutil.copyfile(options.folder / VARIABLES, fresh / VARIABLES)
-        (fresh / "machine.json").write_text(json.dumps(_shape(options, kind)))
+        (fresh / "machine.json").write_text(json.dumps(shape(options, kind)))
         return Saved(saved, *seconds, (fresh / "memory").stat().st_size)
 
 
@@ -111,12 +111,12 @@ def restore(host: Host, saved: Path, options: BootOptions) -> Outcome:
 
     Raises `Failure` when the hardware is not the one that was saved.
     """
-    kind = accelerator.choose(host)
     try:
-        shape = json.loads((saved / "machine.json").read_text())
+        kept = json.loads((saved / "machine.json").read_text())
     except (OSError, ValueError) as error:
         raise Failure(f"{saved} holds no saved machine: save one there first") from error
-    if shape != _shape(options, kind):
+    kind = accelerator.choose(host)
+    if kept != shape(options, kind):
         raise Failure(f"{saved} holds a machine of other hardware or disk size: save one like this first")
     with _prepared(host, options) as session:
         shutil.rmtree(options.folder / "tpm", ignore_errors=True)
@@ -198,17 +198,12 @@ def _enroll_if_new(host: Host, options: BootOptions) -> None:
     firmware.enroll(host, options.folder / VARIABLES, certificates)
 
 
-def _shape(options: BootOptions, kind: str) -> dict[str, object]:
+def shape(options: BootOptions, kind: str) -> dict[str, object]:
     """Return what must be equal in the machine that is saved and the one that is restored."""
-    hardware = options.hardware
-    sizes = [_size(disk) for disk in (options.disk, *hardware.extra_disks)]
-    same = {**asdict(replace(hardware, extra_disks=(), snapshot=False)), "smbios": list(hardware.smbios)}
-    return {
-        "hardware": same | {"extra_disks": []},
-        "disks": sizes,
-        "accelerator": kind,
-        "tools": tools.key(),
-    }
+    hardware = asdict(options.hardware) | {"smbios": list(options.hardware.smbios)}
+    del hardware["extra_disks"], hardware["snapshot"]
+    sizes = [_size(disk) for disk in (options.disk, *options.hardware.extra_disks)]
+    return {"hardware": hardware, "disks": sizes, "accelerator": kind, "tools": tools.key()}
 
 
 def _size(disk: Path) -> int:

@@ -1,0 +1,370 @@
+"""Booting in a VM, as far as it goes without one: what a guest says, what it means, who ends with whom."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mosinit import console, machine, verdict, vm
+from mosinit.host import Failure, Host
+
+Need = Callable[..., None]
+PIVOTED = {"schema": 1, "result": "pivoted", "failed": None, "checks": [], "stages": []}
+REFUSED = {**PIVOTED, "result": "refused", "failed": "SB-OFF"}
+CRASHED = {**PIVOTED, "result": "crashed"}
+
+
+def framed(report: object) -> bytes:
+    return console.FRAME + json.dumps(report).encode()
+
+
+# --- What the guest says -----------------------------------------------------------------------------
+
+
+def test_a_report_is_taken_as_it_is() -> None:
+    assert console.parse_report(json.dumps(REFUSED).encode()) == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("untrusted", "complaint"),
+    [
+        (b"", "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"\xff{}", "no JSON"),
+        (b'{"schema": 1, "result": NaN}', "NaN is no number"),
+        (b'{"schema": 1, "schema": 1}', "twice"),
+        (b"[" * 60000, "nested too deeply"),
+        (b'{"a": "' + b"x" * console.REPORT_LIMIT + b'"}', "more than 65536 bytes"),
+        (b'{"result": "pivoted"}', "schema"),
+        (b'{"schema": "1", "result": "pivoted"}', "schema"),
+        (b'{"schema": 1, "result": "fine"}', "result"),
+        (b'{"schema": 1, "result": ["pivoted"]}', "result"),
+        (b'{"schema": 1, "result": "refused", "failed": null}', "without naming a check"),
+        (b'{"schema": 1, "result": "refused", "failed": "sb off"}', "no check id"),
+        (b'{"schema": 1, "result": "refused", "failed": 7}', "no check id"),
+        (b'{"schema": 1, "result": "pivoted", "checks": {}}', "checks"),
+        (b'{"schema": 1, "result": "pivoted", "stages": [1]}', "stages"),
+    ],
+)
+def test_a_bad_report_is_refused(untrusted: bytes, complaint: str) -> None:
+    with pytest.raises(console.BadReport, match=complaint):
+        console.parse_report(untrusted)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_no_bytes_make_the_parser_stumble(untrusted: bytes) -> None:
+    with contextlib.suppress(console.BadReport):
+        console.parse_report(untrusted)
+
+
+def test_a_report_cannot_drive_the_terminal() -> None:
+    report = {**REFUSED, "\x1b[2Jkey": [{"seen": "a\x1b]0;title\x07b\nc\x9b31m"}]}
+    assert console.parse_report(json.dumps(report).encode())["key"] == [{"seen": "abc31m"}]
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
+def test_lines_do_not_depend_on_how_the_bytes_arrive(data: bytes, cuts: list[int]) -> None:
+    data += b"\n"
+    bounds = [0, *sorted(cuts), len(data)]
+    lines = console.Lines()
+    pieces = [line for a, b in itertools.pairwise(bounds) for line in lines.feed(data[a:b])]
+    assert pieces == [line.strip(b"\r") for line in data.split(b"\n")[:-1]]
+
+
+def test_a_line_without_end_stays_small() -> None:
+    lines = console.Lines(limit=100)
+    for _ in range(50):
+        assert list(lines.feed(b"x" * 999)) == []
+    assert list(lines.feed(b"\nnext\n")) == [b"x" * 100, b"next"]
+
+
+def test_a_log_stops_at_its_limit_and_says_so(tmp_path: Path) -> None:
+    log = console.Log(tmp_path / "console.log", limit=1000)
+    for _ in range(10):
+        log.write(b"x" * 300)
+    log.close()
+    kept = (tmp_path / "console.log").read_bytes()
+    assert kept.startswith(b"x" * 1000 + b"\n[the console log ends here")
+    assert len(kept) < 1100
+
+
+# --- What it means -----------------------------------------------------------------------------------
+
+
+class Boot:
+    """A boot that a test tells as a story: each word is a line of the console, or an event."""
+
+    def __init__(self, until: verdict.Until = "multi-user") -> None:
+        self.watch = verdict.Watch(until, lambda: 1.0)
+
+    def sees(self, *lines: bytes) -> verdict.Verdict | None:
+        verdicts = [self.watch.line(line) for line in lines]
+        assert not any(verdicts[:-1]), "settled too early"
+        return verdicts[-1]
+
+    def event(self, name: str, **data: object) -> verdict.Verdict | None:
+        return self.watch.event(name, data)
+
+
+LINUX = b"[    0.000000] Linux version 6.12.0"
+
+
+@pytest.mark.parametrize(("report", "status"), [(REFUSED, 3), (CRASHED, 1)])
+def test_a_report_of_failure_settles_the_boot(report: dict[str, object], status: int) -> None:
+    boot = Boot()
+    settled = boot.sees(LINUX, console.START, framed(report))
+    assert settled and settled.status == status
+    assert boot.watch.report == report
+    assert set(boot.watch.marks) == {"kernel", "start", "report"}
+
+
+def test_a_refusal_names_its_check() -> None:
+    assert Boot().sees(framed(REFUSED)) == (3, "refused: SB-OFF")
+
+
+def test_hand_over_is_enough_only_if_asked() -> None:
+    assert Boot().sees(framed(PIVOTED)) is None
+    assert Boot("pivoted").sees(framed(PIVOTED)) == (0, "the hostfs is reached")
+
+
+def test_the_started_system_has_the_last_word() -> None:
+    boot = Boot()
+    boot.sees(framed(PIVOTED))
+    assert boot.watch.port(b'{"target": "basic.target"}') is None
+    full = {**PIVOTED, "sequence": 7}
+    settled = boot.watch.port(json.dumps({"target": "multi-user.target", "report": full}).encode())
+    assert settled == (0, "multi-user.target is reached")
+    assert boot.watch.report == full
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"target": "multi-user.target"}', "no boot report came"),
+        (b'{"target": "multi-user.target", "report": {"schema": 2}}', "schema"),
+        (b"nonsense", "cannot be read"),
+    ],
+)
+def test_a_started_system_without_report_has_failed(line: bytes, reason: str) -> None:
+    settled = Boot().watch.port(line)
+    assert settled and settled.status == 1
+    assert reason in settled.reason
+
+
+def test_a_torn_report_waits_for_the_next_one() -> None:
+    # The kernel writes into the middle of lines on the serial console; the bring-up says its report again.
+    torn = framed(REFUSED)[:30] + b"[    9.9] tsc: Refined" + framed(REFUSED)[30:]
+    assert Boot().sees(torn, framed(REFUSED)) == (3, "refused: SB-OFF")
+
+
+def test_a_torn_report_alone_is_told() -> None:
+    boot = Boot()
+    boot.sees(LINUX, framed(REFUSED)[:30])
+    settled = boot.event("SHUTDOWN", guest=True, reason="guest-reset")
+    assert settled and settled.status == 1
+    assert "without a report (a report came that cannot be read" in settled.reason
+
+
+def test_what_comes_after_the_hand_over_only_makes_it_worse() -> None:
+    boot = Boot()
+    assert boot.sees(framed(PIVOTED), framed({**PIVOTED, "sequence": 9})) is None
+    assert boot.watch.report == PIVOTED
+    assert boot.sees(framed(CRASHED)) == (1, "the bring-up crashed, and said so in its report")
+
+
+@pytest.mark.parametrize(
+    ("happening", "reason"),
+    [
+        (("SHUTDOWN", {"reason": "guest-reset"}), "the machine restarted without a report"),
+        (("SHUTDOWN", {"reason": "guest-shutdown"}), "the machine powered off without a report"),
+        (("WATCHDOG", {"action": "reset"}), "the hardware watchdog fired"),
+        (("GUEST_PANICKED", {}), "the kernel panicked"),
+    ],
+)
+def test_an_end_without_report_is_a_failure(happening: tuple[str, dict[str, object]], reason: str) -> None:
+    boot = Boot()
+    boot.sees(LINUX)
+    assert boot.watch.event(*happening) == (1, reason)
+
+
+def test_a_restart_between_hand_over_and_multi_user_is_a_failure() -> None:
+    boot = Boot()
+    boot.sees(LINUX, framed(PIVOTED))
+    settled = boot.event("SHUTDOWN", reason="guest-reset")
+    assert settled == (1, "the machine restarted before multi-user.target")
+
+
+def test_a_panic_is_a_failure_at_once() -> None:
+    settled = Boot().sees(LINUX, b"[ 3.1] Kernel panic - not syncing: \x1b[31mno init found")
+    assert settled == (1, "the kernel panicked: [ 3.1] Kernel panic - not syncing: no init found")
+
+
+def test_firmware_may_restart_twice_before_a_kernel_runs() -> None:
+    boot = Boot()
+    reset = [boot.event("SHUTDOWN", reason="guest-reset") for _ in range(3)]
+    assert reset[:2] == [None, None]
+    assert boot.watch.resets == 2
+    assert reset[2] and reset[2].status == 1
+
+
+def test_firmware_that_finds_nothing_says_why() -> None:
+    settled = Boot().sees(
+        b"BdsDxe: loading Boot0001",
+        b"BdsDxe: failed to load Boot0001: Access Denied",
+        verdict.NOTHING_BOOTABLE,
+    )
+    assert settled == (1, "BdsDxe: failed to load Boot0001: Access Denied")
+
+
+def test_a_timeout_quotes_the_last_line() -> None:
+    boot = Boot()
+    boot.sees(b"\x1b[2Jwaiting for\x07 the disk", b"")
+    assert boot.watch.late(30) == (1, "no report within 30 s; the console's last line: waiting for the disk")
+
+
+# --- QEMU's command ----------------------------------------------------------------------------------
+
+
+def command(hardware: machine.Hardware, *disks: str) -> list[str]:
+    channels = machine.Channels(qmp=3, console=4, report=5, tpm=6)
+    return machine.command_line(hardware, [Path(disk) for disk in disks], Path("/s/v.fd"), "tcg", channels)
+
+
+def test_a_plain_machine_has_no_network_and_reads_no_configuration() -> None:
+    words = command(machine.Hardware(), "/d.raw")
+    assert {"-no-user-config", "-nodefaults", "-S"} <= set(words)
+    assert not [word for word in words if "netdev" in word]
+
+
+@pytest.mark.parametrize(("network", "restrict"), [("restricted", "on"), ("user", "off")])
+def test_a_network_is_closed_unless_it_is_asked_to_be_open(network: str, restrict: str) -> None:
+    words = command(machine.Hardware(network="user" if network == "user" else "restricted"), "/d.raw")
+    assert f"user,id=net,restrict={restrict}" in words
+
+
+def test_a_machine_without_tpm_has_none() -> None:
+    assert any("tpm" in word for word in command(machine.Hardware(), "/d.raw"))
+    assert not any("tpm" in word for word in command(machine.Hardware(tpm=False), "/d.raw"))
+
+
+def test_no_value_becomes_an_option() -> None:
+    words = command(machine.Hardware(smbios=("a=b,path=/etc/shadow",)), "/a,b.raw")
+    assert "type=11,value=a=b,,path=/etc/shadow" in words
+    node = json.loads(words[words.index("-blockdev") + 1])
+    assert node["file"]["filename"] == "/a,b.raw"
+
+
+def test_the_format_of_a_disk_is_not_guessed() -> None:
+    words = command(machine.Hardware(extra_disks=()), "/a.raw", "/b.img", "/c.qcow2")
+    nodes = [json.loads(words[n + 1]) for n, word in enumerate(words) if word == "-blockdev"]
+    assert [node["driver"] for node in nodes] == ["raw", "raw", "qcow2"]
+
+
+# --- Before a machine is made ------------------------------------------------------------------------
+
+
+def options(folder: Path, **changes: object) -> vm.BootOptions:
+    disk = folder / "disk.raw"
+    disk.touch()
+    return vm.BootOptions(disk=disk, folder=folder / "state", **changes)  # type: ignore[arg-type]
+
+
+def test_a_missing_disk_is_named(host: Host, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="cannot read the disk .*/none"):
+        vm.boot(host, vm.BootOptions(disk=tmp_path / "none", folder=tmp_path / "state"))
+    assert not (tmp_path / "state").exists()
+
+
+def test_one_folder_is_one_machine(host: Host, tmp_path: Path) -> None:
+    wanted = options(tmp_path)
+    wanted.folder.mkdir()
+    with (wanted.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Failure, match="a machine runs in"):
+            vm.boot(host, wanted)
+
+
+def test_an_interactive_boot_needs_a_terminal(host: Host, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="needs a terminal"):
+        vm.boot(host, options(tmp_path, interactive=True))
+
+
+def test_a_saved_machine_is_not_overwritten(host: Host, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="never overwritten"):
+        vm.save(host, options(tmp_path), tmp_path)
+
+
+def test_other_hardware_is_not_restored(host: Host, tmp_path: Path) -> None:
+    wanted = options(tmp_path)
+    for text in ('{"hardware": {"memory": 1}}', "no json"):
+        (tmp_path / "machine.json").write_text(text)
+        with pytest.raises(Failure, match="save"):
+            vm.restore(host, tmp_path, wanted)
+
+
+def test_the_shape_of_a_machine_is_all_but_the_content_of_its_disks(tmp_path: Path) -> None:
+    one, two = options(tmp_path), options(tmp_path, hardware=machine.Hardware(snapshot=True))
+    assert vm.shape(one, "tcg") == vm.shape(two, "tcg")
+    for other in (
+        machine.Hardware(memory=2048),
+        machine.Hardware(smbios=("x",)),
+        machine.Hardware(tpm=False),
+    ):
+        assert vm.shape(options(tmp_path, hardware=other), "tcg") != vm.shape(one, "tcg")
+    before = vm.shape(one, "tcg")
+    one.disk.write_bytes(b"longer")
+    assert vm.shape(one, "tcg") != before
+
+
+# --- Who ends with whom ------------------------------------------------------------------------------
+
+STARTS_A_CHILD = """
+import asyncio, sys
+from mosinit import machine
+async def main():
+    with open(sys.argv[1], "wb") as log:
+        async with machine.process(["sleep", "600"], log) as child:
+            print(child.pid, flush=True)
+            await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def parent(need: Need, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process that started another one by `machine.process`, and the other's id."""
+    need("setpriv")
+    command = [sys.executable, "-B", "-c", STARTS_A_CHILD, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}) as process:
+        assert process.stdout
+        yield process, int(process.stdout.readline())
+        process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_program_ends_with_who_started_it(
+    parent: tuple[subprocess.Popen[bytes], int], how: signal.Signals
+) -> None:
+    process, child = parent
+    process.send_signal(how)
+    process.wait(20)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}/cmdline").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break  # dead, and not yet waited for by whoever adopted it
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{child}").exists()
