@@ -44,6 +44,7 @@ FROZEN_IMPORTS = (
     "cryptography.hazmat.primitives.hashes",
     "cryptography.x509",
     "cryptography.x509.oid",
+    "encodings.utf_16_le",
     "ipaddress",
     "yaml",
 )
