@@ -167,8 +167,11 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
         except BlockingIOError as error:
             raise Failure(f"a machine runs in {options.folder}: stop it or take another folder") from error
         (options.folder / "report.json").unlink(missing_ok=True)
+        layers = options.folder / "layers"
+        shutil.rmtree(layers, ignore_errors=True)  # of a run that was killed
         if options.hardware.snapshot:
-            layers = stack.enter_context(host.scratch(options.folder / "lock"))
+            layers.mkdir()
+            stack.callback(shutil.rmtree, layers)
             disks = [
                 _layer_over(host, disk, layers / f"{number}.qcow2") for number, disk in enumerate(disks)
             ]
