@@ -1,11 +1,14 @@
 """The `build` verb: from a keyset to a medium that boots, every part beside it in one folder.
 
-    OUT/kernel/        the kernel and its modules, from mkosi          OUT/initrd.cpio.zst   the frozen bring-up
-    OUT/mosinit.efi    the UKI, signed                                 OUT/bootkit/          UKI and modules, OCI layout
-    OUT/hostfs/        the root file system, OCI layout, from mkosi    OUT/manifest.yaml     what a person would write
-    OUT/release/       manifest, signatures and images, published      OUT/live.raw          the live medium
-
-`build.json` says what all of it was made from: a second call with the same inputs does nothing.
+kernel/             the kernel and its modules, from mkosi
+initrd.cpio.zst     the frozen bring-up
+mosinit.efi         the UKI, signed
+bootkit/            UKI and modules, an OCI layout
+hostfs/             the root file system, an OCI layout, from mkosi
+manifest.yaml       what a person would write
+release/            manifest, signatures and images, published
+live.raw            the live medium
+build.json          what all of it was made from: a second call with the same inputs does nothing
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from mosinit import __version__, disk, hostfs, images, initrd, keys, publish, tools, uki
 from mosinit.host import Failure, Host
-from mosinit.testing import checkout
+from mosinit.tools import checkout
 
 INPUTS = ("build-initrd.sh", "mkosi.", "mosinit", "mosinit.py")
 
@@ -45,7 +48,8 @@ def build(
 ) -> dict[str, object]:
     """Build everything; returns paths, sizes in bytes and ids.
 
-    Without a `manifest` of the caller's the medium carries hostfs and bootkit alone. Raises `Failure`, `Refused`.
+    Without a `manifest` of the caller's the medium carries hostfs and bootkit alone. Raises `Failure`,
+    `Refused`.
     """
     keyset = keys.open_keyset(host, keyset_folder)
     if out.exists() and not out.is_dir():

@@ -1,0 +1,191 @@
+"""Live mode on a real machine: firmware with Secure Boot, a TPM, the medium, the kernel's own checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import init_program
+from world import HELLO, World, check_refused, flip, retouch
+
+from mosinit import firmware, init, keys, uki, vm
+from mosinit.machine import VARIABLES, Hardware
+
+GOOD_HOSTFS = {"sbin/init": init_program(HELLO, "hang")}
+
+
+@pytest.fixture(scope="module")
+def release(world: World) -> Path:
+    """A good release."""
+    return world.release("good", GOOD_HOSTFS)
+
+
+@pytest.fixture(scope="module")
+def medium(world: World, release: Path) -> Path:
+    """A good medium; the machine that is saved with it serves all tests with other content."""
+    target = world.medium(release)
+    if not world.cold:
+        world.saved = vm.save(world.host, world.options(target), world.folder / "saved").folder
+    return target
+
+
+# --- The disk's content decides: restored machines ---------------------------------------------------
+
+
+def test_a_good_medium_hands_over(world: World, medium: Path) -> None:
+    outcome = world.go_on(medium)
+    assert outcome.status == 0, outcome.console.read_text(errors="replace")[-3000:]
+    report = outcome.report
+    assert report is not None
+    assert (report["result"], report["mode"], report["sequence"]) == ("pivoted", "live", 7)
+    assert (report["fenced"], report["failed"], report["watchdog"]) == (True, None, True)
+    assert report["uki_id"] == world.bootable.uki.uki_id
+    passed = {check["id"] for check in report["checks"]}  # type: ignore[attr-defined]
+    never_noted = {"TPM-EXTEND", "TPM-FENCE", "DISK-HINT", "DISK-ABSENT"} | {
+        check for check in init.CHECKS if check.startswith(("GPT-", "MODULE-L", "OVERLAY-", "IMAGE-F"))
+    }
+    assert passed >= {"SB-OFF", "SB-DB", "SB-KEYRING", "STORE-SIGNATURE", "LAYER-SIGNATURE", "HOSTFS-INIT"}
+    assert not passed & never_noted
+    stages = [stage["name"] for stage in report["stages"]]  # type: ignore[attr-defined]
+    assert stages[-1] == "prepare-root"
+
+
+def bad_content(world: World, release: Path) -> dict[str, Callable[[], Path]]:
+    """Return what makes the release of each case."""
+    yaml, signature, certificate = (
+        init.MANIFEST_MEDIA_TYPE,
+        init.SIGNATURE_MEDIA_TYPE,
+        init.CERTIFICATE_MEDIA_TYPE,
+    )
+
+    def in_base64(pem: bytes) -> bytes:
+        # Near the end: within the CA's signature, so that the certificate still parses.
+        lines = pem.rstrip().split(b"\n")
+        lines[-2] = (b"B" if lines[-2][:1] == b"A" else b"A") + lines[-2][1:]
+        return b"\n".join(lines) + b"\n"
+
+    def other_organisation() -> Path:
+        other = keys.new(world.host, world.folder / "other-keys", "another organisation")
+        return world.release("other-ca", GOOD_HOSTFS, other)
+
+    def sequence(data: bytes) -> bytes:
+        assert b"sequence: 7" in data
+        return data.replace(b"sequence: 7", b"sequence: 6")
+
+    return {
+        "other CA": other_organisation,
+        "manifest": lambda: retouch(release, "bad-manifest", yaml, sequence),
+        "signature": lambda: retouch(
+            release, "bad-signature", signature, lambda data: flip(data, len(data) - 1)
+        ),
+        "certificate": lambda: retouch(release, "bad-certificate", certificate, in_base64),
+        "no init": lambda: world.release("no-init", {"etc/hostname": b"nothing\n"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [
+        ("other CA", "MANIFEST-CHAIN"),
+        ("manifest", "MANIFEST-SIGNATURE"),
+        ("signature", "MANIFEST-SIGNATURE"),
+        ("certificate", "MANIFEST-CHAIN"),
+        ("no init", "HOSTFS-INIT"),
+    ],
+)
+def test_content_sealed_again_is_refused(
+    world: World, release: Path, medium: Path, case: str, check: str
+) -> None:
+    bad = world.medium(bad_content(world, release)[case]())
+    check_refused(world.go_on(bad), check)
+
+
+@pytest.mark.parametrize(
+    ("where", "check"),
+    [
+        ("manifest", "STORE-READ"),
+        ("superblock", "STORE-READ"),
+        ("seal", "STORE-SIGNATURE"),
+        ("partition table", "DISK-ABSENT"),
+    ],
+)
+def test_one_flipped_bit_of_the_medium_is_refused(
+    world: World, medium: Path, where: str, check: str
+) -> None:
+    raw = medium.read_bytes()
+    offsets = {
+        "manifest": raw.index(b"update_type: complete"),
+        "superblock": raw.index(b"\xe2\xe1\xf5\xe0", raw.index(init.LIVE_SEAL_MAGIC) % 1) + 20,
+        "seal": raw.index(init.LIVE_SEAL_MAGIC) + init.LIVE_SEAL.size + 40,
+        "partition table": 1024 + 8,
+    }
+    bad = world.folder / f"flipped-{where.replace(' ', '-')}.raw"
+    bad.write_bytes(flip(raw, offsets[where]))
+    check_refused(world.go_on(bad), check)
+
+
+# --- Firmware, TPM or command line decide: cold machines ---------------------------------------------
+
+
+def enrolled(world: World, options: vm.BootOptions, **changes: object) -> vm.BootOptions:
+    """Make the machine's firmware variables before its first boot, other than usual."""
+    certificates = firmware.certificates_of_keyset(world.keyset.folder)
+    extra = changes.pop("extra_db", None)
+    if extra is not None:
+        certificates = dataclasses.replace(certificates, db=(*certificates.db, extra))  # type: ignore[arg-type]
+    options.folder.mkdir()
+    firmware.enroll(world.host, options.folder / VARIABLES, certificates, **changes)  # type: ignore[arg-type]
+    return options
+
+
+def state(world: World, medium: Path, name: str, **hardware: object) -> vm.BootOptions:
+    """Return how to boot the good medium on a machine of its own."""
+    switches = Hardware(snapshot=True, **hardware)  # type: ignore[arg-type]
+    return world.options(medium, folder=world.folder / f"{name}.state", hardware=switches)
+
+
+@pytest.mark.cold
+def test_secure_boot_off(world: World, medium: Path) -> None:
+    options = enrolled(world, state(world, medium, "sb-off"), secure_boot=False)
+    check_refused(vm.boot(world.host, options), "SB-OFF")
+
+
+@pytest.mark.cold
+def test_a_third_certificate_in_db(world: World, medium: Path) -> None:
+    other = world.keyset.certificate("KEK")
+    options = enrolled(world, state(world, medium, "sb-db"), extra_db=other)
+    check_refused(vm.boot(world.host, options), "SB-DB")
+
+
+@pytest.mark.cold
+def test_a_machine_owner_key_of_shim(world: World, medium: Path) -> None:
+    mok = firmware.mok_list(world.keyset.certificate("KEK"))
+    options = enrolled(world, state(world, medium, "sb-mok"), variables=(mok,))
+    check_refused(vm.boot(world.host, options), "SB-MOK")
+
+
+@pytest.mark.cold
+def test_no_tpm(world: World, medium: Path) -> None:
+    outcome = vm.boot(world.host, state(world, medium, "no-tpm", tpm=False))
+    check_refused(outcome, "TPM-ABSENT", fenced=False)
+
+
+@pytest.mark.cold
+def test_a_word_appended_by_the_hypervisor(world: World, medium: Path) -> None:
+    words = ("io.systemd.stub.kernel-cmdline-extra=LD_PRELOAD=/x",)
+    outcome = vm.boot(world.host, state(world, medium, "smbios", smbios=words))
+    check_refused(outcome, "CMDLINE")
+    assert "LD_PRELOAD=/x" in str(outcome.report)
+    assert not re.search("ld.so|cannot be preloaded", outcome.console.read_text(errors="replace"))
+
+
+# --- What leaves the house ---------------------------------------------------------------------------
+
+
+def test_db_accepts_nothing_but_ukis_anywhere_in_the_build(world: World, medium: Path) -> None:
+    db = [world.keyset.certificate_path(role) for role in ("uki", "layer")]
+    found = uki.check_signed_binaries(world.host, [world.folder / "out", medium], db)
+    assert [binary for binary in found if binary.accepted]

@@ -1,0 +1,175 @@
+"""One organisation, one UKI and one good medium for all VM tests, and the means to make bad ones.
+
+A refusal that only the medium's content decides is tested on a *restored* machine: saved at the first line
+of the bring-up, it goes on with other disk content under a second. `--cold` boots those from power-on too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mosinit import build, disk, init, keys, publish, vm
+from mosinit.host import Host
+from mosinit.machine import Hardware
+
+SIZE = 256 << 20  # of every medium: a restored machine remembers the size of its disk
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+Files = dict[str, bytes]
+
+
+@dataclass
+class World:
+    """A keyset with its UKI, a hostfs of one program, and the media made of them."""
+
+    host: Host
+    folder: Path
+    cold: bool
+    keyset: keys.Keyset = field(init=False)
+    bootable: build.Bootable = field(init=False)
+    saved: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.keyset = keys.new(self.host, self.folder / "keys", "vm-tests")
+        (self.folder / "out").mkdir()
+        self.bootable = build.make_bootable(self.host, self.keyset, self.folder / "out", 1)
+
+    def image(self, name: str, files: Files) -> Path:
+        """Make an OCI layout with an image of one tar layer."""
+        layout = self.folder / name
+        shutil.rmtree(layout, ignore_errors=True)
+        tar = io.BytesIO()
+        with tarfile.open(fileobj=tar, mode="w") as archive:
+            for path, content in files.items():
+                entry = tarfile.TarInfo(path)
+                entry.size, entry.mode = len(content), 0o755
+                archive.addfile(entry, io.BytesIO(content))
+        digest = hashlib.sha256(tar.getvalue()).hexdigest()
+        config = {
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+        }
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": put(layout, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
+            "layers": [put(layout, tar.getvalue(), "application/vnd.oci.image.layer.v1.tar")],
+        }
+        kind = str(manifest["mediaType"])
+        entry_of_index = put(layout, json.dumps(manifest).encode(), kind)
+        (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry_of_index]}))
+        (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+        return layout
+
+    def release(self, name: str, hostfs: Files, keyset: keys.Keyset | None = None, epoch: int = 1) -> Path:
+        """Publish a manifest with this hostfs and the UKI's bootkit."""
+        keyset = keyset or self.keyset
+        self.image(f"{name}-hostfs", hostfs)
+        lines = [
+            "version: 1",
+            f"product: {keyset.product}",
+            "sequence: 7",
+            f"epoch: {epoch}",
+            "update_type: complete",
+        ]
+        lines += ["targets:"]
+        for service, source in (("hostfs", f"{name}-hostfs"), ("bootkit", "out/bootkit")):
+            lines += [
+                f"  - service_name: {service}",
+                f"    service_type: {service}",
+                f"    source: oci:./{source}",
+            ]
+            lines += ["    version: '1'"]
+        written = self.folder / f"{name}.yaml"
+        written.write_text("\n".join(lines) + "\n")
+        publish.publish(self.host, written, keyset, f"oci:{self.folder / name}")
+        return self.folder / name
+
+    def medium(self, release: Path) -> Path:
+        """Seal a release with the valid layer key and make a medium of it."""
+        target = self.folder / f"{release.name}.raw"
+        disk.live_medium(self.host, self.bootable.uki.path, release, self.keyset, target)
+        with target.open("r+b") as file:
+            file.truncate(SIZE)
+        return target
+
+    def options(self, medium: Path, **more: object) -> vm.BootOptions:
+        """Return how to boot a medium up to the end of the bring-up."""
+        plain = vm.BootOptions(
+            disk=medium,
+            folder=self.folder / f"{medium.stem}.state",
+            keys=self.keyset.folder,
+            until="pivoted",
+            timeout=240,
+            hardware=Hardware(snapshot=True),
+        )
+        return replace(plain, **more)  # type: ignore[arg-type]
+
+    def go_on(self, medium: Path) -> vm.Outcome:
+        """Let the saved machine go on with another medium; with --cold, boot it from power-on."""
+        if self.cold or self.saved is None:
+            return vm.boot(self.host, self.options(medium))
+        return vm.restore(self.host, self.saved, self.options(medium))
+
+
+def put(layout: Path, content: bytes, kind: str) -> dict[str, object]:
+    """Write a blob into an OCI layout and return its descriptor."""
+    digest = hashlib.sha256(content).hexdigest()
+    blobs = layout / "blobs/sha256"
+    blobs.mkdir(parents=True, exist_ok=True)
+    (blobs / digest).write_bytes(content)
+    return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(content)}
+
+
+def get(layout: Path, digest: str) -> bytes:
+    """Read a blob of an OCI layout."""
+    return (layout / "blobs/sha256" / digest.removeprefix("sha256:")).read_bytes()
+
+
+def retouch(release: Path, name: str, kind: str, change: Callable[[bytes], bytes]) -> Path:
+    """Copy a release and change one part of its install artefact; every digest above it fits again."""
+    layout = release.parent / name
+    shutil.copytree(release, layout)
+    top = json.loads((layout / "index.json").read_bytes())
+    index = json.loads(get(layout, top["manifests"][0]["digest"]))
+    artefact = json.loads(get(layout, index["manifests"][0]["digest"]))
+    for number, part in enumerate(artefact["layers"]):
+        if part["mediaType"] == kind:
+            artefact["layers"][number] = {**part, **put(layout, change(get(layout, part["digest"])), kind)}
+    described = index["manifests"][0]
+    index["manifests"][0] = {
+        **described,
+        **put(layout, json.dumps(artefact).encode(), described["mediaType"]),
+    }
+    top["manifests"][0] = {**top["manifests"][0], **put(layout, json.dumps(index).encode(), OCI_INDEX)}
+    (layout / "index.json").write_text(json.dumps(top))
+    return layout
+
+
+def flip(data: bytes, offset: int) -> bytes:
+    """Flip one bit of a byte string."""
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+
+
+def check_refused(outcome: vm.Outcome, check: str, *, fenced: bool = True) -> None:
+    """Expect this check's refusal: exit status, framed report, screen, fence, no hand-over."""
+    console = outcome.console.read_text(errors="replace")
+    assert outcome.status == 3, f"{outcome.reason}\n{console[-3000:]}"
+    report = outcome.report
+    assert report is not None
+    assert (report["result"], report["failed"], report["fenced"]) == ("refused", check, fenced)
+    title, remedy = init.CHECKS[check]
+    for words in (check, title, remedy, "mosinit does not start this machine"):
+        assert words in console
+    assert '"result": "pivoted"' not in console
+    assert HELLO.decode().strip() not in console
+
+
+HELLO = b"hostfs says hello\n"
