@@ -111,6 +111,7 @@ def test_two_enrolments_are_equal(host: Host, tmp_path: Path, ours: firmware.Cer
     for name in ("a.fd", "b.fd"):
         firmware.enroll(host, tmp_path / name, ours)
     assert (tmp_path / "a.fd").read_bytes() == (tmp_path / "b.fd").read_bytes()
+    assert uuid.uuid5(uuid.NAMESPACE_DNS, "secure-boot.mosinit") == uuid.UUID(firmware.OWNER)
 
 
 @pytest.mark.usefixtures("ovmf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import itertools
@@ -58,6 +59,7 @@ def test_a_report_is_taken_as_it_is() -> None:
         (b'{"schema": 1, "result": "pivoted", "checks": {}}', "checks"),
         (b'{"schema": 1, "result": "pivoted", "stages": [1]}', "stages"),
     ],
+    ids=lambda value: repr(value[:40]),
 )
 def test_a_bad_report_is_refused(untrusted: bytes, complaint: str) -> None:
     with pytest.raises(console.BadReport, match=complaint):
@@ -352,6 +354,20 @@ def parent(need: Need, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes]
         assert process.stdout
         yield process, int(process.stdout.readline())
         process.kill()
+
+
+def test_a_program_is_told_to_end(need: Need, tmp_path: Path) -> None:
+    need("setpriv")
+
+    async def start_and_leave() -> int | None:
+        with (tmp_path / "log").open("wb") as log:
+            async with machine.process(["sleep", "600"], log) as child:
+                pass
+            return child.returncode
+
+    before = time.monotonic()
+    assert asyncio.run(start_and_leave()) == -signal.SIGTERM
+    assert time.monotonic() - before < machine.QUIT_SECONDS
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
