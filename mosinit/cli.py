@@ -53,6 +53,7 @@ class Verb:
     options: tuple[Option, ...] = ()
     json: bool = True
     tools: bool = True
+    checkout: bool = False
 
 
 # --- The verbs' functions ----------------------------------------------------------------------------
@@ -203,6 +204,7 @@ VERBS = (
             folder("--dir", "where everything is made (default: ./demo)", default=Path("demo")),
             flag("--interactive", "end at the console of a demo profile that can log in"),
         ),
+        checkout=True,
     ),
     Verb(
         "test",
@@ -215,6 +217,7 @@ VERBS = (
             flag("--cold", "boot every VM from zero instead of restoring saved ones"),
         ),
         json=False,
+        checkout=True,
     ),
     Verb(
         "keys new",
@@ -243,6 +246,7 @@ VERBS = (
             folder("--out", "where the results go", required=True),
             Option("--epoch", "what is below is unsafe, 1 to 64 (default: 1)", {"type": int, "default": 1}),
         ),
+        checkout=True,
     ),
     Verb(
         "publish",
@@ -361,6 +365,8 @@ def _words(description: str, epilog: str) -> dict[str, Any]:
 def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
     """Run the verb; if it needs the tools tree, enter that first, which starts this command again."""
     verb: Verb = values.verb
+    if verb.checkout:
+        tools.checkout()
     if verb.tools:
         for name, value in vars(values).items():
             if isinstance(value, Path):

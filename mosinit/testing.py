@@ -7,19 +7,11 @@ Lint, types and the rules of the code are tests like the others (tests/test_rule
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from mosinit.host import Failure, Host, Usage
+from mosinit import tools
+from mosinit.host import Host, Usage
 
 FOLDERS = {"unit": ("tests",), "vm": ("vm-tests",), None: ("tests", "vm-tests")}
-
-
-def checkout() -> Path:
-    """Return the checkout that this code runs from. Raises `Failure` if it runs from anywhere else."""
-    root = Path(__file__).resolve().parent.parent
-    if not all((root / name).exists() for name in ("pyproject.toml", "mosinit.py", "tests", "vm-tests")):
-        raise Failure("this needs a checkout: clone the project and run `python3 -m mosinit` in it")
-    return root
 
 
 def command(strength: str | None, *, expression: str | None, cold: bool) -> list[str]:
@@ -36,5 +28,5 @@ def run(host: Host, strength: str | None, *, expression: str | None = None, cold
     """Run the tests and return the exit status; the last line of output is pytest's own."""
     words = command(strength, expression=expression, cold=cold)
     # Inside the tools tree every program exists, so a test that skips for want of one would hide something.
-    status = host.call(words, env={**os.environ, "MOSINIT_REQUIRE_TOOLS": "1"}, cwd=checkout())
+    status = host.call(words, env={**os.environ, "MOSINIT_REQUIRE_TOOLS": "1"}, cwd=tools.checkout())
     return 0 if status == 0 else 1

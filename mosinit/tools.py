@@ -84,6 +84,14 @@ def run_inside(host: Host, arguments: list[str]) -> None:
     enter(host, tree, ["/usr/bin/python3", "-P", "-c", START, *arguments])
 
 
+def checkout() -> Path:
+    """Return the checkout that this code runs from. Raises `Failure` if it runs from anywhere else."""
+    root = Path(__file__).resolve().parent.parent
+    if not all((root / name).exists() for name in ("pyproject.toml", "mosinit.py", "mkosi.conf")):
+        raise Failure("this needs a checkout: clone the project and run `python3 -m mosinit` in it")
+    return root
+
+
 def hidden(path: Path) -> bool:
     """Say whether a path of the host lies where the tools tree shows its own files instead."""
     real = Path(os.path.realpath(path))
@@ -174,9 +182,10 @@ def _make(host: Host, tree: Path) -> None:
     fresh = tree.with_suffix(".new")
     _remove(host, fresh)
     sources = "".join(f"{line}\n" for line in debian_sources(Path("/etc/apt"), SUITE)).encode()
-    # Its end is tied to ours, and its mounts to its own: an interrupted run leaves files, nothing else.
+    # Its end is tied to ours, and its processes and mounts to its own: an interrupted run leaves only files.
     status = host.call(
-        ["setpriv", "--pdeathsig", "TERM", "unshare", "--mount",
+        ["setpriv", "--pdeathsig", "KILL",
+         "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
          "mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", *_apt_network(host),
          SUITE, fresh, *(["-"] if sources else [])],
         stdin=sources,

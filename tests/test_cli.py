@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mosinit import __version__, cli, explain, init, testing
+from mosinit import __version__, cli, explain, init, testing, tools
 from mosinit.host import Failure, Host, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -318,7 +318,7 @@ def test_the_strengths() -> None:
 def test_tests_run_in_the_checkout_with_every_tool_required() -> None:
     class Recorder(Host):
         def call(self, command: object, **options: object) -> int:
-            assert options["cwd"] == testing.checkout() == ROOT
+            assert options["cwd"] == tools.checkout() == ROOT
             env = options["env"]
             assert isinstance(env, dict)
             assert env["MOSINIT_REQUIRE_TOOLS"] == "1"
