@@ -71,8 +71,8 @@ def command_line(
     words += ["-chardev", f"socket,id=console,fd={channels.console}", "-serial", "chardev:console"]
     words += ["-chardev", f"socket,id=report,fd={channels.report}", "-device", "virtio-serial-pci"]
     words += ["-device", f"virtserialport,chardev=report,name={REPORT_PORT}"]
-    # A restart or a power-off stops the machine where it is, so that the reason can be asked for.
-    words += ["-device", "i6300esb", "-action", "reboot=shutdown,shutdown=pause,panic=pause,watchdog=reset"]
+    # A machine that is off stays, so that its last words are read before QEMU ends.
+    words += ["-device", "i6300esb", "-action", "reboot=reset,shutdown=pause,panic=pause,watchdog=reset"]
     if hardware.tpm:
         words += ["-chardev", f"socket,id=tpm,fd={channels.tpm}", "-tpmdev", "emulator,id=tpm,chardev=tpm"]
         words += ["-device", "tpm-crb,tpmdev=tpm"]

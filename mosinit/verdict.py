@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -102,18 +102,18 @@ class Watch:
             return Verdict(1, f"{MULTI_USER} is reached, and no boot report came")
         return self._settled(self.report)
 
-    def event(self, name: str, data: Mapping[str, object]) -> Verdict | None:
+    def event(self, name: str) -> Verdict | None:
         """Take an event of QEMU's (qapi/run-state.json)."""
         if name == "WATCHDOG":
             return Verdict(1, self._with_complaint("the hardware watchdog fired"))
         if name == "GUEST_PANICKED":
             return Verdict(1, "the kernel panicked")
-        if name != "SHUTDOWN":
-            return None
-        how = "restarted" if data.get("reason") == "guest-reset" else "powered off"
-        if how == "restarted" and "kernel" not in self.marks and self.resets < FIRMWARE_RESETS:
+        if name == "RESET" and "kernel" not in self.marks and self.resets < FIRMWARE_RESETS:
             self.resets += 1
             return None
+        if name not in ("RESET", "SHUTDOWN"):
+            return None
+        how = "restarted" if name == "RESET" else "powered off"
         before = "before multi-user.target" if self.report else "without a report"
         return Verdict(1, self._with_complaint(f"the machine {how} {before}"))
 

@@ -304,30 +304,25 @@ async def _until_settled(
         try:
             async with asyncio.timeout(options.timeout):
                 await machine.go()
-                verdict = await _next_verdict(machine, watch, queue, each)
+                verdict = await _next_verdict(watch, queue, each)
         except TimeoutError:
             return watch.late(options.timeout)
         if options.interactive and verdict.status == 0:
-            await _next_verdict(machine, watch, queue, each)
+            await _next_verdict(watch, queue, each)
         return verdict
 
 
 async def _next_verdict(
-    machine: Machine,
     watch: Watch,
     queue: asyncio.Queue[Happening],
     each: Callable[[], Awaitable[None]] | None,
 ) -> Verdict:
     while True:
-        resets = watch.resets
         verdict = (await queue.get())(watch)
         if each:
             await each()
         if verdict:
             return verdict
-        if watch.resets > resets:
-            await machine.command("system_reset")
-            await machine.go()
 
 
 @contextlib.asynccontextmanager
@@ -378,8 +373,7 @@ async def _received(end: socket.socket) -> AsyncIterator[bytes]:
 
 async def _events(machine: Machine, queue: asyncio.Queue[Happening]) -> None:
     async for event in machine.events:
-        data = cast(dict[str, object], event.get("data", {}))
-        await queue.put(partial(Watch.event, name=str(event["event"]), data=data))
+        await queue.put(partial(Watch.event, name=str(event["event"])))
 
 
 async def _end(machine: Machine, queue: asyncio.Queue[Happening]) -> None:
