@@ -13,7 +13,9 @@ usage: build-initrd.sh --kernel-modules DIR --policy FILE --manifest-ca FILE --s
   --policy FILE          policy.json (`mosinit build` writes it)
   --manifest-ca FILE     certificate (PEM) of the CA of install manifests
   --sudi-ca FILE         certificate (PEM) of the CA of machine identities
-  --out FILE             the initrd; beside it FILE.parts.json (bytes of each part) and FILE.contents (what is in it)
+  --out FILE             the initrd; beside it FILE.parts.json (bytes of each part), FILE.contents (what is in it)
+                         and FILE.key (what it was made from: the same again takes no time)
+  --level N              zstd level, 19 unless told
 
 example: build-initrd.sh --kernel-modules /usr/lib/modules/6.12.0 --policy policy.json \
            --manifest-ca keys/manifest-ca.pem --sudi-ca keys/sudi-ca.pem --out initrd.cpio.zst
@@ -25,11 +27,11 @@ fail() {
     exit "${2:-1}"
 }
 
-modules='' policy='' manifest_ca='' sudi_ca='' out=''
+modules='' policy='' manifest_ca='' sudi_ca='' out='' level=19
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
-        --kernel-modules | --policy | --manifest-ca | --sudi-ca | --out)
+        --kernel-modules | --policy | --manifest-ca | --sudi-ca | --out | --level)
             [ $# -ge 2 ] || fail "$1 wants a value" 2
             name=${1#--}
             [ "$name" = kernel-modules ] && name=modules
@@ -62,15 +64,22 @@ step nodes >"$work/initrd.cpio"
 (cd "$work/root" && find . -mindepth 1 -printf '%P\0' | sort -z |
     cpio --quiet --null --create --format=newc --reproducible --owner=0:0) >>"$work/initrd.cpio"
 
-# One thread: with more, the bytes could depend on how many the machine has.
-zstd --quiet -19 --single-thread --no-progress "$work/initrd.cpio" -o "$work/initrd.cpio.zst"
-step weigh --root "$work/root" --packed "$work/initrd.cpio.zst" --parts "$work/parts.json" >"$work/table"
+key="$level $(sha256sum <"$work/initrd.cpio")"
+if [ "$(cat "$out.key" 2>/dev/null)" = "$key $(sha256sum 2>/dev/null <"$out")" ]; then
+    step table "$out.parts.json"
+    exit
+fi
 
-# The initrd comes last: where it is, its two lists are.
-for pair in "contents .contents" "parts.json .parts.json" "initrd.cpio.zst "; do
+# One thread: with more, the bytes could depend on how many the machine has.
+zstd --quiet "-$level" --single-thread --no-progress "$work/initrd.cpio" -o "$work/initrd.cpio.zst"
+step weigh --root "$work/root" --packed "$work/initrd.cpio.zst" >"$work/parts.json"
+echo "$key $(sha256sum <"$work/initrd.cpio.zst")" >"$work/key"
+
+# The key comes last: where it fits the initrd, the lists do too.
+for pair in "contents .contents" "parts.json .parts.json" "initrd.cpio.zst " "key .key"; do
     target=$out${pair#* }
     cp "$work/${pair% *}" "$target.new"
     sync "$target.new"
     mv "$target.new" "$target"
 done
-cat "$work/table"
+step table "$out.parts.json"

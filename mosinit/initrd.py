@@ -337,15 +337,9 @@ def _stage_python(host: Host, root: Path) -> Iterator[str]:
     archive = root / "usr/lib/python.zip"
     # The person's environment must not lead the scan to other modules than the initrd will have.
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
-    freeze = [
-        PYTHON,
-        "-ISB",
-        CHECKOUT / "mosinit/frozen.py",
-        CHECKOUT / "mosinit.py",
-        DIST_PACKAGES,
-        archive,
-    ]
-    listing = json.loads(host.run(freeze, env=environment))
+    script, core = CHECKOUT / "mosinit/frozen.py", CHECKOUT / "mosinit.py"
+    command: list[str | Path] = [PYTHON, "-ISB", script, core, DIST_PACKAGES, archive]
+    listing = json.loads(host.run(command, env=environment))
     version = listing["version"]
     archive.rename(archive.with_name(f"python{version.replace('.', '')}.zip"))
     interpreter = Path(os.path.realpath(PYTHON))
@@ -431,9 +425,7 @@ def weigh(host: Host, root: Path, packed: int) -> tuple[Part, ...]:
         if path.is_file() and not path.is_symlink():
             for place, data in _members(f"/{path.relative_to(root)}", path):
                 content[part_of(place)] += data
-    alone = {
-        name: len(host.run(["zstd", "-19", "-cq"], stdin=bytes(data))) for name, data in content.items()
-    }
+    alone = {name: len(host.run(["zstd", "-9", "-cq"], stdin=bytes(data))) for name, data in content.items()}
     scale = packed / sum(alone.values())
     return tuple(Part(name, len(content[name]), round(alone[name] * scale)) for name in PARTS)
 
@@ -444,6 +436,12 @@ def _members(place: str, path: Path) -> Iterator[tuple[str, bytes]]:
         return
     with zipfile.ZipFile(path) as archive:
         yield from ((name, archive.read(name)) for name in archive.namelist())
+
+
+def read_parts(path: Path) -> tuple[tuple[Part, ...], int]:
+    """Read a FILE.parts.json: the parts, and the bytes of the compressed file."""
+    report = json.loads(path.read_bytes())
+    return tuple(Part(**part) for part in report["parts"]), int(report["compressed"])
 
 
 def table(parts: Iterable[Part], packed: int) -> str:
@@ -488,8 +486,7 @@ def build(
         )  # fmt: skip
     for line in shown.decode().splitlines():
         host.say(line)
-    parts = json.loads(Path(f"{out}.parts.json").read_bytes())["parts"]
-    return Initrd(out, mode, tuple(Part(**part) for part in parts))
+    return Initrd(out, mode, read_parts(Path(f"{out}.parts.json"))[0])
 
 
 def key_id(certificate: x509.Certificate) -> str:
@@ -517,10 +514,11 @@ def main(arguments: Sequence[str], output: BinaryIO) -> int:
     for option in ("--kernel-modules", "--policy", "--manifest-ca", "--sudi-ca", "--root"):
         step.add_argument(option, type=Path, required=True)
     steps.add_parser("nodes", help="print the archive of device nodes")
-    step = steps.add_parser("weigh", help="write FILE.parts.json and print the table")
+    step = steps.add_parser("weigh", help="print what each part weighs, as JSON")
     step.add_argument("--root", type=Path, required=True)
     step.add_argument("--packed", type=Path, required=True)
-    step.add_argument("--parts", type=Path, required=True)
+    step = steps.add_parser("table", help="print what each part weighs, for people")
+    step.add_argument("parts", type=Path)
     options = parser.parse_args(arguments)
     try:
         output.write(_step(Host(), options))
@@ -537,11 +535,11 @@ def _step(host: Host, options: argparse.Namespace) -> bytes:
         return "".join(f"{line}\n" for line in contents).encode()
     if options.step == "nodes":
         return device_nodes()
-    packed = options.packed.stat().st_size
-    parts = weigh(host, options.root, packed)
-    report = {"schema": 1, "compressed": packed, "parts": [asdict(part) for part in parts]}
-    options.parts.write_bytes(_json(report))
-    return table(parts, packed).encode()
+    if options.step == "weigh":
+        packed = options.packed.stat().st_size
+        parts = weigh(host, options.root, packed)
+        return _json({"schema": 1, "compressed": packed, "parts": [asdict(part) for part in parts]})
+    return table(*read_parts(options.parts)).encode()
 
 
 if __name__ == "__main__":

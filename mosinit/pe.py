@@ -85,7 +85,7 @@ def _section(raw: bytes) -> Section:
 
 
 def _signed_size(options: bytes) -> int:
-    """Return the size of a PE file up to the end of its signatures, which are its last part; 0 without any."""
+    """Return the size of a PE file up to the end of its signatures, its last part; 0 without any."""
     directories = _MAGICS[struct.unpack_from("<H", options)[0]]
     place = directories + 8 * _CERTIFICATES
     if len(options) < place + 8:
@@ -96,7 +96,7 @@ def _signed_size(options: bytes) -> int:
 
 def find(data: Bytes) -> Iterator[Image]:
     """Find every PE file in `data`, those inside other PE files included."""
-    for hit in _START.finditer(data):  # type: ignore[call-overload]  # takes a mapped file
+    for hit in _START.finditer(data):  # type: ignore[call-overload]  # mmap is a buffer
         try:
             yield parse(data, hit.start())
         except ValueError:
