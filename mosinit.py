@@ -554,24 +554,21 @@ class Kernel:
         device = int(_DM_IOCTL.unpack_from(buffer)[10])
         return f"/dev/dm-{(device & 0xFF) | (device >> 12 & 0xFFF00)}"
 
-    def attach_loop(self, path: str) -> tuple[str, int]:
-        """Attach a read-only loop device of 4096-byte sectors with direct I/O; returns its path and the
-        file's size.
+    def attach_loop(self, path: str) -> tuple[int, int]:
+        """Attach a read-only loop device of 4096-byte sectors, with direct I/O, to a file.
 
-        The loop ends by itself when its last user does.
+        Returns the open loop device and the file's bytes. The loop ends by itself with its last user.
         """
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
         try:
             number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
             flags = LO_READ_ONLY | LO_AUTOCLEAR | LO_DIRECT_IO
-            config = _LOOP_CONFIG.pack(
-                file, BLOCK, 0, 0, 0, 0, 0, 0, 0, 0, flags, path[-63:].encode(), b"", b"", 0, 0, *[0] * 8
-            )
+            name = path.encode()[-63:]
+            config = _LOOP_CONFIG.pack(file, BLOCK, *[0] * 8, flags, name, b"", b"", 0, 0, *[0] * 8)
             loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
             fcntl.ioctl(loop, LOOP_CONFIGURE, config)
-            # Kept open on purpose: closing it before device-mapper holds it would clear the loop.
-            return f"/dev/loop{number}", os.fstat(file).st_size
+            return loop, os.fstat(file).st_size
         finally:
             os.close(control)
             os.close(file)
@@ -2101,16 +2098,15 @@ def open_layer(k: Machine, name: str, layer: Layer, signature_digest: str) -> Ve
     if "sha256:" + hashlib.sha256(signature).hexdigest() != signature_digest:
         raise Refused("LAYER-SIGNATURE", expected=signature_digest, seen=f"another blob for {name}")
     with refusing("STORE-READ", f"blob {layer.digest}"):
-        path, size = k.attach_loop(blob_path(layer.digest))
-        fd = k.open_device(path)
+        loop, size = k.attach_loop(blob_path(layer.digest))
     if size != layer.size:
         raise Refused("LAYER-SIZE", expected=f"{layer.size} bytes", seen=f"{size} bytes in {layer.digest}")
     blocks = verity_data_blocks(size)
     with refusing("LAYER-READ", "a readable verity superblock"):
-        salt = parse_verity_salt(k.read_at(fd, blocks * BLOCK, 512), blocks)
-    device = k.device_number(fd)
+        salt = parse_verity_salt(k.read_at(loop, blocks * BLOCK, 512), blocks)
+    device = k.device_number(loop)
     verity = activate_verity(k, name, device, blocks, layer.root_hash, salt, signature, "LAYER-SIGNATURE")
-    k.close(fd)
+    k.close(loop)
     return verity
 
 
