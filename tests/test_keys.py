@@ -229,7 +229,7 @@ def test_open_refuses_a_public_key_of_another_role(copy: Path, host: Host) -> No
         "",
         "[]",
         "{",
-        '{"schema": 2}',
+        '{"schema": 2, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000"}',
         '{"schema": 1, "name": "x"}',
         '{"schema": 1, "name": "x", "product": "y"}',
     ],
@@ -299,19 +299,19 @@ def test_an_organisation_may_bring_an_ed25519_key(copy: Path, host: Host, need: 
 def test_pkcs7_is_detached_bare_and_repeats(made: Path, host: Host, tmp_path: Path, need: Need) -> None:
     need("openssl")
     signer = keys.open_keyset(host, made).signer("layer")
-    blob = signer.sign_pkcs7(b"00" * 32)
-    assert blob == signer.sign_pkcs7(b"00" * 32)
+    blob = signer.sign_pkcs7(b"one\n" * 16)
+    assert blob == signer.sign_pkcs7(b"one\n" * 16)
     structure = openssl("asn1parse", "-inform", "DER", stdin=blob).decode()
     # cont [0] below depth 3 would be certificates or signed attributes; either makes the kernel refuse or
     # wander.
     assert [line for line in structure.splitlines() if "cont [ 0 ]" in line and "d=1" not in line] == []
     assert ":sha256" in structure
     (tmp_path / "blob").write_bytes(blob)
-    (tmp_path / "data").write_bytes(b"00" * 32)
+    (tmp_path / "data").write_bytes(b"one\n" * 16)
     verify = ["smime", "-verify", "-binary", "-inform", "DER", "-nointern", "-noverify"]
     verify += ["-in", str(tmp_path / "blob"), "-certfile", str(made / "layer.pem")]
     openssl(*verify, "-content", tmp_path / "data")
-    (tmp_path / "data").write_bytes(b"00" * 31 + b"01")
+    (tmp_path / "data").write_bytes(b"one\n" * 15 + b"two\n")
     with pytest.raises(subprocess.CalledProcessError):
         openssl(*verify, "-content", tmp_path / "data")
 
@@ -319,11 +319,15 @@ def test_pkcs7_is_detached_bare_and_repeats(made: Path, host: Host, tmp_path: Pa
 def test_sbverify_accepts_a_signed_pe_and_signing_repeats(
     made: Path, host: Host, tmp_path: Path, need: Need
 ) -> None:
-    need("sbsign", "sbverify", "faketime", STUB)
+    need("sbsign", "sbverify", "sbattach", "faketime", "openssl", STUB)
     signer = keys.open_keyset(host, made).signer("uki")
     for name in ("first", "second"):
         signer.sign_pe(STUB, tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    detach = ["sbattach", "--detach", str(tmp_path / "blob"), str(tmp_path / "first")]
+    subprocess.run(detach, capture_output=True, check=True)
+    # keys.SIGNING_TIME: a signature of this very second would repeat only by luck.
+    assert b":250101000000Z" in openssl("asn1parse", "-inform", "DER", "-in", tmp_path / "blob")
     verify = ["sbverify", "--cert", str(made / "uki.pem"), str(tmp_path / "first")]
     subprocess.run(verify, capture_output=True, check=True)
     verify[2] = str(made / "layer.pem")

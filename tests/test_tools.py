@@ -147,6 +147,7 @@ def test_deb822_sources_that_are_switched_off(tmp_path: Path, line: str) -> None
         "deb https://download.example/linux/debian bookworm stable",
         "deb cdrom:[Debian GNU/Linux 12.5.0 _Bookworm_ - Official amd64 DVD]/ bookworm main",
         f"# deb {MIRROR} bookworm main",
+        f"deb {MIRROR} bookworm contrib # main",
         f"deb-src {MIRROR} bookworm main",
         f"deb {SECURITY} bookworm-security main",
         "deb",
