@@ -24,6 +24,7 @@ KERNEL = b"Linux version "
 PANIC = b"Kernel panic - not syncing"
 NOT_STARTED = b"BdsDxe: failed to "
 NOTHING_BOOTABLE = b"BdsDxe: No bootable option or device was found"
+UNTRUSTED = "no certificate of this machine's db verifies it; a machine for other keys needs a new folder"
 
 Until = Literal["start", "pivoted", "multi-user"]
 
@@ -69,7 +70,8 @@ class Watch:
         if "kernel" in self.marks:
             return None
         if NOT_STARTED in untrusted:
-            self.complaint = text[:200]
+            denied = b"Access Denied" in untrusted
+            self.complaint = text[:200] + (f" ({UNTRUSTED})" if denied else "")
         if NOTHING_BOOTABLE in untrusted:
             return Verdict(1, self.complaint or "the firmware found nothing to boot")
         return None

@@ -159,6 +159,7 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
             raise Failure(f"cannot read the disk {disk}: make it first, or name another")
     if options.interactive:
         terminal.need()
+        host.say("this terminal is the machine's console; Ctrl-] stops the machine")
     options.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context((options.folder / "lock").open("w"))

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,7 +226,8 @@ def test_firmware_that_finds_nothing_says_why() -> None:
         b"BdsDxe: failed to load Boot0001: Access Denied",
         verdict.NOTHING_BOOTABLE,
     )
-    assert settled == (1, "BdsDxe: failed to load Boot0001: Access Denied")
+    assert settled and settled.status == 1
+    assert settled.reason.startswith("BdsDxe: failed to load Boot0001: Access Denied (no certificate")
 
 
 def test_a_timeout_quotes_the_last_line() -> None:
@@ -326,6 +328,40 @@ def test_the_shape_of_a_machine_is_all_but_the_content_of_its_disks(tmp_path: Pa
     before = vm.shape(one, "tcg")
     one.disk.write_bytes(b"longer")
     assert vm.shape(one, "tcg") != before
+
+
+# --- The terminal of an interactive machine ----------------------------------------------------------
+
+TYPES = """
+import asyncio, socket, sys
+from mosinit import terminal
+async def main():
+    ours, machine = socket.socketpair()
+    left = asyncio.Event()
+    terminal.need()
+    with terminal.joined(ours, left):
+        terminal.show(b"ready")
+        await left.wait()
+    machine.setblocking(False)
+    print(machine.recv(100))
+asyncio.run(main())
+"""
+
+
+def test_the_terminal_is_the_machines_until_it_is_left() -> None:
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-B", "-c", TYPES]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, env={**os.environ, "PYTHONPATH": "."}
+    ) as process:
+        assert os.read(ours, 100) == b"ready"
+        os.write(ours, b"a\x03\r\x1dnot this")  # Ctrl-C is the machine's, what follows Ctrl-] is nobody's
+        assert process.wait(20) == 0
+    assert os.read(ours, 100) == b"b'a\\x03\\r'\r\n"
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 # --- Who ends with whom ------------------------------------------------------------------------------
