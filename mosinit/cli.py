@@ -160,7 +160,7 @@ def outcome(outcome: object) -> Result:
 
 
 def _short(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return explain.printable(value) if isinstance(value, str) else json.dumps(value)
 
 
 def plain(value: object) -> object:

@@ -71,6 +71,11 @@ def refusal(refused: init.Refused) -> dict[str, str]:
     }
 
 
+def printable(words: str) -> str:
+    """Replace what could move a terminal's cursor or change its colours: a report comes from a machine."""
+    return "".join(c if c.isprintable() else "?" for c in words)
+
+
 def report_text(report: Mapping[str, object]) -> str:
     """Write a boot report for a person: result, checks, how long each stage took, a remedy if refused."""
     lines = [f"{report.get('result')}: mode {report.get('mode')}, sequence {report.get('sequence')}"]
@@ -83,9 +88,9 @@ def report_text(report: Mapping[str, object]) -> str:
     if stages:
         lines.append(f"  stages: {', '.join(stages)}")
     failed = report.get("failed")
-    if failed in init.CHECKS:
-        lines.append(f"  {text([explain(str(failed))])}")
-    return "\n".join(lines)
+    if isinstance(failed, str) and failed in init.CHECKS:
+        lines += text([explain(failed)]).splitlines()
+    return "\n".join(printable(line) for line in lines)
 
 
 def _rows(report: Mapping[str, object], name: str) -> list[Mapping[str, object]]:

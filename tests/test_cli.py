@@ -166,10 +166,19 @@ def test_a_report_for_people() -> None:
 
 
 @pytest.mark.parametrize(
-    "report", [{}, {"checks": None, "stages": {"x": 1}}, {"checks": ["x"], "failed": "NEW-ID"}]
+    "report",
+    [{}, {"checks": None, "stages": {"x": 1}, "failed": ["x"]}, {"checks": ["x"], "failed": "NEW-ID"}],
 )
 def test_a_report_of_another_version_is_shown_as_far_as_it_goes(report: dict[str, object]) -> None:
     assert explain.report_text(report)
+
+
+def test_a_report_cannot_drive_the_terminal() -> None:
+    report: dict[str, object] = {
+        "result": "\x1b[2J",
+        "checks": [{"id": "X", "ok": False, "seen": "a\x1b]0;b\x07\n"}],
+    }
+    assert [c for c in explain.report_text(report) if not c.isprintable() and c != "\n"] == []
 
 
 # --- Statuses ----------------------------------------------------------------------------------------
