@@ -130,19 +130,23 @@ def sign(host: Host, unsigned: Path, keyset: Keyset, out: Path) -> Uki:
 
 def read_policy(host: Host, initrd: bytes) -> init.Policy:
     """Return the policy in one of our initrds. Raises `Failure` if it is not one of ours."""
-    archive = host.run(["zstd", "-dcq"], stdin=initrd)
-    with host.scratch() as folder:
+    try:
+        archive = host.run(["zstd", "-dcq"], stdin=initrd)
         # The device nodes are an archive of their own before the files'.
         files = archive[archive.index(b"TRAILER!!!") + 10 :].lstrip(b"\0")
-        names = ["etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem"]
-        host.run(["cpio", "--quiet", "-id", *names], stdin=files, cwd=folder)
-        try:
-            policy, authority = ((folder / name).read_bytes() for name in names)
-            return init.parse_policy(policy, b"", authority)
-        except (OSError, KeyError, ValueError) as error:
-            raise Failure(
-                "the initrd of this UKI is not one of mosinit's: build it with build-initrd.sh"
-            ) from error
+        policy, authority = _unpack(host, files, "etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem")
+        return init.parse_policy(policy, b"", authority)
+    except (OSError, KeyError, ValueError, Failure) as error:
+        raise Failure(
+            "the initrd of this UKI is not one of mosinit's: use one of `mosinit build`"
+        ) from error
+
+
+def _unpack(host: Host, archive: bytes, *names: str) -> list[bytes]:
+    """Return files of a cpio archive."""
+    with host.scratch() as folder:
+        host.run(["cpio", "--quiet", "-id", *names], stdin=archive, cwd=folder)
+        return [(folder / name).read_bytes() for name in names]
 
 
 def take_apart(data: bytes, name: str) -> Content:
@@ -168,7 +172,11 @@ def _finish(host: Host, content: Content, keyset: Keyset, out: Path, *, approve:
         unsigned = folder / "unsigned.efi"
         _assemble(host, content, unsigned, folder, keyset if approve else None)
         _check(unsigned, content.sections(), approve=approve)
-        keyset.signer("uki").sign_pe(unsigned, out)
+        keyset.signer("uki").sign_pe(unsigned, folder / "signed.efi")
+        db = [keyset.certificate_path(role) for role in ("uki", "layer")]
+        check_signed_binaries(host, [folder / "signed.efi"], db)
+        (folder / "signed.efi").rename(out)
+        host.sync_file(out.absolute().parent)
     return Uki(out, content.uki_id)
 
 

@@ -319,7 +319,7 @@ def read(name):
 ca = read("/etc/mosinit/manifest-ca.pem")
 policy = mosinit.parse_policy(read("/etc/mosinit/policy.json"), b"", ca)
 parts = read("/manifest"), read("/signature"), read("/certificate")
-print(mosinit.verify_manifest(*parts, policy).targets[0].service_name)
+print(mosinit.verify_manifest(*parts, policy).contents.targets[0].service_name)
 try:
     mosinit.verify_manifest(parts[0] + b" ", *parts[1:], policy)
 except mosinit.Refused as refused:
