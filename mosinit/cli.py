@@ -103,6 +103,13 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
     return outcome(publisher.publish(host, values.manifest, keyset, values.to))
 
 
+def uki_sign(host: Host, values: argparse.Namespace) -> Result:
+    """Sign a UKI that another tool put together."""
+    from mosinit import keys, uki
+
+    return outcome(uki.sign(host, values.unsigned, keys.open_keyset(host, values.keys), values.out))
+
+
 def vm_boot(host: Host, values: argparse.Namespace) -> Result:
     """Boot a disk image in a VM."""
     from mosinit import vm
@@ -260,6 +267,17 @@ VERBS = (
         ),
     ),
     Verb(
+        "uki sign",
+        "signs a UKI that mkosi or ukify made of our initrd, its kernel and its command line",
+        "mosinit uki sign uki.efi --keys ./keys --out mosinit.efi",
+        uki_sign,
+        (
+            positional("unsigned", "the UKI, without a signature", type=Path, metavar="UKI"),
+            folder("--keys", "the keyset that signs", required=True),
+            folder("--out", "where the signed UKI goes", "FILE", required=True),
+        ),
+    ),
+    Verb(
         "vm boot",
         "boots a disk image under Secure Boot with a software TPM and returns the machine's report",
         "mosinit vm boot --disk out/live.raw --dir ./vm --report report.json",
@@ -290,7 +308,7 @@ VERBS = (
     ),
 )  # fmt: skip
 
-GROUPS = {"keys": "keysets", "vm": "virtual machines"}
+GROUPS = {"keys": "keysets", "uki": "kernel images that other tools made", "vm": "virtual machines"}
 
 
 # --- argparse on top ---------------------------------------------------------------------------------
