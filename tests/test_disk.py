@@ -1,0 +1,143 @@
+"""The live medium against independent tools, and twice the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mosinit import disk, init, keys
+from mosinit.host import Failure, Host
+
+TOOLS = ("mkfs.erofs", "veritysetup", "sfdisk", "mkfs.vfat", "mcopy", "openssl")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[keys.Keyset, Path, Path]:
+    """A keyset, something in the place of a UKI, something in the place of a release."""
+    folder = tmp_path_factory.mktemp("parts")
+    keyset = keys.new(Host(), folder / "keys", "disk-tests")
+    (folder / "uki.efi").write_bytes(b"MZ" + os.urandom(100_000))
+    (folder / "release/blobs/sha256").mkdir(parents=True)
+    (folder / "release/index.json").write_text("{}")
+    (folder / "release/blobs/sha256/aa").write_bytes(os.urandom(3_000_000))
+    return keyset, folder / "uki.efi", folder / "release"
+
+
+@pytest.fixture
+def medium(
+    need: Callable[..., None], parts: tuple[keys.Keyset, Path, Path], host: Host, tmp_path: Path
+) -> Path:
+    need(*TOOLS)
+    keyset, uki, release = parts
+    disk.live_medium(host, uki, release, keyset, tmp_path / "live.raw")
+    return tmp_path / "live.raw"
+
+
+def partitions(medium: Path) -> tuple[init.Partition, ...]:
+    raw = medium.read_bytes()
+    return init.parse_gpt(raw[512:1024], raw[1024 : 1024 + 16384], 512, len(raw) // 512)
+
+
+def cut(medium: Path, kind: str, target: Path) -> Path:
+    (partition,) = [partition for partition in partitions(medium) if partition.kind == kind]
+    target.write_bytes(medium.read_bytes()[partition.start : partition.start + partition.size])
+    return target
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, check=True).stdout.decode()
+
+
+def test_the_partitions_are_what_others_read(medium: Path) -> None:
+    run("sfdisk", "--verify", medium)
+    seen = json.loads(run("sfdisk", "--json", medium))["partitiontable"]["partitions"]
+    assert [item["type"].lower() for item in seen] == [
+        init.ESP_TYPE,
+        init.LIVE_STORE_TYPE,
+        init.LIVE_SEAL_TYPE,
+    ]
+    assert [item["uuid"].lower() for item in seen] == [partition.uuid for partition in partitions(medium)]
+
+
+def test_the_esp_is_clean_and_holds_uki_and_certificates(
+    medium: Path, parts: tuple[keys.Keyset, Path, Path], tmp_path: Path
+) -> None:
+    keyset, uki, _ = parts
+    esp = cut(medium, init.ESP_TYPE, tmp_path / "esp")
+    run("fsck.vfat", "-n", esp)
+    run("mcopy", "-i", esp, "::EFI/BOOT/BOOTX64.EFI", tmp_path / "got.efi")
+    assert (tmp_path / "got.efi").read_bytes() == uki.read_bytes()
+    for name, role in disk.CERTIFICATES.items():
+        run("mcopy", "-n", "-o", "-i", esp, f"::keys/{name}.der", tmp_path / "der")
+        seen = run(
+            "openssl", "x509", "-inform", "DER", "-in", tmp_path / "der", "-noout", "-fingerprint", "-sha256"
+        )
+        expected = next(item["fingerprint"] for item in keyset.describe() if item["role"] == role)
+        assert seen.partition("=")[2].strip().replace(":", "").lower() == expected.replace(":", "").lower()
+
+
+def test_the_store_verifies_with_the_seal_and_the_seal_with_the_layer_key(
+    medium: Path, parts: tuple[keys.Keyset, Path, Path], tmp_path: Path
+) -> None:
+    store = cut(medium, init.LIVE_STORE_TYPE, tmp_path / "store")
+    seal = init.parse_live_seal(cut(medium, init.LIVE_SEAL_TYPE, tmp_path / "seal").read_bytes())
+    offset = str(seal.data_blocks * init.BLOCK)
+    verify = ["veritysetup", "verify", "--hash-offset", offset, str(store), str(store), seal.root_hash]
+    run(*verify)
+    dump = run("veritysetup", "dump", "--hash-offset", offset, store)
+    assert init.live_store_salt(seal.data_blocks) in dump.replace(" ", "")
+    (tmp_path / "signature").write_bytes(seal.signature)
+    (tmp_path / "root").write_text(seal.root_hash)
+    certificate = parts[0].certificate_path("layer")
+    names = [str(tmp_path / name) for name in ("signature", "root")]
+    check = ["openssl", "smime", "-verify", "-binary", "-inform", "DER", "-in", names[0],
+             "-content", names[1], "-certfile", str(certificate), "-nointern", "-noverify"]  # fmt: skip
+    run(*check)
+    (tmp_path / "root").write_text(seal.root_hash[:-1] + ("0" if seal.root_hash[-1] != "0" else "1"))
+    with pytest.raises(subprocess.CalledProcessError):
+        run(*check)
+    data = store.read_bytes()
+    store.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    with pytest.raises(subprocess.CalledProcessError):
+        run(*verify)
+
+
+def test_the_seal_is_what_the_core_reads() -> None:
+    encoded = disk.encode_live_seal(77, "ab" * 32, b"signature")
+    assert len(encoded) == disk.SEAL_BYTES
+    assert init.parse_live_seal(encoded) == init.LiveSeal(77, "ab" * 32, b"signature")
+    with pytest.raises(Failure, match="at most 4096 bits"):
+        disk.encode_live_seal(77, "ab" * 32, bytes(disk.SEAL_BYTES))
+
+
+def test_twice_the_same_and_only_the_store_of_another_release_differs(
+    medium: Path, parts: tuple[keys.Keyset, Path, Path], host: Host, tmp_path: Path
+) -> None:
+    keyset, uki, release = parts
+    again = tmp_path / "elsewhere/again.raw"
+    again.parent.mkdir()
+    time.sleep(2.1)  # FAT's clock ticks in two seconds
+    disk.live_medium(host, uki, release, keyset, again)
+    assert hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(medium.read_bytes()).digest()
+    other = tmp_path / "other"
+    (other / "blobs").mkdir(parents=True)
+    (other / "index.json").write_text("[]")
+    disk.live_medium(host, uki, other, keyset, again)
+    esp, store, seal = partitions(medium)
+    new_esp, new_store, new_seal = partitions(again)
+    assert (new_esp, again.read_bytes()[:440]) == (esp, medium.read_bytes()[:440])
+    assert new_store.uuid != store.uuid
+    assert new_seal.uuid != seal.uuid
+
+
+def test_no_release_no_medium(parts: tuple[keys.Keyset, Path, Path], host: Host, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="holds no release"):
+        disk.live_medium(host, parts[1], tmp_path, parts[0], tmp_path / "live.raw")
+    assert os.listdir(tmp_path) == []
