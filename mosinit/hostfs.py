@@ -1,7 +1,7 @@
 """hostfs and the kernel: what mkosi builds from `mkosi.conf` and the `mkosi.*` folders beside it.
 
-This module knows nothing of distributions and packages; those are `mkosi.conf`'s. What is built is kept in the user's
-cache under a name derived from everything it was built from, so that a second call is instant.
+This module knows nothing of distributions and packages; those are `mkosi.conf`'s. What is built is kept in
+the user's cache under a name derived from everything it was built from, so that a second call is instant.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KernelTree:
 
 
 def build(host: Host, out: Path, profile: str | None = None) -> Path:
-    """Return the OCI layout of hostfs at `out/hostfs`, building it if the cache has none; `profile` is mkosi's."""
+    """Return the OCI layout of hostfs at `out/hostfs`, building it if need be; `profile` is mkosi's."""
     names = [name for name in _configuration() if name != "mkosi.images"]
     words = ["--dependency=", *(["--profile", profile] if profile else [])]
     return _place(host, _cached(host, "hostfs", [*names, "mosinit", "mosinit.py"], words), out / "hostfs")
@@ -72,7 +72,7 @@ def kernel(host: Host, out: Path) -> KernelTree:
     return KernelTree(versions[0], modules / versions[0] / "vmlinuz", modules / versions[0])
 
 
-# --- What a build is made from ----------------------------------------------------------------------------------------
+# --- What a build is made from ------------------------------------------------------------------------
 
 
 def _configuration() -> list[str]:
@@ -84,7 +84,7 @@ def _configuration() -> list[str]:
 
 
 def _stage(names: list[str], target: Path) -> None:
-    """Copy a build's inputs, with the modes that git keeps: a checkout's umask must not end up in an image."""
+    """Copy a build's inputs, with the modes that git keeps: no checkout's umask ends up in an image."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in names:
         if (CHECKOUT / name).is_dir():
@@ -109,11 +109,11 @@ def _key(source: Path, words: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- Running mkosi ----------------------------------------------------------------------------------------------------
+# --- Running mkosi ------------------------------------------------------------------------------------
 
 
 def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
-    """Return the cached result of mkosi's `image`; if there is none, build it and put it there in one step."""
+    """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole."""
     cache = tools.cache()
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / "mkosi.lock"), host.scratch(near=cache / image) as folder:
@@ -156,7 +156,7 @@ def _mkosi(host: Host, image: str, words: list[str], folder: Path) -> Path:
 
 
 def _write_sources(host: Host, source: Path) -> None:
-    """Let mkosi fetch Debian packages where this host fetches its own; anything but Debian keeps mkosi's own choice."""
+    """Let mkosi fetch Debian packages where this host does; other distributions keep mkosi's own choice."""
     target = source / "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
     image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"]))["Images"][-1]
     if image["Distribution"] != "debian" or target.exists():
@@ -174,7 +174,7 @@ def _write_sources(host: Host, source: Path) -> None:
 
 
 def _forget_old(cache: Path, image: str) -> None:
-    """Keep the newest few results of an image: each is tens of megabytes, and every change of a file makes one."""
+    """Keep the newest few results of an image: every change of a file makes one of tens of megabytes."""
     old = sorted(cache.glob(f"{image}-*"), key=lambda path: path.stat().st_mtime)[:-KEPT]
     for path in old:
         shutil.rmtree(path)
