@@ -163,7 +163,8 @@ def take_apart(data: bytes, name: str) -> Content:
     if unknown:
         raise Failure(f"{name} has sections that a signed UKI must not have: {', '.join(sorted(unknown))}")
     osrel, cmdline, uname, kernel, initrd = (sections[section] for section in CONTENT)
-    return Content(kernel, cmdline, osrel, uname, initrd)
+    # mkosi ends the command line with a zero byte, as the stub would.
+    return Content(kernel, cmdline.rstrip(b"\0\n "), osrel, uname.rstrip(b"\0\n"), initrd)
 
 
 def _finish(host: Host, content: Content, keyset: Keyset, out: Path, *, approve: bool) -> Uki:

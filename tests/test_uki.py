@@ -19,6 +19,7 @@ from mosinit.hostfs import KernelTree
 
 Need = Callable[..., None]
 
+TREE = Path(__file__).resolve().parent.parent
 VERSION = "6.12.0-test"
 EFI = Path("/usr/lib/systemd/boot/efi")
 ADDON = (
@@ -232,6 +233,19 @@ def test_signing_anothers_uki_gives_ours(
 ) -> None:
     signed = uki.sign(host, elsewhere(host, content, tmp_path), keyset, tmp_path / "signed.efi")
     assert signed.uki_id == live.uki_id
+    assert signed.path.read_bytes() == live.path.read_bytes()
+
+
+def test_mkosi_makes_the_same_uki_without_a_key(
+    host: Host, need: Need, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset, live: uki.Uki
+) -> None:
+    need("mkosi", "bootctl")
+    shutil.copytree(TREE / "mkosi.uki", tmp_path / "mkosi.uki")
+    (tmp_path / "out/kernel" / VERSION).mkdir(parents=True)
+    shutil.copy(kernel.vmlinuz, tmp_path / "out/kernel" / VERSION / "vmlinuz")
+    shutil.copy(tmp_path / "live.initrd", tmp_path / "out/initrd.cpio.zst")
+    host.run(["mkosi", "--directory", tmp_path / "mkosi.uki", "--force", "build"], timeout=100)
+    signed = uki.sign(host, tmp_path / "out/mkosi/mosinit.efi", keyset, tmp_path / "signed.efi")
     assert signed.path.read_bytes() == live.path.read_bytes()
 
 
