@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,9 @@ def make_bootable(host: Host, keyset: keys.Keyset, out: Path, epoch: int) -> Boo
     )
     host.say("UKI and bootkit")
     made = uki.build(host, kernel, packed, keyset, out / "mosinit.efi")
-    uki.bootkit(host, kernel, made, images.Layout(out / "bootkit"))
+    shutil.rmtree(out / "bootkit", ignore_errors=True)
+    layout = images.Layout(out / "bootkit")
+    layout.write_index(host, [uki.bootkit(host, kernel, made, layout)])
     return Bootable(kernel, packed, made, out / "bootkit")
 
 
