@@ -223,7 +223,7 @@ def _write_release(
     """Write artefact, index and index.json; returns the index's descriptor."""
     kinds = (init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
     layers = [layout.add_blob(host, blob, kind) for blob, kind in zip(signed, kinds, strict=True)]
-    layers += dict.fromkeys(signature for item in targets for signature in item.signatures)
+    layers += {blob.digest: blob for item in targets for blob in item.signatures}.values()
     config = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
     artefact = {
         "schemaVersion": 2,
