@@ -9,7 +9,6 @@ behind the initrd tells the bring-up that id.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import shutil
@@ -18,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosinit import __version__, init, pe
+from mosinit import __version__, images, init, pe
 from mosinit import initrd as initrds
 from mosinit.host import Failure, Host
 
 if TYPE_CHECKING:
     from mosinit.hostfs import KernelTree
-    from mosinit.images import Descriptor, Layout
     from mosinit.keys import Keyset
 
 STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
@@ -44,8 +42,6 @@ APPROVAL = (".pcrpkey", ".pcrsig")
 PHASE = "enter-initrd"
 
 BOOTKIT_TYPE = "application/vnd.machine.bootkit"
-EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
 
 @dataclass(frozen=True)
@@ -215,25 +211,24 @@ def _check(path: Path, expected: Mapping[str, bytes], *, approve: bool) -> None:
 # --- The bootkit: the UKI and the modules of its kernel as an image ---------------------------------
 
 
-def bootkit(host: Host, kernel: KernelTree, uki: Uki, layout: Layout) -> Descriptor:
-    """Add the bootkit image to an OCI layout: a layer with the kernel's modules, and the UKI."""
-    from mosinit import images
-
+def bootkit(host: Host, kernel: KernelTree, uki: Uki, layout: images.Layout) -> images.Descriptor:
+    """Make an OCI layout hold the bootkit image: a layer with the kernel's modules, and the UKI."""
     with host.scratch(layout.path) as folder:
         copy_modules(kernel.modules, folder / "usr/lib/modules" / kernel.version)
         modules = images.tree_layer(host, folder, layout)
     binary = layout.add_blob(host, uki.path, init.UKI_MEDIA_TYPE)
-    empty = layout.add_blob(host, b"{}", EMPTY_TYPE)
+    empty = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
     manifest = {
         "schemaVersion": 2,
-        "mediaType": MANIFEST_TYPE,
+        "mediaType": images.MANIFEST_TYPE,
         "artifactType": BOOTKIT_TYPE,
         "config": empty.json(),
         "layers": [modules.json(), binary.json()],
         "annotations": {init.UKI_ID_ANNOTATION: uki.uki_id},
     }
-    encoded = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-    return layout.add_blob(host, encoded, MANIFEST_TYPE)
+    image = layout.add_blob(host, images.encode(manifest), images.MANIFEST_TYPE, artifact_type=BOOTKIT_TYPE)
+    layout.write_index(host, [image])
+    return image
 
 
 def copy_modules(modules: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import initrd, keys, pe, uki
+from mosinit import images, init, initrd, keys, pe, uki
 from mosinit.host import Failure, Host
 from mosinit.hostfs import KernelTree
 
@@ -414,6 +414,33 @@ def test_a_uki_without_command_line_is_no_uki(
 
 
 # --- The bootkit ------------------------------------------------------------------------------------
+
+
+def test_the_bootkit_is_an_image_that_the_core_reads(
+    host: Host, need: Need, tmp_path: Path, kernel: KernelTree, live: uki.Uki
+) -> None:
+    need("mkfs.erofs", "fsck.erofs", "veritysetup", "skopeo")
+    layout = images.Layout(tmp_path / "bootkit")
+    descriptor = uki.bootkit(host, kernel, live, layout)
+    document = layout.read_blob(descriptor)
+    image = init.parse_image(document)
+    assert image.uki_id == live.uki_id and len(image.layers) == 1
+    layer = layout.blob_path(image.layers[0].digest)
+    images.check_layer(host, layer, image.layers[0].root_hash)
+    host.run(["fsck.erofs", f"--extract={tmp_path}/tree", layer])
+    assert (tmp_path / "tree/usr/lib/modules" / VERSION / "kernel/a.ko").read_bytes() == b"module"
+    assert host.run(["skopeo", "inspect", "--raw", f"oci:{layout.path}"]) == document
+    assert live.path.read_bytes() in [path.read_bytes() for path in layout.path.glob("blobs/sha256/*")]
+
+
+def test_publishing_keeps_the_bootkit_as_it_is(
+    host: Host, need: Need, tmp_path: Path, kernel: KernelTree, live: uki.Uki
+) -> None:
+    need("mkfs.erofs", "veritysetup")
+    descriptor = uki.bootkit(host, kernel, live, images.Layout(tmp_path / "bootkit"))
+    again = uki.bootkit(host, kernel, live, images.Layout(tmp_path / "again"))
+    converted = images.convert(host, f"oci:{tmp_path}/bootkit", images.Layout(tmp_path / "release"))
+    assert converted.manifest.digest == descriptor.digest == again.digest
 
 
 def test_modules_are_copied_without_kernel_and_links(kernel: KernelTree, tmp_path: Path) -> None:
