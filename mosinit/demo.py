@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from mosinit import build, keys, vm
+from mosinit.machine import Hardware
 from mosinit.host import Host
 
 NAME = "live"
@@ -36,7 +37,7 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
         keys=keyset,
         report=reports / f"{NAME}-report.json",
         interactive=interactive,
-        hardware=vm.Hardware(snapshot=True),
+        hardware=Hardware(snapshot=True),
     )
     outcome = vm.boot(host, options)
     return {
