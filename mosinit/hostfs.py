@@ -19,24 +19,23 @@ from pathlib import Path
 from mosinit import tools
 from mosinit.host import Failure, Host
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-# What mkosi itself writes, and what would make the build depend on an earlier one.
+# What mkosi itself writes, and the image that only wraps a UKI.
 NOT_INPUTS = {
-    "mkosi.output",
     "mkosi.builddir",
     "mkosi.cache",
+    "mkosi.output",
     "mkosi.tools",
+    "mkosi.uki",
     "mkosi.workspace",
-    ".mkosi-private",
 }
-KERNEL_INPUTS = (
+KERNEL_INPUTS = {
     "mkosi.conf",
     "mkosi.conf.d",
     "mkosi.images",
     "mkosi.local",
     "mkosi.local.conf",
     "mkosi.sandbox",
-)
+}
 # Changes whenever the way this module calls mkosi changes what comes out.
 RECIPE = "1"
 KEPT = 3
@@ -76,28 +75,26 @@ def kernel(host: Host, out: Path) -> KernelTree:
 
 
 def _configuration() -> list[str]:
-    if not (CHECKOUT / "mkosi.conf").is_file():
-        raise Failure(f"no mkosi.conf in {CHECKOUT}: hostfs is built from a checkout of mosinit")
-    return sorted(
-        name for name in os.listdir(CHECKOUT) if name.startswith("mkosi.") and name not in NOT_INPUTS
-    )
+    """Name the files and folders beside mkosi.conf that mkosi reads."""
+    names = os.listdir(tools.checkout())
+    return sorted(name for name in names if name.startswith("mkosi.") and name not in NOT_INPUTS)
 
 
-def _stage(names: list[str], target: Path) -> None:
+def stage(root: Path, names: list[str], target: Path) -> None:
     """Copy a build's inputs, with the modes that git keeps: no checkout's umask ends up in an image."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in names:
-        if (CHECKOUT / name).is_dir():
-            shutil.copytree(CHECKOUT / name, target / name, symlinks=True, ignore=ignore)
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, symlinks=True, ignore=ignore)
         else:
-            shutil.copyfile(CHECKOUT / name, target / name)
-            shutil.copymode(CHECKOUT / name, target / name)
+            shutil.copyfile(root / name, target / name)
+            shutil.copymode(root / name, target / name)
     for path in [target, *target.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
 
 
-def _key(source: Path, words: list[str]) -> str:
+def key_of(source: Path, words: list[str]) -> str:
     """Name everything that a build depends on, in 16 hex digits."""
     digest = hashlib.sha256(json.dumps([RECIPE, tools.key(), words]).encode())
     for path in sorted(source.rglob("*")):
@@ -119,8 +116,8 @@ def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
     with _locked(cache / "mkosi.lock"), host.scratch(near=cache / image) as folder:
         source = folder / "source"
         source.mkdir()
-        _stage(names, source)
-        result = cache / f"{image}-{_key(source, words)}"
+        stage(tools.checkout(), names, source)
+        result = cache / f"{image}-{key_of(source, words)}"
         if not result.exists():
             _mkosi(host, image, words, folder).rename(result)
         os.utime(result)
