@@ -80,7 +80,7 @@ def _hex(purpose: bytes, content: bytes) -> str:
 def make_esp(
     host: Host, uki: Path, certificates: dict[str, x509.Certificate], target: Path, identity: str
 ) -> Path:
-    """Make the EFI system partition: the UKI, and certificates by file name; `identity` gives its volume id."""
+    """Make the EFI system partition: the UKI, and certificates by name; `identity` gives its volume id."""
     keys = {
         name: certificate.public_bytes(serialization.Encoding.DER)
         for name, certificate in certificates.items()

@@ -60,8 +60,8 @@ def test_the_partitions_are_what_others_read(medium: Path) -> None:
     seen = json.loads(run("sfdisk", "--json", medium))["partitiontable"]["partitions"]
     assert [item["type"].lower() for item in seen] == [
         init.ESP_TYPE,
-        init.LIVE_STORE_TYPE,
         init.LIVE_SEAL_TYPE,
+        init.LIVE_STORE_TYPE,
     ]
     assert [item["uuid"].lower() for item in seen] == [partition.uuid for partition in partitions(medium)]
 
@@ -74,7 +74,7 @@ def test_the_esp_is_clean_and_holds_uki_and_certificates(
     run("fsck.vfat", "-n", esp)
     run("mcopy", "-i", esp, "::EFI/BOOT/BOOTX64.EFI", tmp_path / "got.efi")
     assert (tmp_path / "got.efi").read_bytes() == uki.read_bytes()
-    for name, role in disk.CERTIFICATES.items():
+    for name, role in disk.ENROLMENT.items():
         run("mcopy", "-n", "-o", "-i", esp, f"::keys/{name}.der", tmp_path / "der")
         seen = run(
             "openssl", "x509", "-inform", "DER", "-in", tmp_path / "der", "-noout", "-fingerprint", "-sha256"
@@ -110,11 +110,12 @@ def test_the_store_verifies_with_the_seal_and_the_seal_with_the_layer_key(
 
 
 def test_the_seal_is_what_the_core_reads() -> None:
-    encoded = disk.encode_live_seal(77, "ab" * 32, b"signature")
+    seal = init.LiveSeal(77, "ab" * 32, b"signature")
+    encoded = disk.encode_live_seal(seal)
     assert len(encoded) == disk.SEAL_BYTES
-    assert init.parse_live_seal(encoded) == init.LiveSeal(77, "ab" * 32, b"signature")
-    with pytest.raises(Failure, match="at most 4096 bits"):
-        disk.encode_live_seal(77, "ab" * 32, bytes(disk.SEAL_BYTES))
+    assert init.parse_live_seal(encoded) == seal
+    with pytest.raises(Failure, match="use a smaller key"):
+        disk.encode_live_seal(seal._replace(signature=bytes(disk.SEAL_BYTES)))
 
 
 def test_twice_the_same_and_only_the_store_of_another_release_differs(
@@ -130,14 +131,45 @@ def test_twice_the_same_and_only_the_store_of_another_release_differs(
     (other / "blobs").mkdir(parents=True)
     (other / "index.json").write_text("[]")
     disk.live_medium(host, uki, other, keyset, again)
-    esp, store, seal = partitions(medium)
-    new_esp, new_store, new_seal = partitions(again)
+    esp, seal, store = partitions(medium)
+    new_esp, new_seal, new_store = partitions(again)
     assert (new_esp, again.read_bytes()[:440]) == (esp, medium.read_bytes()[:440])
     assert new_store.uuid != store.uuid
     assert new_seal.uuid != seal.uuid
 
 
 def test_no_release_no_medium(parts: tuple[keys.Keyset, Path, Path], host: Host, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="holds no release"):
+    with pytest.raises(Failure, match="publish a release there first"):
         disk.live_medium(host, parts[1], tmp_path, parts[0], tmp_path / "live.raw")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_store_holds_the_release(
+    medium: Path, parts: tuple[keys.Keyset, Path, Path], need: Callable[..., None], tmp_path: Path
+) -> None:
+    need("fsck.erofs")
+    store = cut(medium, init.LIVE_STORE_TYPE, tmp_path / "store")
+    run("fsck.erofs", f"--extract={tmp_path}/out", "--no-preserve", store)
+    release, out = parts[2], tmp_path / "out" / init.REPOSITORY
+    files = [path.relative_to(release) for path in release.rglob("*") if path.is_file()]
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == set(files)
+    assert all((release / path).read_bytes() == (out / path).read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("mebibytes", [1, 31, 33, 100])
+def test_a_uki_of_any_size_fits(
+    mebibytes: int,
+    parts: tuple[keys.Keyset, Path, Path],
+    need: Callable[..., None],
+    host: Host,
+    tmp_path: Path,
+) -> None:
+    need("mkfs.vfat", "mcopy", "fsck.vfat")
+    uki = tmp_path / "uki.efi"
+    uki.write_bytes(b"")
+    os.truncate(uki, mebibytes * init.MIB - 1)
+    certificates = {"PK": parts[0].certificate("PK")}
+    esp = disk.make_esp(host, uki, certificates, tmp_path / "esp", 64 * "a")
+    run("fsck.vfat", "-n", esp)
+    assert esp.read_bytes()[82:90] == b"FAT32   "
+    assert esp.stat().st_size < max(36 * init.MIB, (mebibytes + 8) * init.MIB)
