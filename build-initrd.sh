@@ -3,7 +3,6 @@
 # Two builds of the same input are byte-identical. What goes in is decided in mosinit/initrd.py.
 set -euo pipefail
 export LC_ALL=C
-umask 022
 
 usage() {
     cat <<'END'

@@ -340,6 +340,7 @@ def _stage_python(host: Host, root: Path) -> Iterator[str]:
     script, core = CHECKOUT / "mosinit/frozen.py", CHECKOUT / "mosinit.py"
     command: list[str | Path] = [PYTHON, "-ISB", script, core, DIST_PACKAGES, archive]
     listing = json.loads(host.run(command, env=environment))
+    archive.chmod(0o644)
     version = listing["version"]
     archive.rename(archive.with_name(f"python{version.replace('.', '')}.zip"))
     interpreter = Path(os.path.realpath(PYTHON))

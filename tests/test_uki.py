@@ -22,7 +22,7 @@ Need = Callable[..., None]
 TREE = Path(__file__).resolve().parent.parent
 VERSION = "6.12.0-test"
 EFI = Path("/usr/lib/systemd/boot/efi")
-ADDON = (
+KERNEL = (
     EFI / "addonx64.efi.stub"
 )  # stands in for a kernel: a small PE that is neither a UKI nor systemd-boot
 MEASURE = "/usr/lib/systemd/systemd-measure"
@@ -35,12 +35,12 @@ def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
 
 @pytest.fixture
 def kernel(tmp_path: Path, need: Need) -> KernelTree:
-    need("ukify", "sbsign", "sbverify", "faketime", "zstd", "cpio", uki.STUB, ADDON)
+    need("ukify", "sbsign", "sbverify", "faketime", "zstd", "cpio", uki.STUB)
     modules = tmp_path / "modules" / VERSION
     (modules / "kernel").mkdir(parents=True)
     (modules / "kernel/a.ko").write_bytes(b"module")
     (modules / "build").symlink_to("/usr/src/linux")
-    shutil.copy(ADDON, modules / "vmlinuz")
+    shutil.copy(KERNEL, modules / "vmlinuz")
     return KernelTree(VERSION, modules / "vmlinuz", modules)
 
 
@@ -303,7 +303,7 @@ def boot_loader(keyset: keys.Keyset, folder: Path) -> Path:
 def test_ukis_and_systemd_boot_may_be_signed(
     host: Host, live: uki.Uki, keyset: keys.Keyset, certificates: list[Path], tmp_path: Path
 ) -> None:
-    paths = [live.path, boot_loader(keyset, tmp_path), ADDON]
+    paths = [live.path, boot_loader(keyset, tmp_path), KERNEL]
     found = {
         (binary.kind, binary.accepted) for binary in uki.check_signed_binaries(host, paths, certificates)
     }
@@ -311,7 +311,7 @@ def test_ukis_and_systemd_boot_may_be_signed(
 
 
 def signed_kernel(keyset: keys.Keyset, folder: Path, role: str) -> Path:
-    keyset.signer(role).sign_pe(ADDON, folder / "signed-kernel")
+    keyset.signer(role).sign_pe(KERNEL, folder / "signed-kernel")
     return folder / "signed-kernel"
 
 
@@ -369,9 +369,10 @@ def in_disk(host: Host, kernel: Path, folder: Path) -> Path:
 def in_erofs(host: Host, kernel: Path, folder: Path) -> Path:
     (folder / "tree/boot").mkdir(parents=True)
     kernel.rename(folder / "tree/boot/vmlinuz")
-    (folder / "tree/boot/long").write_bytes(b"0" * 100_000)
-    host.run(["mkfs.erofs", "-zlz4hc", folder / "output/layer.erofs", folder / "tree"])
-    return folder / "output/layer.erofs"
+    image = folder / "output/layer.erofs"
+    host.run(["mkfs.erofs", "-zlz4hc", "-C65536", "-Eztailpacking", image, folder / "tree"])
+    assert (folder / "tree/boot/vmlinuz").read_bytes() not in image.read_bytes()
+    return image
 
 
 @pytest.mark.parametrize("hide", [plain, in_uki, in_fat, in_disk, in_erofs])
@@ -392,6 +393,13 @@ def test_a_signed_kernel_is_found(
     hide(host, signed_kernel(keyset, tmp_path, role), tmp_path)
     with pytest.raises(Failure, match="neither a UKI nor systemd-boot"):
         uki.check_signed_binaries(host, [tmp_path / "output"], certificates)
+
+
+def test_what_only_begins_like_a_pe_hides_none() -> None:
+    real = KERNEL.read_bytes()
+    decoys = [b"MZ", b"MZ" + bytes(70), b"MZ" + bytes(58) + b"\x40\0\0\0PE\0\0" + bytes(30)]
+    data = b"".join(decoys) + real + b"MZ"
+    assert [image.offset for image in pe.find(data)] == [sum(map(len, decoys))]
 
 
 def test_a_kernel_signed_by_somebody_else_is_none_of_dbs(
@@ -445,6 +453,8 @@ def test_publishing_keeps_the_bootkit_as_it_is(
 
 def test_modules_are_copied_without_kernel_and_links(kernel: KernelTree, tmp_path: Path) -> None:
     uki.copy_modules(kernel.modules, tmp_path / "root/usr/lib/modules" / VERSION)
-    files = {str(path.relative_to(tmp_path / "root")) for path in (tmp_path / "root").rglob("*.*")}
-    assert files == {f"usr/lib/modules/{VERSION}", f"usr/lib/modules/{VERSION}/kernel/a.ko"}
+    files = {
+        str(path.relative_to(tmp_path / "root")) for path in (tmp_path / "root").rglob("*") if path.is_file()
+    }
+    assert files == {f"usr/lib/modules/{VERSION}/kernel/a.ko"}
     assert all(path.stat().st_mtime == 0 for path in (tmp_path / "root").rglob("*"))
