@@ -261,7 +261,7 @@ STORE, SCRATCH, SYSROOT = "/atomfs-cache", "/scratch-writes", "/sysroot"
 POLICY_FOLDER = "/etc/mosinit"
 
 WATCHDOG_SECONDS = 240  # the whole bring-up; an iTCO watchdog takes at most 613 s
-DISK_SECONDS = 60  # a USB stick behind hubs may take twenty
+DISK_SECONDS = 30  # a USB stick behind hubs may take ten
 DEFAULT_INITS = ("/sbin/init", "/usr/lib/systemd/systemd")
 
 
@@ -888,7 +888,7 @@ def _check_gpt_header(untrusted: bytes, sectors: int) -> int:
     if seen != crc:
         raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{seen:08x}")
     fixed = (revision, size, zero, mine, table, each)
-    if fixed != (0x10000, 92, 0, 1, 2, 128):
+    if fixed != (0x10000, 92, 0, 1, 2, 128) or any(untrusted[92:]):
         raise Refused(
             "GPT-HEADER", expected="revision 1.0 at sector 1 with its entries at sector 2", seen=str(fixed)
         )
@@ -920,23 +920,31 @@ class LiveSeal(NamedTuple):
     signature: bytes
 
 
-LIVE_SEAL = struct.Struct("<8sIIQ32s")  # magic, version, bytes of the signature, data blocks, root hash
+LIVE_SEAL = struct.Struct(
+    "<8sIIQ32s32s"
+)  # magic, version, signature's bytes, data blocks, root hash, checksum
 LIVE_SEAL_MAGIC = b"MOSLIVE1"
-assert LIVE_SEAL.size == 56
+assert LIVE_SEAL.size == 88
+
+
+def live_seal_checksum(data_blocks: int, root_hash: bytes, signature: bytes) -> bytes:
+    """Return the SHA-256 that shows a damaged seal: a PKCS#7 has bytes that nobody else checks."""
+    return hashlib.sha256(struct.pack("<Q", data_blocks) + root_hash + signature).digest()
 
 
 def parse_live_seal(untrusted: bytes) -> LiveSeal:
     """Check the fixed header of a seal; nothing of it counts before the kernel accepted the signature."""
-    magic, version, length, blocks, root = LIVE_SEAL.unpack_from(untrusted)
-    if magic != LIVE_SEAL_MAGIC or version != 1:
-        raise Refused(
-            "STORE-SEAL", expected=f"{LIVE_SEAL_MAGIC!r} version 1", seen=f"{magic!r} version {version}"
-        )
-    if not 0 < length <= len(untrusted) - LIVE_SEAL.size or not 0 < blocks < 1 << 40:
-        raise Refused(
-            "STORE-SEAL", expected="plausible sizes", seen=f"signature {length} bytes, {blocks} blocks"
-        )
-    return LiveSeal(blocks, root.hex(), untrusted[LIVE_SEAL.size : LIVE_SEAL.size + length])
+    magic, version, length, blocks, root, checksum = LIVE_SEAL.unpack_from(untrusted)
+    if (magic, version) != (LIVE_SEAL_MAGIC, 1):
+        raise Refused("STORE-SEAL", expected=f"{LIVE_SEAL_MAGIC!r}, version 1", seen=f"{magic!r}, {version}")
+    end = LIVE_SEAL.size + length
+    if length == 0 or end > len(untrusted) or any(untrusted[end:]) or not 0 < blocks < 1 << 40:
+        seen = f"a signature of {length} bytes, {blocks} blocks"
+        raise Refused("STORE-SEAL", expected="plausible sizes and nothing behind the signature", seen=seen)
+    signature = untrusted[LIVE_SEAL.size : end]
+    if live_seal_checksum(blocks, root, signature) != checksum:
+        raise Refused("STORE-SEAL", expected=f"checksum {checksum.hex()}", seen="another")
+    return LiveSeal(blocks, root.hex(), signature)
 
 
 def live_store_salt(data_blocks: int) -> str:

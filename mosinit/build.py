@@ -107,10 +107,8 @@ def make_bootable(host: Host, keyset: keys.Keyset, out: Path, epoch: int) -> Boo
 
 def _write_manifest(host: Host, out: Path, product: str, epoch: int, sequence: int) -> Path:
     """Write the manifest that a person would for hostfs and bootkit alone."""
-    lines = [
-        "version: 1", f"product: {product}", f"sequence: {sequence}", f"epoch: {epoch}", "update_type: complete",
-        "targets:",
-    ]  # fmt: skip
+    lines = ["version: 1", f"product: {product}", f"sequence: {sequence}", f"epoch: {epoch}"]
+    lines += ["update_type: complete", "targets:"]
     for name in ("hostfs", "bootkit"):
         lines += [f"  - service_name: {name}", f"    service_type: {name}", f"    source: oci:./{name}"]
         lines += [f'    version: "{__version__}"'] + (["    writable: all"] if name == "hostfs" else [])

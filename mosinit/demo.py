@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from mosinit import build, keys, vm
-from mosinit.machine import Hardware
 from mosinit.host import Host
+from mosinit.machine import Hardware
 
 NAME = "live"
 

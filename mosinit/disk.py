@@ -135,8 +135,10 @@ def seal_store(host: Host, release: Path, signer: Signer, target: Path) -> Store
 
 def encode_live_seal(seal: init.LiveSeal) -> bytes:
     """Return the seal partition's content; `init.parse_live_seal` reads it."""
+    root = bytes.fromhex(seal.root_hash)
+    checksum = init.live_seal_checksum(seal.data_blocks, root, seal.signature)
     header = init.LIVE_SEAL.pack(
-        init.LIVE_SEAL_MAGIC, 1, len(seal.signature), seal.data_blocks, bytes.fromhex(seal.root_hash)
+        init.LIVE_SEAL_MAGIC, 1, len(seal.signature), seal.data_blocks, root, checksum
     )
     if len(header) + len(seal.signature) > SEAL_BYTES:
         raise Failure("the layer key's signature is longer than a seal can hold: use a smaller key")

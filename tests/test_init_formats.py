@@ -178,19 +178,38 @@ def test_verity_superblock_gives_the_salt_and_nothing_else(
             init.parse_verity_salt(bytes(changed), 10)
 
 
+def live_seal(blocks: int = 77, signature: bytes = b"sig", length: int | None = None) -> bytes:
+    root, size = b"\xab" * 32, len(signature) if length is None else length
+    checksum = init.live_seal_checksum(blocks, root, signature)
+    return (
+        init.LIVE_SEAL.pack(init.LIVE_SEAL_MAGIC, 1, size, blocks, root, checksum) + signature + bytes(100)
+    )
+
+
 def test_live_seal() -> None:
-    seal = init.LIVE_SEAL.pack(init.LIVE_SEAL_MAGIC, 1, 3, 77, b"\xab" * 32) + b"sig" + bytes(100)
-    assert init.parse_live_seal(seal) == init.LiveSeal(77, "ab" * 32, b"sig")
+    assert init.parse_live_seal(live_seal()) == init.LiveSeal(77, "ab" * 32, b"sig")
     for spoiled in (
-        b"X" + seal[1:],
-        seal[:8] + b"\2" + seal[9:],
-        seal[:12] + struct.pack("<I", 0) + seal[16:],
-        seal[:12] + struct.pack("<I", 104) + seal[16:],
-        seal[:16] + bytes(8) + seal[24:],
-        seal[:16] + b"\xff" * 8 + seal[24:],
+        live_seal(length=0),
+        live_seal(length=104),
+        live_seal(blocks=0),
+        live_seal(blocks=1 << 41),
+        live_seal(signature=b"", length=3),
     ):
         with pytest.raises(init.Refused, match="STORE-SEAL"):
             init.parse_live_seal(spoiled)
+
+
+def test_each_flipped_bit_of_a_seal_is_seen() -> None:
+    seal = live_seal()
+    for offset in range(len(seal)):
+        with pytest.raises(init.Refused, match="STORE-SEAL"):
+            init.parse_live_seal(seal[:offset] + bytes([seal[offset] ^ 1]) + seal[offset + 1 :])
+
+
+def test_each_flipped_bit_of_a_partition_table_is_seen() -> None:
+    for offset in (*range(512, 1024), *range(1024, 1024 + 256), 1024 + 16383):
+        with pytest.raises(init.Refused, match="GPT-"):
+            read_gpt(GOOD[:offset] + bytes([GOOD[offset] ^ 1]) + GOOD[offset + 1 :])
 
 
 def test_the_salt_of_a_live_store_tells_size_and_purpose() -> None:

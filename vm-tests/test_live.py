@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from programs import init_program
-from world import HELLO, World, check_refused, flip, retouch
+from world import HELLO, World, check_refused, flip, part_of, retouch
 
-from mosinit import firmware, init, keys, uki, vm
+from mosinit import disk, firmware, init, keys, uki, vm
 from mosinit.machine import VARIABLES, Hardware
 
 GOOD_HOSTFS = {"sbin/init": init_program(HELLO, "hang")}
@@ -68,7 +68,7 @@ def bad_content(world: World, release: Path) -> dict[str, Callable[[], Path]]:
         return b"\n".join(lines) + b"\n"
 
     def other_organisation() -> Path:
-        other = keys.new(world.host, world.folder / "other-keys", "another organisation")
+        other = keys.new(world.host, world.folder / "other-keys", "another")
         return world.release("other-ca", GOOD_HOSTFS, other)
 
     def sequence(data: bytes) -> bytes:
@@ -108,23 +108,50 @@ def test_content_sealed_again_is_refused(
     [
         ("manifest", "STORE-READ"),
         ("superblock", "STORE-READ"),
-        ("seal", "STORE-SIGNATURE"),
+        ("seal", "STORE-SEAL"),
         ("partition table", "DISK-ABSENT"),
     ],
 )
 def test_one_flipped_bit_of_the_medium_is_refused(
-    world: World, medium: Path, where: str, check: str
+    world: World, release: Path, medium: Path, where: str, check: str
 ) -> None:
     raw = medium.read_bytes()
+    parts = init.parse_gpt(raw[512:1024], raw[1024 : 1024 + 16384], 512, len(raw) // 512)
+    start = {partition.kind: partition.start for partition in parts}
+    store = start[init.LIVE_STORE_TYPE]
     offsets = {
-        "manifest": raw.index(b"update_type: complete"),
-        "superblock": raw.index(b"\xe2\xe1\xf5\xe0", raw.index(init.LIVE_SEAL_MAGIC) % 1) + 20,
-        "seal": raw.index(init.LIVE_SEAL_MAGIC) + init.LIVE_SEAL.size + 40,
+        "manifest": raw.index(part_of(release, init.MANIFEST_MEDIA_TYPE), store) + 20,
+        "superblock": store + 1024 + 20,
+        "seal": start[init.LIVE_SEAL_TYPE] + init.LIVE_SEAL.size + 40,
         "partition table": 1024 + 8,
     }
     bad = world.folder / f"flipped-{where.replace(' ', '-')}.raw"
     bad.write_bytes(flip(raw, offsets[where]))
     check_refused(world.go_on(bad), check)
+
+
+def resealed(
+    world: World, medium: Path, name: str, change: Callable[[init.LiveSeal], init.LiveSeal]
+) -> Path:
+    """Copy a medium and give it another seal, whole in itself."""
+    raw = medium.read_bytes()
+    place = raw.index(init.LIVE_SEAL_MAGIC)
+    seal = disk.encode_live_seal(change(init.parse_live_seal(raw[place : place + disk.SEAL_BYTES])))
+    target = world.folder / f"{name}.raw"
+    target.write_bytes(raw[:place] + seal + raw[place + len(seal) :])
+    return target
+
+
+def test_a_store_signed_by_another_key_is_refused(world: World, medium: Path) -> None:
+    def sign(seal: init.LiveSeal) -> init.LiveSeal:
+        return seal._replace(signature=world.keyset.signer("KEK").sign_pkcs7(seal.root_hash.encode()))
+
+    check_refused(world.go_on(resealed(world, medium, "foreign-key", sign)), "STORE-SIGNATURE")
+
+
+def test_a_shorter_store_under_the_same_signature_is_refused(world: World, medium: Path) -> None:
+    bad = resealed(world, medium, "shorter", lambda seal: seal._replace(data_blocks=seal.data_blocks - 1))
+    check_refused(world.go_on(bad), "STORE-READ")
 
 
 # --- Firmware, TPM or command line decide: cold machines ---------------------------------------------

@@ -133,6 +133,15 @@ def get(layout: Path, digest: str) -> bytes:
     return (layout / "blobs/sha256" / digest.removeprefix("sha256:")).read_bytes()
 
 
+def part_of(release: Path, kind: str) -> bytes:
+    """Return one part of a release's install artefact."""
+    index = json.loads(
+        get(release, json.loads((release / "index.json").read_bytes())["manifests"][0]["digest"])
+    )
+    artefact = json.loads(get(release, index["manifests"][0]["digest"]))
+    return next(get(release, part["digest"]) for part in artefact["layers"] if part["mediaType"] == kind)
+
+
 def retouch(release: Path, name: str, kind: str, change: Callable[[bytes], bytes]) -> Path:
     """Copy a release and change one part of its install artefact; every digest above it fits again."""
     layout = release.parent / name
