@@ -312,7 +312,7 @@ def _search_inside(
         elif any(has(*magic) for magic in FAT_MAGICS):
             host.run(["mcopy", "-s", "-n", "-Q", "-i", path, "::*", folder])
         elif has(*EROFS_MAGIC):
-            host.run(["fsck.erofs", f"--extract={folder}/root", path])
+            host.run(["fsck.erofs", "--no-preserve", f"--extract={folder}/root", path])
         yield from _search(host, folder, place, certificates, depth)
 
 
