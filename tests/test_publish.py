@@ -1,0 +1,349 @@
+"""A release: openssl, veritysetup and skopeo agree with it, and nothing doubtful is ever published."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mosinit import images, init, keys, publish
+from mosinit.host import Failure, Host, Usage
+from tests.test_images import make_tar, plain
+
+Need = Callable[..., None]
+TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+DAY = datetime.timedelta(days=1)
+
+WRITTEN = """\
+version: 1
+product: {product}
+sequence: 42
+epoch: 3
+update_type: complete
+storage:
+  - label: zot-data
+    persistent: true
+    nsgroup: zot
+    size: 3G
+targets:
+  - service_name: hostfs
+    service_type: hostfs
+    source: oci:./hostfs
+    version: 1.0.0
+    writable: all
+  - service_name: zot
+    service_type: container
+    source: oci:images/zot
+    version: "2.10"
+    nsgroup: zot
+    network:
+      type: simple
+      ipv4: 10.0.3.99/24
+      ports:
+        - host: 80
+          container: 5000
+    storage:
+      - dest: /zot
+        label: zot-data
+"""
+
+
+@pytest.fixture(scope="module")
+def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
+    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keyset", "publish-tests")
+
+
+@pytest.fixture
+def written(need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path) -> Path:
+    """A person's manifest with its images beside it."""
+    need("mkfs.erofs", "veritysetup", "openssl")
+    plain(host, tmp_path / "hostfs", TREE, tar=TREE)
+    plain(host, tmp_path / "images/zot")
+    path = tmp_path / "manifest.yaml"
+    path.write_text(WRITTEN.format(product=keyset.product))
+    return path
+
+
+def parts(layout: images.Layout) -> dict[str, list[bytes]]:
+    """Return the blobs of the install artefact by media type."""
+    (index,) = layout.read_index()
+    entries = json.loads(layout.read_blob(index))["manifests"]
+    blobs: dict[str, list[bytes]] = {}
+    for layer in json.loads(layout.blob_path(entries[0]["digest"]).read_bytes())["layers"]:
+        blobs.setdefault(layer["mediaType"], []).append(layout.blob_path(layer["digest"]).read_bytes())
+    return blobs
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def openssl(*words: str | Path) -> bool:
+    return subprocess.run(["openssl", *words], capture_output=True, check=False).returncode == 0
+
+
+# --- What a release is --------------------------------------------------------------------------------
+
+
+def test_the_signed_manifest_says_what_the_person_wrote(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    published = publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    layout = images.Layout(tmp_path / "release")
+    (text,) = parts(layout)[init.MANIFEST_MEDIA_TYPE]
+    before, after = init.parse_manifest(written.read_bytes(), published=False), init.parse_manifest(text)
+    signed = {"source", "digest", "size", "layer_signatures"}
+    for one, two in zip(before.targets, after.targets, strict=True):
+        assert {k: v for k, v in one._asdict().items() if k not in signed} == {
+            k: v for k, v in two._asdict().items() if k not in signed
+        }
+        assert two.size == layout.blob_path(two.digest).stat().st_size
+        assert published.targets[two.service_name] == two.digest
+    assert before._replace(targets=()) == after._replace(targets=())
+    assert published.sequence == 42
+    assert published.manifest_sha256 == hashlib.sha256(text).hexdigest()
+
+
+def test_openssl_verifies_the_manifest(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    blobs = parts(images.Layout(tmp_path / "release"))
+    for name, kind in (("text", init.MANIFEST_MEDIA_TYPE), ("sig", init.SIGNATURE_MEDIA_TYPE)):
+        (tmp_path / name).write_bytes(blobs[kind][0])
+    (tmp_path / "crt").write_bytes(blobs[init.CERTIFICATE_MEDIA_TYPE][0])
+    check = ["pkeyutl", "-verify", "-rawin", "-digest", "sha256", "-certin", "-inkey", str(tmp_path / "crt"),
+             "-sigfile", str(tmp_path / "sig"), "-in", str(tmp_path / "text")]  # fmt: skip
+    assert openssl(*check)
+    assert openssl("verify", "-CAfile", keyset.certificate_path("manifest-ca"), tmp_path / "crt")
+    (tmp_path / "text").write_bytes(blobs[init.MANIFEST_MEDIA_TYPE][0] + b"\n")
+    assert not openssl(*check)
+
+
+def test_openssl_verifies_each_root_hash_and_veritysetup_each_layer(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    layout = images.Layout(tmp_path / "release")
+    manifest = init.parse_manifest(parts(layout)[init.MANIFEST_MEDIA_TYPE][0])
+    for target in manifest.targets:
+        layers = init.parse_image(layout.blob_path(target.digest).read_bytes()).layers
+        for layer, signature in zip(layers, target.layer_signatures, strict=True):
+            images.check_layer(host, layout.blob_path(layer.digest), layer.root_hash)
+            (tmp_path / "root").write_text(layer.root_hash)
+            pkcs7 = str(layout.blob_path(signature))
+            check = ["smime", "-verify", "-binary", "-inform", "DER", "-in", pkcs7,
+                     "-content", str(tmp_path / "root"), "-nointern", "-noverify",
+                     "-certfile", str(keyset.certificate_path("layer"))]  # fmt: skip
+            assert openssl(*check)
+            (tmp_path / "root").write_text(layer.root_hash + "\n")
+            assert not openssl(*check)
+
+
+def test_the_same_input_gives_the_same_bytes(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    first = publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    elsewhere = tmp_path / "else/where"
+    elsewhere.mkdir(parents=True)
+    for name in ("hostfs", "images", "manifest.yaml"):
+        shutil.move(tmp_path / name, elsewhere / name)
+    second = publish.publish(host, elsewhere / "manifest.yaml", keyset, f"oci:{elsewhere}/release")
+    assert first == second
+    assert snapshot(tmp_path / "release") == snapshot(elsewhere / "release")
+
+
+def test_skopeo_copies_a_release_unchanged(
+    written: Path, keyset: keys.Keyset, host: Host, need: Need, tmp_path: Path
+) -> None:
+    need("skopeo")
+    published = publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    raw = host.run(["skopeo", "inspect", "--raw", f"oci:{tmp_path}/release:{publish.TAG}"])
+    assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == published.index_digest
+    kinds = [entry.get("artifactType") for entry in json.loads(raw)["manifests"]]
+    assert kinds == [init.RELEASE_ARTIFACT, None, None]
+    host.run(
+        ["skopeo", "copy", "--all", "--preserve-digests", f"oci:{tmp_path}/release", f"oci:{tmp_path}/copy"]
+    )
+    for name in ("release", "copy"):
+        (tmp_path / name / "index.json").unlink()
+        (tmp_path / name / "oci-layout").unlink()
+    assert snapshot(tmp_path / "release") == snapshot(tmp_path / "copy")
+
+
+# --- What is never published --------------------------------------------------------------------------
+
+
+def with_dates(
+    keyset: keys.Keyset, folder: Path, begin: datetime.timedelta, end: datetime.timedelta
+) -> keys.Keyset:
+    """Copy a keyset and give its product certificate other dates, relative to now."""
+    shutil.copytree(keyset.folder, folder)
+    issuer = serialization.load_pem_private_key((folder / "manifest-ca.key").read_bytes(), None)
+    assert isinstance(issuer, ec.EllipticCurvePrivateKey)
+    old = keyset.certificate("product")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), old.serial_number)
+    builder = builder.not_valid_before(now + begin).not_valid_after(now + end)
+    for extension in old.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    certificate = builder.sign(issuer, hashes.SHA384())
+    (folder / "product.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return keys.open_keyset(Host(), folder)
+
+
+@pytest.mark.parametrize(("begin", "end", "fine"), [(-9, -1, False), (1, 9, False), (-1, 1, True)])
+def test_a_certificate_out_of_its_dates_publishes_nothing(
+    begin: int, end: int, fine: bool, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    odd = with_dates(keyset, tmp_path / "keys", begin * DAY, end * DAY)
+    if fine:
+        publish.publish(host, written, odd, f"oci:{tmp_path}/release")
+        return
+    with pytest.raises(Failure, match="the product certificate is valid from"):
+        publish.publish(host, written, odd, f"oci:{tmp_path}/release")
+    assert not (tmp_path / "release").exists()
+
+
+def test_a_manifest_of_another_product_is_refused(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    written.write_text(WRITTEN.format(product="aaaaaaaa-2222-4333-8444-555555555555"))
+    with pytest.raises(Failure, match="the manifest is for product aaaaaaaa"):
+        publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+
+
+def test_a_fault_in_the_manifest_is_named_with_its_line(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    written.write_text(written.read_text().replace("epoch: 3", "epoch: 65"))
+    with pytest.raises(init.Refused, match="line 4"):
+        publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+
+
+def test_a_certificate_of_another_ca_is_refused(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    other = keys.new(host, tmp_path / "other", "other")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(keyset.folder, mixed)
+    for name in ("manifest-ca.pem", "manifest-ca.key"):
+        shutil.copy(other.folder / name, mixed / name)
+    with pytest.raises(init.Refused, match="MANIFEST-CHAIN"):
+        publish.publish(host, written, keys.open_keyset(host, mixed), f"oci:{tmp_path}/release")
+
+
+def test_a_failure_leaves_the_earlier_release_as_it_was(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+    before = snapshot(target)
+    shutil.rmtree(tmp_path / "images/zot")
+    written.write_text(written.read_text().replace("sequence: 42", "sequence: 43"))
+    with pytest.raises(Failure, match="no OCI image layout"):
+        publish.publish(host, written, keyset, f"oci:{target}")
+    assert snapshot(target) == before
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_a_new_release_replaces_the_earlier_one(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    first = publish.publish(host, written, keyset, f"oci:{target}")
+    written.write_text(written.read_text().replace("sequence: 42", "sequence: 43"))
+    second = publish.publish(host, written, keyset, f"oci:{target}")
+    (listed,) = images.Layout(target).read_index()
+    assert listed.digest == second.index_digest != first.index_digest
+    assert not (target / "blobs/sha256" / first.manifest_sha256).exists()
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_a_folder_that_is_no_layout_is_never_replaced(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("content")
+    with pytest.raises(Failure, match="exists and is no OCI image layout"):
+        publish.publish(host, written, keyset, f"oci:{tmp_path}/precious")
+    assert (tmp_path / "precious/file").read_text() == "content"
+    for destination in ("docker://registry.example/x", "oci:", str(tmp_path)):
+        with pytest.raises(Usage):
+            publish.publish(host, written, keyset, destination)
+
+
+# --- The encoding -------------------------------------------------------------------------------------
+
+names = st.from_regex(init.NAME, fullmatch=True)
+digests = st.from_regex(init.DIGEST, fullmatch=True)
+volumes = st.builds(
+    init.Volume,
+    label=names,
+    persistent=st.booleans(),
+    nsgroup=names | st.just(""),
+    size=st.builds(lambda n, unit: n << 10 * unit, st.integers(1, 1000), st.integers(1, 4)),
+)
+images_made = st.builds(
+    images.ConvertedImage,
+    manifest=st.builds(images.Descriptor, st.just("a/b"), digests, st.integers(1, 4 * init.MIB)),
+    layers=st.just(()),
+)
+signed_targets = st.builds(
+    publish.SignedTarget,
+    target=st.builds(
+        init.Target,
+        service_name=names,
+        service_type=st.sampled_from(["container", "fs-only"]),
+        version=st.from_regex(init.VERSION, fullmatch=True),
+        source=st.just("oci:x"),
+        digest=st.just(""),
+        size=st.just(0),
+        layer_signatures=st.just(()),
+        nsgroup=names | st.just(""),
+        writable=st.just(""),
+        network=st.just(init.Network("none", "", "", ())),
+        storage=st.just(()),
+    ),
+    image=images_made,
+    signatures=st.lists(st.builds(images.Descriptor, st.just("a/b"), digests, st.just(9)), max_size=3).map(
+        tuple
+    ),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(volumes, max_size=3, unique_by=lambda volume: volume.label),
+    st.lists(signed_targets, min_size=1, max_size=3, unique_by=lambda item: item.target.service_name),
+    st.integers(1, 10**18 - 1),
+)
+def test_whatever_is_encoded_reads_back(
+    storage: list[init.Volume], targets: list[publish.SignedTarget], sequence: int
+) -> None:
+    product = "11111111-2222-4333-8444-555555555555"
+    contents = init.Contents(1, product, sequence, 1, "partial", tuple(storage), ())
+    read = init.parse_manifest(publish.encode_manifest(contents, targets))
+    assert read._replace(targets=()) == contents
+    for one, two in zip(targets, read.targets, strict=True):
+        assert two == one.target._replace(
+            source="",
+            digest=one.image.manifest.digest,
+            size=one.image.manifest.size,
+            layer_signatures=tuple(signature.digest for signature in one.signatures),
+        )
