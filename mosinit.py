@@ -494,11 +494,13 @@ class Kernel:
     # Modules, keys, devices
 
     def load_module(self, path: str, parameters: str) -> None:
-        """Load a kernel module with its parameters; one that is loaded already is left as it is."""
+        """Load a kernel module with its parameters; one that is loaded, or whose hardware is absent, is no
+        error.
+        """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             failed = self._libc.syscall(SYS["finit_module"], fd, parameters.encode(), 0) < 0
-            if failed and ctypes.get_errno() != errno.EEXIST:
+            if failed and ctypes.get_errno() not in (errno.EEXIST, errno.ENODEV):
                 raise os_error("load", path)
         finally:
             os.close(fd)
@@ -773,11 +775,14 @@ def parse_json(data: bytes, check: str) -> object:
 
 
 class Module(NamedTuple):
-    """A kernel module to load: name as in /sys/module, path in the initrd, parameters."""
+    """A kernel module to load: name as in /sys/module, path in the initrd, parameters, probing without a
+    wait.
+    """
 
     name: str
     path: str
     parameters: dict[str, str]
+    background: bool
 
 
 class Policy(NamedTuple):
@@ -800,7 +805,9 @@ def parse_policy(data: bytes, uki_id: bytes, manifest_ca: bytes) -> Policy:
     raw = cast(dict[str, Any], json.loads(data))
     if raw["schema"] != 1:
         raise ValueError(f"policy schema {raw['schema']} is not 1")
-    modules = tuple(Module(m["name"], m["path"], dict(m["parameters"])) for m in raw["modules"])
+    modules = tuple(
+        Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
+    )
     return Policy(
         raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], tuple(raw["db"]),
         tuple(raw["platform"]), modules, uki_id.decode().strip(), manifest_ca,
@@ -1742,9 +1749,10 @@ def import_ahead() -> None:
 def load_modules(k: Machine, policy: Policy) -> None:
     """Load what the build listed, in its order, read the parameters back, arm the watchdog."""
     for module in policy.modules:
-        words = " ".join(f"{name}={value}" for name, value in module.parameters.items())
+        words = [f"{name}={value}" for name, value in module.parameters.items()]
+        words += ["async_probe=1"] if module.background else []
         with refusing("MODULE-LOAD", f"{module.name} to load"):
-            k.load_module(module.path, words)
+            k.load_module(module.path, " ".join(words))
         for name, value in module.parameters.items():
             with refusing("MODULE-PARAMETER", f"{module.name}.{name}={value}"):
                 seen = k.read(f"/sys/module/{module.name}/parameters/{name}", BLOCK).decode().strip()

@@ -44,6 +44,7 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
         "status": outcome.status,
         "report": outcome.report,
         "outcome": outcome.reason,
+        "system": dict(outcome.system),
         "report file": str(options.report),
         "console": str(outcome.console),
         "seconds": {

@@ -87,6 +87,12 @@ DRIVER_MODULES: Mapping[str, Mapping[str, str]] = {
     "tpm_tis": {},
 }
 
+# Drivers of disks and what leads to them: many, slow to look around, and only one of them finds the boot
+# disk. They come last, since every module that is loaded after them would wait for them.
+BACKGROUND_MODULES = {
+    "virtio_blk", "virtio_scsi", "nvme", "ahci", "xhci_pci", "ehci_pci", "usb_storage", "uas", "sd_mod",
+}  # fmt: skip
+
 MODULE_SIGNATURE = b"~Module signature appended~\n"  # linux/scripts/sign-file.c
 
 
@@ -115,6 +121,11 @@ class KernelModule:
     name: str
     file: str
     parameters: Mapping[str, str]
+
+    @property
+    def background(self) -> bool:
+        """Say whether its probing may go on while the bring-up does."""
+        return self.name in BACKGROUND_MODULES
 
 
 # --- Kernel modules: which, in which order --------------------------------------------------------
@@ -150,7 +161,7 @@ def plan_modules(tree: Path) -> tuple[KernelModule, ...]:
         if name in NEEDED_MODULES and name not in files and name not in builtin:
             raise Failure(f"the kernel in {tree} has no module {name}: use a kernel that has it")
         add(name, parameters)
-    return tuple(plan.values())
+    return tuple(sorted(plan.values(), key=lambda module: module.background))
 
 
 def _soft_dependencies(tree: Path) -> dict[str, list[str]]:
@@ -220,6 +231,7 @@ def encode_policy(
                     "name": module.name,
                     "path": f"/usr/lib/modules/{kernel}/{module.file}",
                     "parameters": dict(module.parameters),
+                    "background": module.background,
                 }
                 for module in modules
             ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import astuple, dataclass
@@ -121,6 +122,10 @@ def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
+# A parent that died before setpriv asked for the signal sends none: the child looks who its parent is.
+UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
 @contextlib.asynccontextmanager
 async def process(
     command: list[str], log: IO[bytes], *fds: int
@@ -132,7 +137,8 @@ async def process(
     """
     try:
         child = await asyncio.create_subprocess_exec(
-            "/usr/bin/setpriv", "--pdeathsig", "KILL", "--", *command,
+            "/usr/bin/setpriv", "--pdeathsig", "KILL", "--",
+            "/bin/sh", "-c", UNLESS_ORPHANED, str(os.getpid()), *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
         )  # fmt: skip
     except FileNotFoundError as error:

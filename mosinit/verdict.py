@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -46,6 +46,7 @@ class Watch:
     until: Until
     clock: Callable[[], float]
     report: Report | None = None
+    system: Mapping[str, object] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     last_line: str = ""
     resets: int = 0
@@ -97,6 +98,7 @@ class Watch:
                 return None
             if isinstance(report := message.get("report"), dict):
                 self.report = check_report(report)
+            self.system = {name: message[name] for name in ("failed_units", "modules") if name in message}
         except BadReport as error:
             return Verdict(1, f"the started system sent a report that cannot be read: {error}")
         self._mark("multi-user")

@@ -59,6 +59,7 @@ class BootOptions:
 class Outcome:
     """How a boot ended: `status` 0 as asked, 1 failed, 3 refused by a check; `reason` is a line for people.
 
+    `system` is what the started system says: its `failed_units`, and whether it has its kernel's `modules`.
     `seconds` is all the time it took; `marks` says at what second the kernel, the bring-up ("start"), its
     report and multi-user.target were seen.
     """
@@ -69,6 +70,7 @@ class Outcome:
     console: Path
     seconds: float
     marks: Mapping[str, float]
+    system: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,14 @@ class _Session:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with self.host.replacing(path) as fresh:
                     fresh.write_text(json.dumps(watch.report, indent=2) + "\n")
-        seconds = round(watch.clock(), 2)
         return Outcome(
-            verdict.status, watch.report, verdict.reason, folder / "console.log", seconds, watch.marks
+            status=verdict.status,
+            report=watch.report,
+            reason=verdict.reason,
+            console=folder / "console.log",
+            seconds=round(watch.clock(), 2),
+            marks=watch.marks,
+            system=watch.system,
         )
 
 

@@ -51,12 +51,19 @@ def gpt(partitions: Sequence[tuple[str, str, int, int]], sectors: int = 65536, s
     return bytes(sector) + header.ljust(sector, b"\0") + entries
 
 
+Rows = tuple[tuple[str, dict[str, str], bool], ...]
+MODULES: Rows = (("dm_verity", {"require_signatures": "Y"}, False), ("ahci", {}, True))
+
+
 def policy_json(**changes: object) -> bytes:
     """Encode a policy that fits the fake machine."""
     policy = {
         "schema": 1, "mode": "live", "product": PRODUCT, "epoch": 1, "kernel": "6.12", "cmdline": CMDLINE,
         "db": [hashlib.sha256(data).hexdigest() for data in CERTIFICATES], "platform": list(SKIS),
-        "modules": [{"name": "dm_verity", "path": "/m.ko", "parameters": {"require_signatures": "Y"}}],
+        "modules": [
+            {"name": name, "path": f"/{name}.ko", "parameters": parameters, "background": background}
+            for name, parameters, background in MODULES
+        ],
     }  # fmt: skip
     return json.dumps({**policy, **changes}).encode()
 

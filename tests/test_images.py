@@ -76,7 +76,7 @@ def plain(host: Host, folder: Path, content: bytes = TREE, kind: str = TAR, tar:
     return folder
 
 
-def verify(path: Path, root_hash: str) -> bool:
+def fits(path: Path, root_hash: str) -> bool:
     size = str(init.verity_data_blocks(path.stat().st_size) * init.BLOCK)
     command = ["veritysetup", "verify", "--hash-offset", size, str(path), str(path), root_hash]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -165,7 +165,7 @@ def test_veritysetup_agrees_with_each_layer(host: Host, tmp_path: Path) -> None:
     (layer,) = init.parse_image(layout.read_blob(converted.manifest)).layers
     path = layout.blob_path(layer.digest)
     assert (layer.size, layer.root_hash) == (path.stat().st_size, converted.layers[0].root_hash)
-    assert verify(path, layer.root_hash)
+    assert fits(path, layer.root_hash)
     data = path.read_bytes()
     salt = init.parse_verity_salt(
         data[(blocks := init.verity_data_blocks(len(data))) * init.BLOCK :], blocks
@@ -173,7 +173,7 @@ def test_veritysetup_agrees_with_each_layer(host: Host, tmp_path: Path) -> None:
     assert salt == hashlib.sha256(data[: blocks * init.BLOCK]).hexdigest()
     for offset in (0, 1024, blocks * init.BLOCK - 1):
         path.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
-        assert not verify(path, layer.root_hash)
+        assert not fits(path, layer.root_hash)
 
 
 def test_the_layer_holds_what_the_tar_held(host: Host, need: Need, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_a_folder_gives_the_same_layer_wherever_it_comes_from(host: Host, tmp_pa
     ]
     assert layers[0] == layers[1]
     path = images.Layout(tmp_path / "layout0").blob_path(layers[0].digest)
-    assert verify(path, layers[0].annotations[images.ROOT_HASH])
+    assert fits(path, layers[0].annotations[images.ROOT_HASH])
     (two / "usr/lib/b").chmod(0o600)
     assert images.tree_layer(host, two, images.Layout(tmp_path / "layout1")) != layers[0]
 
@@ -349,4 +349,4 @@ def test_the_smallest_tree_has_a_valid_layer(host: Host, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     layout = images.Layout(tmp_path / "layout")
     layer = images.tree_layer(host, tmp_path / "empty", layout)
-    assert verify(layout.blob_path(layer.digest), layer.annotations[images.ROOT_HASH])
+    assert fits(layout.blob_path(layer.digest), layer.annotations[images.ROOT_HASH])

@@ -249,6 +249,13 @@ def test_a_module_parameter_that_did_not_take_is_refused() -> None:
     assert k.framed()["failed"] == "MODULE-PARAMETER"
 
 
+def test_modules_get_their_parameters_and_disks_are_probed_aside() -> None:
+    k = FakeMachine()
+    end(k)
+    loaded = [op[1:] for op in k.ops if op[0] == "load_module"]
+    assert loaded == [("/dm_verity.ko", "require_signatures=Y"), ("/ahci.ko", "async_probe=1")]
+
+
 def test_a_module_that_does_not_load_is_refused() -> None:
     k = FakeMachine()
     k.fail("load_module", OSError(errno.ENOENT, "no such file"))

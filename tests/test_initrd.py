@@ -116,7 +116,7 @@ def test_policy_is_what_the_core_reads() -> None:
     )
     policy = init.parse_policy(encoded, b"id\n", b"ca")
     module = init.Module(
-        "dm_verity", f"/usr/lib/modules/{VERSION}/kernel/dm-verity.ko", {"require_signatures": "Y"}
+        "dm_verity", f"/usr/lib/modules/{VERSION}/kernel/dm-verity.ko", {"require_signatures": "Y"}, False
     )
     assert policy == init.Policy(
         "live", "p", 2, VERSION, "a b --", ("1", "2"), ("3",), (module,), "id", b"ca"

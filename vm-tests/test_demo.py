@@ -1,0 +1,71 @@
+"""The demo's story: from nothing to a Debian hostfs at multi-user.target, and again, quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mosinit import init, tools
+
+pytestmark = pytest.mark.cold
+
+
+def demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the demo as a person would."""
+    command = [sys.executable, "-m", "mosinit", "demo", "--json", "--dir", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tools.checkout(), check=False)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The first run: everything is built."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout)
+
+
+def test_a_debian_hostfs_reaches_multi_user(first: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = first
+    report = json.loads((folder / "reports/live-report.json").read_bytes())
+    assert (report["result"], report["mode"], report["failed"]) == ("pivoted", "live", None)
+    assert report == result["report"]
+    assert "multi-user" in result["seconds"]
+    assert {stage["name"] for stage in report["stages"]} >= {"check-firmware", "mount-layers", "stack"}
+    assert all(check["ok"] and check["id"] in init.CHECKS for check in report["checks"])
+
+
+def test_no_unit_failed_and_the_kernels_modules_are_there(first: tuple[Path, dict[str, Any]]) -> None:
+    _, result = first
+    assert result["system"] == {"failed_units": [], "modules": True}
+
+
+def test_private_keys_are_for_their_owner_alone(first: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = first
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder / "keys").glob("*.key")}
+    assert len(modes) == 9
+    assert set(modes.values()) == {0o600}
+
+
+def test_a_second_run_builds_nothing(first: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = first
+    medium = (folder / "out/live.raw").stat()
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "holds this very build already" in done.stderr
+    assert (folder / "out/live.raw").stat() == medium
+    assert not [name for name in os.listdir("/proc") if name.isdigit() and _runs_in(name, folder)]
+
+
+def _runs_in(process: str, folder: Path) -> bool:
+    try:
+        words = Path("/proc", process, "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return str(folder) in words and "pytest" not in words
