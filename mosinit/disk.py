@@ -94,7 +94,7 @@ def make_esp(
     with target.open("wb") as file:
         file.truncate(size)
     host.run(
-        ["mkfs.vfat", "-F32", "-s1", f"-S{SECTOR}", "--invariant", f"-i{identity[:8]}", "-nESP", target],
+        ["mkfs.vfat", "-F32", "-s1", f"-S{SECTOR}", f"-i{identity[:8]}", "-nESP", target],
         env=_fixed_time(),
     )
     host.run(["mmd", "-i", target, "::EFI", "::EFI/BOOT", "::keys"], env=_fixed_time())

@@ -173,3 +173,14 @@ def test_a_uki_of_any_size_fits(
     run("fsck.vfat", "-n", esp)
     assert esp.read_bytes()[82:90] == b"FAT32   "
     assert esp.stat().st_size < max(36 * init.MIB, (mebibytes + 8) * init.MIB)
+
+
+def test_a_failure_leaves_the_earlier_medium_as_it_was(
+    medium: Path, parts: tuple[keys.Keyset, Path, Path], host: Host
+) -> None:
+    before = medium.read_bytes()
+    bad = disk.Part("no type", "odd", parts[1], 64 * "a")
+    with pytest.raises(Failure, match="sfdisk failed"):
+        disk.write_disk(host, [bad], 64 * "b", medium)
+    assert medium.read_bytes() == before
+    assert os.listdir(medium.parent) == [medium.name]

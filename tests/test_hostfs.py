@@ -51,7 +51,7 @@ class RecordedMkosi(Host):
         }
         output = Path(words[words.index("--output-directory") + 1])
         (output / "hostfs").mkdir()
-        (output / "hostfs/index.json").write_text("{}")
+        (output / "hostfs/index.json").write_text("demo" if "demo" in words else "{}")
         if self.fails:
             raise Failure("mkosi failed with status 1: no network")
         for version in self.kernels:
@@ -79,8 +79,8 @@ def test_a_second_build_is_the_first_one(mkosi: RecordedMkosi, tmp_path: Path) -
 
 def test_a_profile_is_another_image(mkosi: RecordedMkosi, tmp_path: Path) -> None:
     hostfs.build(mkosi, tmp_path)
-    hostfs.build(mkosi, tmp_path, "demo")
-    hostfs.build(mkosi, tmp_path)
+    assert (hostfs.build(mkosi, tmp_path, "demo") / "index.json").read_text() == "demo"
+    assert (hostfs.build(mkosi, tmp_path) / "index.json").read_text() == "{}"
     assert ["--profile" in words for words in mkosi.builds] == [False, True]
 
 

@@ -200,9 +200,11 @@ def test_the_config_is_kept(host: Host, tmp_path: Path) -> None:
 
 def test_an_image_of_verity_layers_passes_unchanged(host: Host, tmp_path: Path) -> None:
     once, twice = images.Layout(tmp_path / "once"), images.Layout(tmp_path / "twice")
-    first = images.convert(host, f"oci:{plain(host, tmp_path / 'plain')}", once)
-    once.write_index(host, [first.manifest])
-    assert images.convert(host, f"oci:{once.path}", twice) == first
+    layers = images.convert(host, f"oci:{plain(host, tmp_path / 'plain')}", once).layers
+    # In its author's own way of writing JSON: the digest of a manifest counts, not its meaning.
+    manifest = image(host, once, [layer.descriptor for layer in layers], [TREE])
+    once.write_index(host, [manifest])
+    assert images.convert(host, f"oci:{once.path}", twice) == images.ConvertedImage(manifest, layers)
 
 
 def test_a_layer_that_lies_about_its_root_hash_is_refused(host: Host, tmp_path: Path) -> None:
@@ -336,6 +338,8 @@ def test_a_folder_gives_the_same_layer_wherever_it_comes_from(host: Host, tmp_pa
 
 def test_whoever_owns_the_folder_root_owns_the_layer(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "file", 1234, 1234)
     buffer = io.BytesIO()
     images.write_tar(tmp_path, buffer, prefix="in/")
     buffer.seek(0)

@@ -244,6 +244,7 @@ def test_a_certificate_of_another_ca_is_refused(
     shutil.copytree(keyset.folder, mixed)
     for name in ("manifest-ca.pem", "manifest-ca.key"):
         shutil.copy(other.folder / name, mixed / name)
+    shutil.rmtree(tmp_path / "hostfs")  # found before any image is looked at
     with pytest.raises(init.Refused, match="MANIFEST-CHAIN"):
         publish.publish(host, written, keys.open_keyset(host, mixed), f"oci:{tmp_path}/release")
 
