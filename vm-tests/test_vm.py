@@ -121,7 +121,6 @@ import sys
 from pathlib import Path
 from mosinit import vm
 from mosinit.host import Host
-from programs import init_program
 disk, state, saved = map(Path, sys.argv[1:])
 vm.restore(Host(), saved, vm.BootOptions(disk=disk, folder=state, timeout=120))
 """
