@@ -113,15 +113,19 @@ def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
     """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole."""
     cache = tools.cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "mkosi.lock"), host.scratch(near=cache / image) as folder:
+    with host.scratch(near=cache / image) as folder:
         source = folder / "source"
         source.mkdir()
         stage(tools.checkout(), names, source)
         result = cache / f"{image}-{key_of(source, words)}"
         if not result.exists():
-            _mkosi(host, image, words, folder).rename(result)
-        os.utime(result)
-        _forget_old(cache, image)
+            # One at a time: another process may be building just this.
+            with _locked(cache / "mkosi.lock"):
+                if not result.exists():
+                    _mkosi(host, image, words, folder).rename(result)
+                os.utime(result)
+                _forget_old(cache, image)
+    os.utime(result)
     return result
 
 
@@ -178,23 +182,16 @@ def _forget_old(cache: Path, image: str) -> None:
 
 
 def _place(host: Host, cached: Path, target: Path) -> Path:
-    """Make a cached result appear at `target`, by hard links where they are possible."""
+    """Copy a cached result to `target`, unless it is there: what a person does to theirs stays theirs."""
     stamp = target.with_name(f".{target.name}.key")
     if target.is_dir() and stamp.is_file() and stamp.read_text() == cached.name:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     with host.scratch(near=target) as folder:
-        shutil.copytree(cached, folder / "new", symlinks=True, copy_function=_link_or_copy)
+        shutil.copytree(cached, folder / "new", symlinks=True)
         shutil.rmtree(target, ignore_errors=True)
         (folder / "new").rename(target)
     with host.replacing(stamp) as fresh:
         fresh.write_text(cached.name)
     return target
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
