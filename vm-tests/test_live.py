@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from programs import init_program
 from world import HELLO, World, check_refused, flip, part_of, retouch
 
-from mosinit import disk, firmware, init, keys, uki, vm
+from mosinit import disk, firmware, init, keys, tools, uki, vm
 from mosinit.machine import VARIABLES, Hardware
 
 GOOD_HOSTFS = {"sbin/init": init_program(HELLO, "hang")}
@@ -207,6 +210,26 @@ def test_a_word_appended_by_the_hypervisor(world: World, medium: Path) -> None:
     check_refused(outcome, "CMDLINE")
     assert "LD_PRELOAD=/x" in str(outcome.report)
     assert not re.search("ld.so|cannot be preloaded", outcome.console.read_text(errors="replace"))
+
+
+@pytest.mark.cold
+def test_the_command_says_so_with_its_exit_status(world: World, medium: Path, release: Path) -> None:
+    yaml = init.MANIFEST_MEDIA_TYPE
+    bad = world.medium(retouch(release, "bad-for-command", yaml, lambda data: flip(data, 5)))
+    command = [sys.executable, "-m", "mosinit", "vm", "boot", "--disk", str(bad)]
+    command += [
+        "--dir",
+        str(world.folder / "by-command"),
+        "--report",
+        str(world.folder / "refused.json"),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tools.checkout(), check=False)
+    assert done.returncode == 3, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert told["report"] == json.loads((world.folder / "refused.json").read_bytes())
+    assert told["report"]["failed"] == "MANIFEST-SIGNATURE"
+    assert "MANIFEST-SIGNATURE" in told["reason"]
 
 
 # --- What leaves the house ---------------------------------------------------------------------------
