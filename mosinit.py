@@ -1201,6 +1201,9 @@ _AMBIGUOUS = re.compile(
     r"~|null|yes|no|on|off|y|n|[-+.0-9][0-9_.:eExXoObB+-]*|<<|=|true|false|\.inf|\.nan", re.IGNORECASE
 )
 
+# 1.2.3 and a uuid that happens to have digits alone: no YAML version takes them for numbers.
+_ONE_READING = re.compile(r"\d+(\.\d+){2,}[-+.\w]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 
 def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
     text = str(event.value)
@@ -1211,7 +1214,7 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
     if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text):
         return int(text)
     # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
-    if (not text or _AMBIGUOUS.fullmatch(text)) and not re.fullmatch(r"\d+(\.\d+){2,}[-+.\w]*", text):
+    if (not text or _AMBIGUOUS.fullmatch(text)) and not _ONE_READING.fullmatch(text):
         raise fault(
             Node(text, line), path, "a value that can be read in one way only (put text into quotes)"
         )

@@ -66,6 +66,20 @@ def test_a_signed_manifest() -> None:
     assert (hostfs.source, hostfs.writable) == ("", "")
 
 
+@pytest.mark.parametrize("sequence", [1, 10**18 - 1, 10**18, init.MAX_SEQUENCE])
+def test_large_sequences(sequence: int) -> None:
+    text = (HEAD + HOSTFS).replace("sequence: 42", f"sequence: {sequence}")
+    assert init.parse_manifest(text.encode()).sequence == sequence
+
+
+@pytest.mark.parametrize(
+    "product", ["12345678-1234-1234-1234-123456789012", "0000000e-0000-4000-8000-00000000000b"]
+)
+def test_product_ids_that_look_like_numbers(product: str) -> None:
+    text = (HEAD + HOSTFS).replace(PRODUCT, product)
+    assert init.parse_manifest(text.encode()).product == product
+
+
 def replaced(old: str, new: str) -> str:
     text = HEAD + HOSTFS
     assert old in text
