@@ -1211,7 +1211,7 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
         return text
     if text in ("true", "false"):
         return text == "true"
-    if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text):
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
         return int(text)
     # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
     if (not text or _AMBIGUOUS.fullmatch(text)) and not _ONE_READING.fullmatch(text):
