@@ -2129,20 +2129,22 @@ def open_layer(k: Machine, name: str, layer: Layer, signature_digest: str) -> Ve
     return verity
 
 
+def find_filesystem(head: bytes, name: str) -> str:
+    """Return the type of the file system that begins with these bytes, if it is one that layers may have."""
+    if head[1024:1028] == struct.pack("<I", 0xE0F5E1E2):  # linux/magic.h, EROFS_SUPER_MAGIC_V1
+        return "erofs"
+    if head[:4] == b"hsqs":  # linux/magic.h, SQUASHFS_MAGIC
+        return "squashfs"
+    raise Refused("LAYER-FILESYSTEM", expected="erofs or squashfs", seen=f"{head[:4].hex()} in {name}")
+
+
 def mount_layer(k: Machine, device: Verity) -> str:
     """Mount a layer read-only where nobody but the overlay will see it."""
     with refusing("LAYER-READ", "blocks that fit the root hash"):
         fd = k.open_device(device.path)
         head = k.read_at(fd, 0, BLOCK)
         k.close(fd)
-    if head[1024:1028] == struct.pack("<I", 0xE0F5E1E2):  # linux/magic.h, EROFS_SUPER_MAGIC_V1
-        fstype = "erofs"
-    elif head[:4] == b"hsqs":  # linux/magic.h, SQUASHFS_MAGIC
-        fstype = "squashfs"
-    else:
-        raise Refused(
-            "LAYER-FILESYSTEM", expected="erofs or squashfs", seen=f"{head[:4].hex()} in {device.name}"
-        )
+    fstype = find_filesystem(head, device.name)
     folder = f"/run/mosinit/layers/{device.name}"
     k.make_folder(folder, 0o700)
     with refusing("LAYER-READ", f"{fstype} in {device.name}"):
