@@ -130,7 +130,7 @@ CHECKS: dict[str, Check] = {
     ),
     "DISK-HINT": Check(
         "the boot stub did not say from which partition it was started",
-        "boot the medium or disk through UEFI; network boot is not supported",
+        "boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart",
     ),
     "DISK-ABSENT": Check(
         "the disk that this system was booted from does not show up",
@@ -298,6 +298,7 @@ LO_READ_ONLY, LO_AUTOCLEAR, LO_DIRECT_IO = 1, 4, 16
 WDIOC_SETTIMEOUT = 0xC0045706  # linux/watchdog.h
 BLKSSZGET, BLKGETSIZE64 = 0x1268, 0x80081272  # linux/fs.h
 FS_IOC_SETFLAGS = 0x40086602
+TCGETS, TCSETS, IXON = 0x5401, 0x5402, 0x400  # asm-generic/ioctls.h, termbits.h
 RB_AUTOBOOT, RB_POWER_OFF = 0x01234567, 0x4321FEDC  # linux/reboot.h
 RESOLVE_IN_ROOT = 0x10  # linux/openat2.h
 
@@ -348,6 +349,13 @@ class Kernel:
         names = self.read("/sys/class/tty/console/active").decode().split()
         fds = [os.open(f"/dev/{name}", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC) for name in names]
         self._consoles = fds or self._consoles
+        for fd in self._consoles:
+            settings = bytearray(60)
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(fd, TCGETS, settings)
+                # One XOFF byte on the serial line would otherwise stop PID 1 at its next word.
+                settings[:4] = (int.from_bytes(settings[:4], "little") & ~IXON).to_bytes(4, "little")
+                fcntl.ioctl(fd, TCSETS, settings)
 
     def log(self, text: str) -> None:
         """Write a line to the kernel log."""
@@ -404,17 +412,18 @@ class Kernel:
             return False
 
     def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
-        """Return mode and first `size` bytes of a file, links followed as if `root` were /; None if there is
-        none.
-        """
-        how = struct.pack("<QQQ", os.O_RDONLY | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT)
+        """Return mode and first bytes of a file, links followed as if `root` were /; None if there is none."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a fifo has nobody who writes
+        how = struct.pack("<QQQ", flags, 0, RESOLVE_IN_ROOT)
         top = os.open(root, os.O_PATH | os.O_CLOEXEC)
         try:
-            fd = self._libc.syscall(SYS["openat2"], top, path.encode(), how, len(how))
+            fd = self._syscall("openat2", top, path.encode(), how, len(how))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
+            raise
         finally:
             os.close(top)
-        if fd < 0:
-            return None
         try:
             mode = os.fstat(fd).st_mode
             return mode, os.read(fd, size) if stat.S_ISREG(mode) else b""
@@ -660,12 +669,15 @@ class Kernel:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
-    def switch_root(self, root: str, init: str) -> NoReturn:
-        """Make `root` the root of everything and become its init, with an empty environment."""
+    def enter_root(self, root: str) -> None:
+        """Make `root` the root of everything."""
         os.chdir(root)
         self.mount(".", "/", "", MountFlag.MOVE)
         os.chroot(".")
         os.chdir("/")
+
+    def become(self, init: str) -> NoReturn:
+        """Become hostfs's init, with an empty environment."""
         os.execve(init, [init], {})
 
     def restart(self) -> NoReturn:
@@ -803,8 +815,8 @@ class Policy(NamedTuple):
 def parse_policy(data: bytes, uki_id: bytes, manifest_ca: bytes) -> Policy:
     """Parse the policy of a signed initrd. It is our own build's: a fault is a crash, not a refusal."""
     raw = cast(dict[str, Any], json.loads(data))
-    if raw["schema"] != 1:
-        raise ValueError(f"policy schema {raw['schema']} is not 1")
+    if (raw["schema"], raw["mode"]) != (1, "live"):
+        raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: this program knows 1, live")
     modules = tuple(
         Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
     )
@@ -1007,6 +1019,9 @@ def parse_verity_salt(untrusted: bytes, data_blocks: int) -> str:
     pinned = (b"verity\0\0", 1, 1, b"sha256", BLOCK, BLOCK, data_blocks)
     if fixed != pinned or size > 256 or any(salt[size:]):
         raise Refused("LAYER-SUPERBLOCK", expected=str(pinned), seen=f"{fixed}, {size} bytes of salt")
+    if salt[:size].hex() == live_store_salt(data_blocks):
+        # Its signature, once the layer key has made it, would vouch for a store as well.
+        raise Refused("LAYER-SUPERBLOCK", expected="a layer", seen="the salt of a live store")
     return str(salt[:size].hex())
 
 
@@ -1536,30 +1551,25 @@ def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certif
     manifest is published or installed.
     """
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
 
     authority = x509.load_pem_x509_certificate(ca)
     try:
         if untrusted.count(b"-----BEGIN") != 1 or len(untrusted) > 16384:
             raise ValueError("not one PEM certificate")
         certificate = x509.load_pem_x509_certificate(untrusted)
-        uses = _certificate_uses(certificate)
-    except (
-        ValueError,
-        x509.ExtensionNotFound,
-        x509.DuplicateExtension,
-        x509.UnsupportedGeneralNameType,
-    ) as error:
+        uses, issuer = _certificate_uses(certificate), certificate.issuer.rfc4514_string()
+        certificate.public_key()
+    except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
+        seen = f"{type(error).__name__}: {error}"
         raise Refused(
-            "MANIFEST-CERTIFICATE", expected="an X.509 certificate for code signing", seen=str(error)
+            "MANIFEST-CERTIFICATE", expected="a certificate for code signing", seen=seen
         ) from error
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature) as error:
-        seen = f"issued by {certificate.issuer.rfc4514_string()} ({error or 'the signature does not fit'})"
-        raise Refused(
-            "MANIFEST-CHAIN", expected=f"issued by {authority.subject.rfc4514_string()}", seen=seen
-        ) from error
+    except Exception as error:
+        seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
+        expected = f"issued by {authority.subject.rfc4514_string()}"
+        raise Refused("MANIFEST-CHAIN", expected=expected, seen=seen) from error
     expected = f"a leaf for code signing with the name urn:uuid:{product}"
     if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
         raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=", ".join(uses))
@@ -1694,20 +1704,21 @@ def fence(k: Machine) -> None:
     """Extend PCR 11 past the state in which anything can be unsealed, and see that it happened.
 
     Every way out of this program comes through here; the second time does nothing. Raises FenceError: then
-    nothing may run on this machine any more. Without a TPM there is nothing that could be unsealed.
+    nothing may run on this machine any more. Without a TPM and its SHA-256 bank nothing could be unsealed.
     """
     if k.report.fenced:
         return
     try:
         if not k.names("/sys/class"):
             raise OSError(errno.ENOENT, "/sys is not there")
-        if not k.exists(TPM_SYSFS):
+        # Whatever is sealed for mosinit is sealed to this bank.
+        if not k.exists(f"{TPM_SYSFS}/pcr-sha256"):
             return
         before = read_pcr(k, MEASURED)
         extend_pcr(k, MEASURED, LEAVE_INITRD)
         after = read_pcr(k, MEASURED)
-    except (OSError, ValueError) as error:
-        raise FenceError(str(error)) from error
+    except Exception as error:
+        raise FenceError(f"{type(error).__name__}: {error}") from error
     if after != hashlib.sha256(before + hashlib.sha256(LEAVE_INITRD).digest()).digest():
         raise FenceError("PCR 11 did not change as it must")
     k.report.fenced = True
@@ -1750,7 +1761,8 @@ def import_ahead() -> None:
 
 @stage
 def load_modules(k: Machine, policy: Policy) -> None:
-    """Load what the build listed, in its order, read the parameters back, arm the watchdog."""
+    """Load what the build listed, in its order, read parameters back, arm the watchdog once it is there."""
+    armed = False
     for module in policy.modules:
         words = [f"{name}={value}" for name, value in module.parameters.items()]
         words += ["async_probe=1"] if module.background else []
@@ -1765,7 +1777,8 @@ def load_modules(k: Machine, policy: Policy) -> None:
                 expected=f"{module.name}.{name}={value}",
                 seen=f"{module.name}.{name}={seen}",
             )
-    k.report.facts["watchdog"] = k.arm_watchdog(WATCHDOG_SECONDS)
+        armed = armed or k.arm_watchdog(WATCHDOG_SECONDS)
+    k.report.facts["watchdog"] = armed
 
 
 @stage
@@ -1785,11 +1798,9 @@ def check_firmware(k: Machine, policy: Policy) -> None:
 def _check_secure_boot(k: Machine) -> None:
     secure_boot = k.efi_read("SecureBoot", EFI_GLOBAL)
     demand(k, "SB-OFF", expected="on", seen="on" if secure_boot and secure_boot[1] == b"\1" else "off")
-    modes = [
-        name
-        for name in ("SetupMode", "AuditMode")
-        if (k.efi_read(name, EFI_GLOBAL) or (0, b"\0"))[1] != b"\0"
-    ]
+    # AuditMode came with UEFI 2.5; SetupMode was always there.
+    absent = {"SetupMode": b"absent", "AuditMode": b"\0"}
+    modes = [name for name in absent if (k.efi_read(name, EFI_GLOBAL) or (0, absent[name]))[1] != b"\0"]
     demand(k, "SB-MODE", expected="user mode", seen=", ".join(modes) or "user mode")
 
 
@@ -1814,7 +1825,8 @@ def _check_trusted_keys(k: Machine, policy: Policy) -> None:
 
 
 def _words(items: Sequence[str]) -> str:
-    return ", ".join(sorted(items)) or "empty"
+    shown = sorted(items)[:8]
+    return ", ".join(shown + [f"and {len(items) - 8} more"] * (len(items) > 8)) or "empty"
 
 
 def _check_tpm(k: Machine) -> None:
@@ -1858,6 +1870,8 @@ def find_disk(k: Machine) -> BootDisk:
     """Wait for the disk with the partition that the stub was started from."""
     hint = k.efi_read("LoaderDevicePartUUID", LOADER_GUID)
     if hint is None or hint[0] & EFI_NON_VOLATILE:
+        if hint is not None:
+            k.efi_write("LoaderDevicePartUUID", LOADER_GUID, b"")
         seen = "not set" if hint is None else "a stored variable, which anybody may have written"
         raise Refused("DISK-HINT", expected="LoaderDevicePartUUID of this boot", seen=seen)
     wanted = hint[1].decode("utf-16-le", errors="replace").rstrip("\0").lower()
@@ -1919,13 +1933,15 @@ def open_partition(k: Machine, disk: BootDisk, kind: str) -> tuple[int, Partitio
         folder = f"/sys/block/{disk.name}/{name}"
         if not k.exists(f"{folder}/partition"):
             continue
-        number, start, size = (
-            int(k.read(f"{folder}/{file}", 64)) for file in ("partition", "start", "size")
-        )
+        with refusing("DISK-PARTITION", expected):
+            number, start, size = (
+                int(k.read(f"{folder}/{file}", 64)) for file in ("partition", "start", "size")
+            )
         if number == partition.number:
             seen = f"partition {number} of {size * 512} bytes at {start * 512}"
             demand(k, "DISK-PARTITION", expected=expected, seen=seen)
-            return k.open_device(f"/dev/{name}"), partition
+            with refusing("DISK-PARTITION", expected):
+                return k.open_device(f"/dev/{name}"), partition
     raise Refused("DISK-PARTITION", expected=expected, seen="a disk without it")
 
 
@@ -2191,18 +2207,43 @@ def stack(k: Machine, layers: Mounted) -> str:
 
 
 def find_init(k: Machine) -> str:
-    """Return the path of hostfs's init."""
-    for path in DEFAULT_INITS:
-        found = k.read_in_root(SYSROOT, path, 4)
-        if (
-            found
-            and stat.S_ISREG(found[0])
-            and found[0] & 0o111
-            and (found[1] == b"\x7fELF" or found[1][:2] == b"#!")
-        ):
-            k.report.passed("HOSTFS-INIT", "a program", path)
-            return path
+    """Return the path of hostfs's init: a program that can be executed, its interpreter too."""
+    with refusing("LAYER-READ", "a readable hostfs"):
+        for path in DEFAULT_INITS:
+            if _is_program(k, path):
+                k.report.passed("HOSTFS-INIT", "a program", path)
+                return path
     raise Refused("HOSTFS-INIT", expected=f"a program at {' or '.join(DEFAULT_INITS)}", seen="none")
+
+
+def _is_program(k: Machine, path: str) -> bool:
+    found = k.read_in_root(SYSROOT, path, BLOCK)
+    if found is None or not stat.S_ISREG(found[0]) or not found[0] & 0o111:
+        return False
+    interpreter = find_interpreter(found[1])
+    return interpreter == "" or (
+        interpreter is not None and k.read_in_root(SYSROOT, interpreter, 4) is not None
+    )
+
+
+def find_interpreter(head: bytes) -> str | None:
+    """Return what the kernel starts a program with: "" for a static one, None for no program of x86-64."""
+    if head.startswith(b"#!"):
+        words = head[2:].split(b"\n")[0].split()
+        return words[0].decode(errors="replace") if words else None
+    try:
+        magic, machine, table, size, count = struct.unpack_from(
+            "<4s14xH12xQ14xHH", head
+        )  # elf(5), Elf64_Ehdr
+        if (magic, machine, size) != (b"\x7fELF", 62, 56):
+            return None
+        for number in range(count):
+            kind, offset, length = struct.unpack_from("<I4xQ16xQ", head, table + number * size)  # Elf64_Phdr
+            if kind == 3:  # PT_INTERP
+                return head[offset : offset + length].rstrip(b"\0").decode(errors="replace")
+    except struct.error:
+        return None
+    return ""
 
 
 MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)
@@ -2212,9 +2253,15 @@ MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)
 def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
     """Make the new root ready: mount points, restart on corruption, no kexec."""
     for folder in MOVED:
-        if not k.is_folder(SYSROOT + folder):
-            with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
+        with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
+            if not k.is_folder(SYSROOT + folder):
                 k.make_folder(SYSROOT + folder)
+        demand(
+            k,
+            "OVERLAY-MOUNTPOINT",
+            expected=folder,
+            seen=folder if k.is_folder(SYSROOT + folder) else "a link",
+        )
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: restart, be
     # refused, say so.
     for device in devices:
@@ -2227,9 +2274,6 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
 def hand_over(k: Machine, init: str) -> NoReturn:
     """Leave the report, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
-    if k.report.facts["previous_refusal"]:
-        with contextlib.suppress(OSError):
-            k.efi_write(REFUSAL_VARIABLE, OUR_GUID, b"")
     document = json.dumps(k.report.document("pivoted"))
     k.make_folder("/run/mosinit")
     k.write("/run/mosinit/report.json", document.encode() + b"\n")
@@ -2237,13 +2281,18 @@ def hand_over(k: Machine, init: str) -> NoReturn:
         k.print(
             "mosinit: live system: nothing of an installed one was opened, nothing written here survives\n"
         )
-    k.quiet_kernel(1)
-    k.print(f"\nmosinit-report: {document}\n")
-    k.quiet_kernel(4)
     for folder in MOVED:
         k.mount(folder, SYSROOT + folder, "", MountFlag.MOVE)
     k.free_initramfs()
-    k.switch_root(SYSROOT, init)
+    k.enter_root(SYSROOT)
+    # Nothing that can fail is left but the kernel's own loading of a program that was looked at.
+    if k.report.facts["previous_refusal"]:
+        with contextlib.suppress(OSError):
+            k.efi_write(REFUSAL_VARIABLE, OUR_GUID, b"")
+    k.quiet_kernel(1)
+    k.print(f"\nmosinit-report: {document}\n")
+    k.quiet_kernel(4)
+    k.become(init)
 
 
 # --- The boot, and the one way out -------------------------------------------------------------------------
@@ -2281,11 +2330,17 @@ def read_refusal(k: Machine) -> dict[str, object] | None:
         untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
         if untrusted is None or len(untrusted[1]) > 1024:
             return None
-        raw = json.loads(untrusted[1])
-        keep = {key: raw[key] for key in ("id", "sequence", "uki", "count")}
+        raw = json.loads(untrusted[1], parse_constant=int)
+        keep = {
+            "id": str(raw["id"]),
+            "sequence": raw["sequence"],
+            "uki": str(raw["uki"]),
+            "count": raw["count"],
+        }
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return keep if type(keep["count"]) is int and 0 < keep["count"] <= 64 else None
+    numbers = type(keep["count"]) is int and 0 < keep["count"] <= 64
+    return keep if numbers and (keep["sequence"] is None or type(keep["sequence"]) is int) else None
 
 
 def count_refusal(k: Machine, report: Mapping[str, object]) -> int:
@@ -2355,12 +2410,13 @@ def give_up(k: Machine, error: BaseException) -> NoReturn:
     try:
         try:
             fence(k)
-        except FenceError as failure:
+        except BaseException as failure:
             leave, error = k.power_off, failure
-        wait = tell(k, error)
-        for left in range(wait if leave == k.restart else 0, 0, -1):
+        wait = tell(k, error) if leave == k.restart else min(tell(k, error), FIRST_WAIT)
+        words = "restart" if leave == k.restart else "power off"
+        for left in range(wait, 0, -1):
             k.feed_watchdog()
-            k.print(f"\rmosinit: restart in {left} s  ")
+            k.print(f"\rmosinit: {words} in {left} s  ")
             k.sleep(1)
     finally:
         leave()
