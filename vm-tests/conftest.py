@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from world import World
+from world import GOOD_HOSTFS, World
 
 from mosinit.host import Host
 
@@ -16,3 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> World:
     """The organisation of all VM tests."""
     return World(Host(), tmp_path_factory.mktemp("world"), bool(pytestconfig.getoption("--cold")))
+
+
+@pytest.fixture(scope="session")
+def release(world: World) -> Path:
+    """A good release."""
+    return world.release("good", GOOD_HOSTFS)
+
+
+@pytest.fixture(scope="session")
+def medium(world: World, release: Path) -> Path:
+    """A good medium; the machine that is saved with it serves all tests with other content."""
+    target = world.medium(release)
+    world.save(target)
+    return target

@@ -11,29 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import init_program
-from world import HELLO, World, check_refused, flip, part_of, retouch
+from world import GOOD_HOSTFS, World, check_refused, flip, part_of, retouch
 
 from mosinit import disk, firmware, init, keys, tools, uki, vm
 from mosinit.machine import VARIABLES, Hardware
-
-GOOD_HOSTFS = {"sbin/init": init_program(HELLO, "hang")}
-
-
-@pytest.fixture(scope="module")
-def release(world: World) -> Path:
-    """A good release."""
-    return world.release("good", GOOD_HOSTFS)
-
-
-@pytest.fixture(scope="module")
-def medium(world: World, release: Path) -> Path:
-    """A good medium; the machine that is saved with it serves all tests with other content."""
-    target = world.medium(release)
-    if not world.cold:
-        world.saved = vm.save(world.host, world.options(target), world.folder / "saved").folder
-    return target
-
 
 # --- The disk's content decides: restored machines ---------------------------------------------------
 

@@ -11,9 +11,11 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from programs import init_program
 
 from mosinit import build, disk, init, keys, publish, vm
 from mosinit.host import Host
@@ -40,27 +42,22 @@ class World:
         (self.folder / "out").mkdir()
         self.bootable = build.make_bootable(self.host, self.keyset, self.folder / "out", 1)
 
-    def image(self, name: str, files: Files) -> Path:
-        """Make an OCI layout with an image of one tar layer."""
+    def image(self, name: str, *layers: Files) -> Path:
+        """Make an OCI layout with an image of these tar layers, the lowest first."""
         layout = self.folder / name
         shutil.rmtree(layout, ignore_errors=True)
-        tar = io.BytesIO()
-        with tarfile.open(fileobj=tar, mode="w") as archive:
-            for path, content in files.items():
-                entry = tarfile.TarInfo(path)
-                entry.size, entry.mode = len(content), 0o755
-                archive.addfile(entry, io.BytesIO(content))
-        digest = hashlib.sha256(tar.getvalue()).hexdigest()
+        tars = [make_tar(files) for files in layers]
+        digests = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
         config = {
             "architecture": "amd64",
             "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+            "rootfs": {"type": "layers", "diff_ids": digests},
         }
         manifest = {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": put(layout, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
-            "layers": [put(layout, tar.getvalue(), "application/vnd.oci.image.layer.v1.tar")],
+            "layers": [put(layout, tar, "application/vnd.oci.image.layer.v1.tar") for tar in tars],
         }
         kind = str(manifest["mediaType"])
         entry_of_index = put(layout, json.dumps(manifest).encode(), kind)
@@ -68,10 +65,19 @@ class World:
         (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         return layout
 
-    def release(self, name: str, hostfs: Files, keyset: keys.Keyset | None = None, epoch: int = 1) -> Path:
-        """Publish a manifest with this hostfs and the UKI's bootkit."""
+    def release(
+        self,
+        name: str,
+        hostfs: Files | Sequence[Files],
+        keyset: keys.Keyset | None = None,
+        epoch: int = 1,
+        more: Mapping[str, Sequence[Files]] | None = None,
+    ) -> Path:
+        """Publish a manifest with this hostfs and the UKI's bootkit; `more` names `fs-only` targets."""
         keyset = keyset or self.keyset
-        self.image(f"{name}-hostfs", hostfs)
+        self.image(f"{name}-hostfs", *([hostfs] if isinstance(hostfs, dict) else hostfs))
+        for service, layers in (more or {}).items():
+            self.image(f"{name}-{service}", *layers)
         lines = [
             "version: 1",
             f"product: {keyset.product}",
@@ -80,10 +86,12 @@ class World:
             "update_type: complete",
         ]
         lines += ["targets:"]
-        for service, source in (("hostfs", f"{name}-hostfs"), ("bootkit", "out/bootkit")):
+        targets = [("hostfs", "hostfs", f"{name}-hostfs"), ("bootkit", "bootkit", "out/bootkit")]
+        targets += [(service, "fs-only", f"{name}-{service}") for service in more or {}]
+        for service, kind, source in targets:
             lines += [
                 f"  - service_name: {service}",
-                f"    service_type: {service}",
+                f"    service_type: {kind}",
                 f"    source: oci:./{source}",
             ]
             lines += ["    version: '1'"]
@@ -99,6 +107,11 @@ class World:
         with target.open("r+b") as file:
             file.truncate(SIZE)
         return target
+
+    def save(self, medium: Path) -> None:
+        """Save the machine, once, that serves all tests with other content of the medium."""
+        if not self.cold:
+            self.saved = vm.save(self.host, self.options(medium), self.folder / "saved").folder
 
     def options(self, medium: Path, **more: object) -> vm.BootOptions:
         """Return how to boot a medium up to the end of the bring-up."""
@@ -117,6 +130,17 @@ class World:
         if self.cold or self.saved is None:
             return vm.boot(self.host, self.options(medium))
         return vm.restore(self.host, self.saved, self.options(medium))
+
+
+def make_tar(files: Files) -> bytes:
+    """Make a tar of these files, all of them programs."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        for path, content in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(content), 0o755
+            archive.addfile(entry, io.BytesIO(content))
+    return tar.getvalue()
 
 
 def put(layout: Path, content: bytes, kind: str) -> dict[str, object]:
@@ -146,12 +170,18 @@ def retouch(release: Path, name: str, kind: str, change: Callable[[bytes], bytes
     """Copy a release and change one part of its install artefact; every digest above it fits again."""
     layout = release.parent / name
     shutil.copytree(release, layout)
+    replace_parts(layout, {kind: change(part_of(release, kind))})
+    return layout
+
+
+def replace_parts(layout: Path, parts: Mapping[str, bytes]) -> None:
+    """Give a release other parts of its install artefact, by media type; every digest above them fits."""
     top = json.loads((layout / "index.json").read_bytes())
     index = json.loads(get(layout, top["manifests"][0]["digest"]))
     artefact = json.loads(get(layout, index["manifests"][0]["digest"]))
     for number, part in enumerate(artefact["layers"]):
-        if part["mediaType"] == kind:
-            artefact["layers"][number] = {**part, **put(layout, change(get(layout, part["digest"])), kind)}
+        if (kind := part["mediaType"]) in parts:
+            artefact["layers"][number] = {**part, **put(layout, parts[kind], kind)}
     described = index["manifests"][0]
     index["manifests"][0] = {
         **described,
@@ -159,7 +189,6 @@ def retouch(release: Path, name: str, kind: str, change: Callable[[bytes], bytes
     }
     top["manifests"][0] = {**top["manifests"][0], **put(layout, json.dumps(index).encode(), OCI_INDEX)}
     (layout / "index.json").write_text(json.dumps(top))
-    return layout
 
 
 def flip(data: bytes, offset: int) -> bytes:
@@ -182,3 +211,4 @@ def check_refused(outcome: vm.Outcome, check: str, *, fenced: bool = True) -> No
 
 
 HELLO = b"hostfs says hello\n"
+GOOD_HOSTFS = {"sbin/init": init_program(HELLO, "hang")}
