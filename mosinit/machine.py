@@ -30,10 +30,20 @@ ACCELERATORS = {
 QUIT_SECONDS = 5.0  # that a process has to end by itself
 
 
+Bus = Literal["virtio", "usb", "nvme", "ahci"]
+DEVICES: dict[Bus, str] = {
+    "virtio": "virtio-blk-pci",
+    "usb": "usb-storage,bus=xhci.0,removable=on",
+    "nvme": "nvme",
+    "ahci": "ide-hd",
+}
+
+
 @dataclass(frozen=True)
 class Hardware:
     """What the machine is made of, besides its boot disk. `memory` in MiB.
 
+    `bus` is what the boot disk hangs on, `extra_bus` what the others do; `nic` is QEMU's name of a card.
     `network` is QEMU's user network: "restricted" reaches nothing outside, "user" what the host reaches.
     `smbios` are strings of type 11. With `snapshot` the disks keep nothing of what is written to them.
     """
@@ -44,6 +54,9 @@ class Hardware:
     network: Literal["none", "restricted", "user"] = "none"
     smbios: tuple[str, ...] = ()
     extra_disks: tuple[Path, ...] = ()
+    bus: Bus = "virtio"
+    extra_bus: Bus = "virtio"
+    nic: Literal["virtio-net-pci", "e1000e"] = "virtio-net-pci"
     snapshot: bool = False
 
 
@@ -77,8 +90,10 @@ def command_line(
     if hardware.tpm:
         words += ["-chardev", f"socket,id=tpm,fd={channels.tpm}", "-tpmdev", "emulator,id=tpm,chardev=tpm"]
         words += ["-device", "tpm-crb,tpmdev=tpm"]
+    if "usb" in (hardware.bus, hardware.extra_bus):
+        words += ["-device", "qemu-xhci,id=xhci"]
     for number, disk in enumerate(disks):
-        words += _disk(number, disk, hardware.snapshot)
+        words += _disk(number, disk, hardware.extra_bus if number else hardware.bus, hardware.snapshot)
     for text in hardware.smbios:
         words += ["-smbios", f"type=11,value={_escape(text)}"]
     if hardware.network != "none":
@@ -87,12 +102,12 @@ def command_line(
             "-netdev",
             f"user,id=net,restrict={restrict}",
             "-device",
-            "virtio-net-pci,netdev=net,romfile=",
+            f"{hardware.nic},netdev=net,romfile=",
         ]
     return words
 
 
-def _disk(number: int, path: Path, snapshot: bool) -> list[str]:
+def _disk(number: int, path: Path, bus: Bus, snapshot: bool) -> list[str]:
     # A raw disk is never guessed to be another format: what the guest writes into it must not decide that.
     driver = "qcow2" if path.suffix == ".qcow2" else "raw"
     cache = {"no-flush": snapshot}
@@ -101,7 +116,7 @@ def _disk(number: int, path: Path, snapshot: bool) -> list[str]:
         "file": {"driver": _protocol(path), "filename": str(path), "cache": cache},
     }  # fmt: skip
     serial = "boot" if number == 0 else f"extra{number}"
-    device = f"virtio-blk-pci,id=blk{number},drive=disk{number},serial={serial},bootindex={number + 1}"
+    device = f"{DEVICES[bus]},id=blk{number},drive=disk{number},serial={serial},bootindex={number + 1}"
     return ["-blockdev", json.dumps(node), "-device", device]
 
 

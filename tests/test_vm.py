@@ -261,6 +261,18 @@ def test_a_machine_without_tpm_has_none() -> None:
     assert not any("tpm" in word for word in command(machine.Hardware(tpm=False), "/d.raw"))
 
 
+def test_a_stick_beside_a_disk_and_a_network_card_of_real_machines() -> None:
+    hardware = machine.Hardware(bus="usb", extra_bus="nvme", nic="e1000e", network="restricted")
+    words = command(hardware, "/stick.raw", "/disk.raw")
+    devices = [words[n + 1].partition(",") for n, word in enumerate(words) if word == "-device"]
+    kinds = [kind for kind, _, _ in devices]
+    assert kinds.index("qemu-xhci") < kinds.index("usb-storage") < kinds.index("nvme")
+    assert "e1000e" in kinds
+    assert not [kind for kind in kinds if kind.startswith("virtio-blk") or kind.startswith("virtio-net")]
+    (stick,) = (set(rest.split(",")) for kind, _, rest in devices if kind == "usb-storage")
+    assert {"drive=disk0", "bootindex=1"} <= stick
+
+
 def test_no_value_becomes_an_option() -> None:
     words = command(machine.Hardware(smbios=("a=b,path=/etc/shadow",)), "/a,b.raw")
     assert "type=11,value=a=b,,path=/etc/shadow" in words
@@ -323,6 +335,7 @@ def test_the_shape_of_a_machine_is_all_but_the_content_of_its_disks(tmp_path: Pa
         machine.Hardware(memory=2048),
         machine.Hardware(smbios=("x",)),
         machine.Hardware(tpm=False),
+        machine.Hardware(bus="ahci"),
     ):
         assert vm.shape(options(tmp_path, hardware=other), "tcg") != vm.shape(one, "tcg")
     before = vm.shape(one, "tcg")
