@@ -412,7 +412,7 @@ class Kernel:
             return False
 
     def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
-        """Return mode and first bytes of a file, links followed as if `root` were /; None if there is none."""
+        """Return mode and first bytes of a file, links taken as if `root` were /; None if there is none."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a fifo has nobody who writes
         how = struct.pack("<QQQ", flags, 0, RESOLVE_IN_ROOT)
         top = os.open(root, os.O_PATH | os.O_CLOEXEC)

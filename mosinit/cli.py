@@ -96,18 +96,22 @@ def build(host: Host, values: argparse.Namespace) -> Result:
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
     """Sign and publish a manifest."""
-    from mosinit import keys
+    from mosinit import keys, registry
     from mosinit import publish as publisher
 
+    publisher.parse_destination(values.to)
     keyset = keys.open_keyset(host, values.keys)
-    return outcome(publisher.publish(host, values.manifest, keyset, values.to))
+    sources = [target.source for target in publisher.read_written(values.manifest).targets]
+    access = registry.open_access(values.tls_ca, values.login, values.timeout, values.to, sources)
+    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:
     """Sign a UKI that another tool put together."""
     from mosinit import keys, uki
 
-    return outcome(uki.sign(host, values.unsigned, keys.open_keyset(host, values.keys), values.out))
+    keyset = keys.open_keyset(host, values.keys)
+    return outcome(uki.sign(host, values.unsigned, values.initrd, keyset, values.out))
 
 
 def vm_boot(host: Host, values: argparse.Namespace) -> Result:
@@ -263,16 +267,23 @@ VERBS = (
         (
             positional("manifest", "the manifest as a person wrote it", type=Path, metavar="MANIFEST"),
             folder("--keys", "the keyset that signs", required=True),
-            Option("--to", "the OCI layout to write", {"required": True, "metavar": "oci:DIR"}),
+            Option("--to", "the OCI layout to write, or the tag in a registry",
+                   {"required": True, "metavar": "oci:DIR|docker://HOST[:PORT]/NAME:TAG"}),
+            folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
+            folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
+                   "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
+            Option("--timeout", "seconds that a registry may stand still (default: 120)",
+                   {"type": float, "metavar": "S", "default": 120.0}),
         ),
     ),
     Verb(
         "uki sign",
         "signs a UKI that mkosi or ukify made of our initrd, its kernel and its command line",
-        "mosinit uki sign uki.efi --keys ./keys --out mosinit.efi",
+        "mosinit uki sign uki.efi --initrd out/initrd.cpio.zst --keys ./keys --out mosinit.efi",
         uki_sign,
         (
             positional("unsigned", "the UKI, without a signature", type=Path, metavar="UKI"),
+            folder("--initrd", "the initrd that `mosinit build` left", "FILE", required=True),
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the signed UKI goes", "FILE", required=True),
         ),

@@ -475,7 +475,6 @@ def build(
     host: Host, kernel: KernelTree, keyset: Keyset, out: Path, *, mode: str, epoch: int, cmdline: str
 ) -> Initrd:
     """Build the initrd for one kernel, organisation and mode."""
-    from cryptography.hazmat.primitives.serialization import Encoding
 
     db = [keyset.certificate(role) for role in ("uki", "layer")]
     policy = encode_policy(
@@ -484,7 +483,7 @@ def build(
         epoch=epoch,
         kernel=kernel.version,
         cmdline=cmdline,
-        db=[hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest() for certificate in db],
+        db=[fingerprint(certificate) for certificate in db],
         platform=[key_id(certificate) for certificate in db],
         modules=plan_modules(kernel.modules),
     )
@@ -500,6 +499,13 @@ def build(
     for line in shown.decode().splitlines():
         host.say(line)
     return Initrd(out, mode, read_parts(Path(f"{out}.parts.json"))[0])
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return the SHA-256 of a certificate in DER form: how the policy names an entry of db."""
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
 
 
 def key_id(certificate: x509.Certificate) -> str:

@@ -204,7 +204,16 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
     Raises `Failure` if a role is missing, readable by others, or does not fit its certificate.
     """
     name, product = _read_description(folder / "keyset.json")
+    if folder.stat().st_mode & 0o022:
+        raise Failure(f"{folder} can be changed by others: chmod 700 {folder}")
     certificates = {role: _open_role(folder, role) for role in ROLES}
+    owners: dict[bytes, str] = {}
+    for role, certificate in certificates.items():
+        other = owners.setdefault(_spki(certificate.public_key()), role)
+        if other != role:
+            raise Failure(
+                f"{folder} has one key for {other} and {role}: roles must not mix, make a new keyset"
+            )
     return Keyset(host, folder, name, product, certificates)
 
 

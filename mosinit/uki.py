@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +106,20 @@ def build(
     return _finish(host, content, keyset, out, approve=initrd.mode == "run")
 
 
-def sign(host: Host, unsigned: Path, keyset: Keyset, out: Path) -> Uki:
+def sign(host: Host, unsigned: Path, initrd: Path, keyset: Keyset, out: Path) -> Uki:
     """Sign a UKI that somebody else's tool has put together from our initrd, a kernel and a command line.
 
     It is taken apart and put together again, so that it carries its id, and nothing that we do not know.
+    What it says of itself counts for nothing: its initrd must be `initrd`, the file that a build of ours
+    left, and that one must be for this keyset.
     """
     content = take_apart(unsigned.read_bytes(), str(unsigned))
-    policy = read_policy(host, content.initrd)
+    built = initrd.read_bytes()
+    if content.initrd.rstrip(b"\0") != built.rstrip(b"\0"):
+        raise Failure(f"the initrd in {unsigned} is not {initrd}: put the UKI together from that file")
+    content = replace(content, initrd=built)
+    policy = read_policy(host, built)
+    _check_policy(policy, keyset, initrd)
     if policy.cmdline != content.cmdline.decode(errors="replace"):
         raise Failure(
             f"the command line of {unsigned} is not the one in its initrd: {policy.cmdline!r} is expected"
@@ -121,7 +128,15 @@ def sign(host: Host, unsigned: Path, keyset: Keyset, out: Path) -> Uki:
         raise Failure(
             f"the kernel of {unsigned} is not the one whose modules are in its initrd ({policy.kernel})"
         )
-    return _finish(host, content, keyset, out, approve=policy.mode == "run")
+    return _finish(host, content, keyset, out, approve=False)
+
+
+def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
+    """See that an initrd was built for this keyset."""
+    authority = keyset.certificate_path("manifest-ca").read_bytes()
+    db = tuple(initrds.fingerprint(keyset.certificate(role)) for role in ("uki", "layer"))
+    if (policy.product, policy.db, policy.manifest_ca) != (keyset.product, db, authority):
+        raise Failure(f"{initrd} was built for another keyset: build it with this one, {keyset.folder}")
 
 
 def read_policy(host: Host, initrd: bytes) -> init.Policy:

@@ -58,11 +58,13 @@ class Watch:
         self.last_line = text[:200] or self.last_line
         if KERNEL in untrusted:
             self._mark("kernel")
-        if START in untrusted:
+        # A hypervisor may write the command line, and the kernel repeats it: behind a time stamp.
+        words = untrusted.strip(b"\r\n")
+        if words == START:
             self._mark("start")
             return Verdict(0, "the bring-up begins") if self.until == "start" else None
-        if FRAME in untrusted:
-            return self._frame(untrusted.partition(FRAME)[2])
+        if words.startswith(FRAME) and "start" in self.marks:
+            return self._frame(words.removeprefix(FRAME))
         if PANIC in untrusted:
             return Verdict(1, f"the kernel panicked: {text[:200]}")
         return self._firmware_line(untrusted, text)

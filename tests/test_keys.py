@@ -345,3 +345,16 @@ def test_only_measuring_roles_have_a_bare_public_key(made: Path, host: Host) -> 
     assert keyset.public_path("pcr") == made / "pcr.pub"
     with pytest.raises(Failure, match="no bare public key"):
         keyset.public_path("uki")
+
+
+def test_one_key_for_two_roles_is_refused(host: Host, copy: Path) -> None:
+    for kind in ("key", "pem"):
+        shutil.copy(copy / f"uki.{kind}", copy / f"layer.{kind}")
+    with pytest.raises(Failure, match="one key for uki and layer"):
+        keys.open_keyset(host, copy)
+
+
+def test_a_folder_that_others_can_change_is_refused(host: Host, copy: Path) -> None:
+    copy.chmod(0o777)
+    with pytest.raises(Failure, match="can be changed by others"):
+        keys.open_keyset(host, copy)

@@ -44,19 +44,22 @@ def kernel(tmp_path: Path, need: Need) -> KernelTree:
     return KernelTree(VERSION, modules / "vmlinuz", modules)
 
 
-def make_initrd(host: Host, folder: Path, mode: str) -> initrd.Initrd:
+def make_initrd(host: Host, folder: Path, mode: str, keyset: keys.Keyset) -> initrd.Initrd:
     """Make an initrd that holds a policy and no more; its length is not a multiple of four."""
     policy = initrd.encode_policy(
         mode=mode,
-        product="p",
+        product=keyset.product,
         epoch=1,
         kernel=VERSION,
         cmdline=uki.LIVE_CMDLINE,
-        db=[],
+        db=[initrd.fingerprint(keyset.certificate(role)) for role in ("uki", "layer")],
         platform=[],
         modules=[],
     )
-    files = {"etc/mosinit/policy.json": policy, "etc/mosinit/manifest-ca.pem": b"ca"}
+    files = {
+        "etc/mosinit/policy.json": policy,
+        "etc/mosinit/manifest-ca.pem": keyset.certificate_path("manifest-ca").read_bytes(),
+    }
     entries = [(name, stat.S_IFREG | 0o644, data, (0, 0)) for name, data in files.items()]
     folders = [
         ("etc", stat.S_IFDIR | 0o755, b"", (0, 0)),
@@ -73,12 +76,14 @@ def make_initrd(host: Host, folder: Path, mode: str) -> initrd.Initrd:
 
 @pytest.fixture
 def live(host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset) -> uki.Uki:
-    return uki.build(host, kernel, make_initrd(host, tmp_path, "live"), keyset, tmp_path / "live.efi")
+    return uki.build(
+        host, kernel, make_initrd(host, tmp_path, "live", keyset), keyset, tmp_path / "live.efi"
+    )
 
 
 @pytest.fixture
 def run(host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset) -> uki.Uki:
-    return uki.build(host, kernel, make_initrd(host, tmp_path, "run"), keyset, tmp_path / "run.efi")
+    return uki.build(host, kernel, make_initrd(host, tmp_path, "run", keyset), keyset, tmp_path / "run.efi")
 
 
 def sections(path: Path) -> dict[str, bytes]:
@@ -133,7 +138,7 @@ def test_two_builds_are_equal(
     live: uki.Uki, host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
 ) -> None:
     (tmp_path / "other").mkdir()
-    initrd_again = make_initrd(host, tmp_path / "other", "live")
+    initrd_again = make_initrd(host, tmp_path / "other", "live", keyset)
     again = uki.build(host, kernel, initrd_again, keyset, tmp_path / "other/live.efi")
     assert again.path.read_bytes() == live.path.read_bytes() and again.uki_id == live.uki_id
 
@@ -218,20 +223,22 @@ def elsewhere(host: Host, content: uki.Content, folder: Path, *more: str) -> Pat
 
 
 @pytest.fixture
-def content(host: Host, tmp_path: Path, kernel: KernelTree) -> uki.Content:
+def content(host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset) -> uki.Content:
     return uki.Content(
         kernel.vmlinuz.read_bytes(),
         uki.LIVE_CMDLINE.encode(),
         uki.os_release("live"),
         VERSION.encode(),
-        make_initrd(host, tmp_path, "live").path.read_bytes(),
+        make_initrd(host, tmp_path, "live", keyset).path.read_bytes(),
     )
 
 
 def test_signing_anothers_uki_gives_ours(
     host: Host, tmp_path: Path, content: uki.Content, live: uki.Uki, keyset: keys.Keyset
 ) -> None:
-    signed = uki.sign(host, elsewhere(host, content, tmp_path), keyset, tmp_path / "signed.efi")
+    signed = uki.sign(
+        host, elsewhere(host, content, tmp_path), tmp_path / "live.initrd", keyset, tmp_path / "signed.efi"
+    )
     assert signed.uki_id == live.uki_id
     assert signed.path.read_bytes() == live.path.read_bytes()
 
@@ -245,7 +252,9 @@ def test_mkosi_makes_the_same_uki_without_a_key(
     shutil.copy(kernel.vmlinuz, tmp_path / "out/kernel" / VERSION / "vmlinuz")
     shutil.copy(tmp_path / "live.initrd", tmp_path / "out/initrd.cpio.zst")
     host.run(["mkosi", "--directory", tmp_path / "mkosi.uki", "--force", "build"], timeout=100)
-    signed = uki.sign(host, tmp_path / "out/mkosi/mosinit.efi", keyset, tmp_path / "signed.efi")
+    signed = uki.sign(
+        host, tmp_path / "out/mkosi/mosinit.efi", tmp_path / "live.initrd", keyset, tmp_path / "signed.efi"
+    )
     assert signed.path.read_bytes() == live.path.read_bytes()
 
 
@@ -254,7 +263,7 @@ def test_an_unknown_section_is_not_signed(
 ) -> None:
     theirs = elsewhere(host, content, tmp_path, "--section=.dtb:hello")
     with pytest.raises(Failure, match="must not have: .dtb"):
-        uki.sign(host, theirs, keyset, tmp_path / "signed.efi")
+        uki.sign(host, theirs, tmp_path / "live.initrd", keyset, tmp_path / "signed.efi")
     assert not (tmp_path / "signed.efi").exists()
 
 
@@ -277,14 +286,23 @@ def test_what_does_not_fit_the_initrd_is_not_signed(
 ) -> None:
     theirs = elsewhere(host, replace(content, **{field: value}), tmp_path)
     with pytest.raises(Failure, match=message):
-        uki.sign(host, theirs, keyset, tmp_path / "signed.efi")
+        uki.sign(host, theirs, tmp_path / "live.initrd", keyset, tmp_path / "signed.efi")
+
+
+def test_an_initrd_for_another_keyset_is_not_signed(
+    host: Host, tmp_path: Path, content: uki.Content, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = keys.new(host, tmp_path_factory.mktemp("other") / "keys", "other")
+    theirs = elsewhere(host, content, tmp_path)
+    with pytest.raises(Failure, match="for another keyset"):
+        uki.sign(host, theirs, tmp_path / "live.initrd", other, tmp_path / "signed.efi")
 
 
 @pytest.mark.parametrize("data", [b"", b"MZ", bytes(100), b"MZ" + bytes(58) + b"\x40\0\0\0PE\0\0"])
 def test_what_is_no_uki_is_not_signed(host: Host, tmp_path: Path, keyset: keys.Keyset, data: bytes) -> None:
     (tmp_path / "their.efi").write_bytes(data)
     with pytest.raises(Failure, match="not a UKI"):
-        uki.sign(host, tmp_path / "their.efi", keyset, tmp_path / "signed.efi")
+        uki.sign(host, tmp_path / "their.efi", tmp_path / "their.efi", keyset, tmp_path / "signed.efi")
 
 
 # --- Nothing that db accepts starts an operating system without the stub -----------------------------
@@ -337,7 +355,7 @@ def test_a_signed_kernel_is_not_built_into_a_uki(
 ) -> None:
     tree = replace(kernel, vmlinuz=signed_kernel(keyset, tmp_path, "layer"))
     with pytest.raises(Failure, match="neither a UKI nor systemd-boot"):
-        uki.build(host, tree, make_initrd(host, tmp_path, "live"), keyset, tmp_path / "uki.efi")
+        uki.build(host, tree, make_initrd(host, tmp_path, "live", keyset), keyset, tmp_path / "uki.efi")
     assert not (tmp_path / "uki.efi").exists()
 
 

@@ -112,6 +112,8 @@ class Boot:
 
     def __init__(self, until: verdict.Until = "multi-user") -> None:
         self.watch = verdict.Watch(until, lambda: 1.0)
+        if until != "start":
+            self.watch.line(console.START)
 
     def sees(self, *lines: bytes) -> verdict.Verdict | None:
         verdicts = [self.watch.line(line) for line in lines]
@@ -129,6 +131,23 @@ def test_a_report_of_failure_settles_the_boot(report: dict[str, object], status:
     assert settled and settled.status == status
     assert boot.watch.report == report
     assert set(boot.watch.marks) == {"kernel", "start", "report"}
+
+
+GOOD = b'mosinit-report: {"schema":1,"result":"pivoted","failed":null}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[    0.1] Kernel command line: console=ttyS0 -- " + GOOD,
+        b"[    0.1] Kernel command line: console=ttyS0 -- mosinit: start",
+        b" " + GOOD,
+        GOOD,
+    ],
+)
+def test_what_a_hypervisor_adds_to_the_command_line_is_no_report(line: bytes) -> None:
+    watch = verdict.Watch("pivoted", lambda: 1.0)
+    assert (watch.line(line), watch.line(b"[    0.2] " + GOOD), watch.report) == (None, None, None)
 
 
 def test_a_refusal_names_its_check() -> None:
