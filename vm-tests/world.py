@@ -143,6 +143,17 @@ def make_tar(files: Files) -> bytes:
     return tar.getvalue()
 
 
+def make_cpio(host: Host, files: Files) -> bytes:
+    """Make an initrd of these files and the folders they lie in."""
+    with host.scratch() as folder:
+        for path, content in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        listed = "".join(f"{name}\n" for name in names).encode()
+        return host.run(["cpio", "--create", "--format=newc", "--quiet"], stdin=listed, cwd=folder)
+
+
 def put(layout: Path, content: bytes, kind: str) -> dict[str, object]:
     """Write a blob into an OCI layout and return its descriptor."""
     digest = hashlib.sha256(content).hexdigest()
