@@ -13,13 +13,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
+MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
 
 
 class Failure(Exception):
@@ -75,6 +78,106 @@ class Host(init.Kernel):
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise Failure(f"{name} failed with status {done.returncode}: {lines[-1]}")
         return done.stdout
+
+    def run_moving(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout: float,
+        idle: float,
+    ) -> bytes:
+        """Run a program like `run`, and end it when it has moved next to nothing for `idle` seconds.
+
+        Programs that wait for somebody on the network wait for ever where that one says nothing.
+        """
+        name = os.path.basename(str(command[0]))
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            try:
+                process = subprocess.Popen(
+                    [str(word) for word in command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=errors,
+                    env=None if env is None else dict(env),
+                )
+            except FileNotFoundError as error:
+                raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
+            try:
+                status = _wait_while_moving(process, name, timeout, idle)
+            finally:
+                process.kill()
+                process.wait()
+            output.seek(0)
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 65536))
+            if status != 0:
+                lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+                raise Failure(f"{name} failed with status {status}: {lines[-1]}")
+            return output.read()
+
+    @contextlib.contextmanager
+    def pipe(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        stdin: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Iterator[IO[bytes]]:
+        """Start a program and yield the end of a pipe: its output if it reads `stdin`, or else its input.
+
+        Raises `Failure` with the last line of its standard error when it cannot start or fails. It does not
+        outlive the block.
+        """
+        name = os.path.basename(str(command[0]))
+        words = [str(word) for word in command]
+        environment = None if env is None else dict(env)
+        ends = (stdin, subprocess.PIPE) if stdin else (subprocess.PIPE, subprocess.DEVNULL)
+        with tempfile.TemporaryFile() as errors:
+            try:
+                child = subprocess.Popen(
+                    words, stdin=ends[0], stdout=ends[1], stderr=errors, env=environment
+                )
+            except FileNotFoundError as error:
+                raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
+            end = child.stdout if stdin else child.stdin
+            assert end is not None  # asked for above
+            try:
+                # A program that ends early breaks our pipe; its own words say more than that.
+                with contextlib.suppress(BrokenPipeError), end:
+                    yield end
+            except BaseException:
+                child.kill()
+                child.wait()
+                raise
+            if child.wait() != 0:
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
+                raise Failure(f"{name} failed with status {child.returncode}: {lines[-1]}")
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how a long step advances: a bar on a terminal, one line elsewhere. Call what is yielded with
+        how many bytes more are done.
+        """
+        if not sys.stderr.isatty():
+            self.say(label)
+            yield lambda done: None
+            return
+        try:
+            from rich import console, progress
+        except ImportError:
+            self.say(label)
+            yield lambda done: None
+            return
+        columns = (
+            progress.TextColumn("mosinit: {task.description}", markup=False),
+            progress.BarColumn(),
+            progress.DownloadColumn(binary_units=True),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
 
     def call(
         self,
@@ -152,3 +255,28 @@ class Host(init.Kernel):
             raise init.os_error("pivot_root", new)
         self.unmount(".", lazy=True)
         os.chdir("/")
+
+
+def _wait_while_moving(process: subprocess.Popen[bytes], name: str, timeout: float, idle: float) -> int:
+    """Return the exit status. Raises `Failure` when time is up or nothing moves."""
+    begun = since = time.monotonic()
+    seen = 0
+    while True:
+        try:
+            return process.wait(min(0.5, idle / 4))
+        except subprocess.TimeoutExpired:
+            moved, now = _bytes_moved(process.pid), time.monotonic()
+        if moved - seen >= MOVING_BYTES:
+            seen, since = moved, now
+        if now - since > idle:
+            raise Failure(f"{name} did not move for {idle:g} s")
+        if now - begun > timeout:
+            raise Failure(f"{name} did not end within {timeout:.0f} s")
+
+
+def _bytes_moved(pid: int) -> int:
+    """Count what a process read and wrote so far, files and network together (proc(5), /proc/PID/io)."""
+    with contextlib.suppress(OSError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
+    return 0

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init
+from mosinit import images, init, registry
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset
 
@@ -45,43 +46,68 @@ class SignedTarget:
     signatures: tuple[images.Descriptor, ...]
 
 
-def publish(host: Host, manifest: Path, keyset: Keyset, destination: str) -> Published:
-    """Convert, sign and write the release that a person's manifest describes to `oci:DIR`.
+def publish(
+    host: Host, manifest: Path, keyset: Keyset, destination: str, access: registry.Access | None = None
+) -> Published:
+    """Convert, sign and write the release that a person's manifest describes to `oci:DIR` or
+    `docker://HOST[:PORT]/NAME:TAG`.
 
-    A relative source is one beside the manifest. An earlier release at DIR is replaced when the new one is
+    A relative source is one beside the manifest. An earlier release there is replaced when the new one is
     whole. Raises `Refused` (the machine's own checks) or `Failure`.
     """
-    folder = _destination(destination)
-    try:
-        written = init.parse_manifest(manifest.read_bytes(), published=False)
-    except OSError as error:
-        raise Failure(f"cannot read {manifest}: {error.strerror}") from error
+    access = access or registry.Access()
+    target = parse_destination(destination)
+    written = read_written(manifest)
     policy = check_signer(keyset, written)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with host.scratch(near=folder) as scratch:
+    if isinstance(target, registry.Reference):
+        registry.probe(host, access, target)
+        near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
+    else:
+        near = target
+        near.parent.mkdir(parents=True, exist_ok=True)
+    with host.scratch(near=near) as scratch:
         layout = images.Layout(scratch / "release")
-        targets = [_sign_target(host, item, manifest.parent, keyset, layout) for item in written.targets]
+        targets = [
+            _sign_target(host, item, manifest.parent, keyset, layout, access) for item in written.targets
+        ]
         text = encode_manifest(written, targets)
-        signature = keyset.signer("product").sign(text)
-        certificate = _pem(keyset, "product")
-        signed = init.verify_manifest(text, signature, certificate, policy)
-        _check_images(layout, signed)
-        index = _write_release(host, layout, (text, signature, certificate), targets)
-        layout.path.chmod(0o755)
-        _replace_folder(layout.path, folder, scratch / "old")
-    host.sync_file(folder.parent)
+        signed = text, keyset.signer("product").sign(text), _pem(keyset, "product")
+        index = _write_release(host, layout, signed, targets)
+        accepted = check_release(host, layout, policy, keyset)
+        if isinstance(target, registry.Reference):
+            registry.push(host, access, layout.path, TAG, target, index.digest)
+        else:
+            layout.path.chmod(0o755)
+            _replace_folder(layout.path, target, scratch / "old")
+            host.sync_file(target.parent)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
-    host.say(f"published sequence {written.sequence} to {folder}: {', '.join(names)}")
-    return Published(written.sequence, signed.sha256, index.digest, names)
+    host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
+    return Published(written.sequence, accepted.sha256, index.digest, names)
 
 
-def _destination(destination: str) -> Path:
+def parse_destination(destination: str) -> Path | registry.Reference:
+    """Return where a release goes: the folder of an OCI layout, or a tag in a registry."""
+    if destination.startswith("docker://"):
+        reference = registry.parse_reference(destination)
+        if not reference.tag or reference.digest:
+            raise Usage(f"cannot publish to {destination}: a release in a registry needs a tag, NAME:TAG")
+        return reference
     if not destination.startswith("oci:") or not destination.removeprefix("oci:"):
-        raise Usage(f"cannot publish to {destination}: a release goes to oci:DIR")
+        raise Usage(f"cannot publish to {destination}: a release goes to oci:DIR or docker://HOST/NAME:TAG")
     folder = Path(destination.removeprefix("oci:")).absolute()
     if folder.exists() and not (folder / "oci-layout").is_file():
         raise Failure(f"{folder} exists and is no OCI image layout: name another folder")
     return folder
+
+
+def read_written(manifest: Path) -> init.Contents:
+    """Read a manifest as a person wrote it. Raises `Failure`, `Refused`."""
+    try:
+        if manifest.stat().st_size > init.MANIFEST_BYTES:
+            raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
+        return init.parse_manifest(manifest.read_bytes(), published=False)
+    except OSError as error:
+        raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
 
 
 def _replace_folder(new: Path, target: Path, old: Path) -> None:
@@ -106,7 +132,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         )
     init.verify_certificate(_pem(keyset, "product"), _pem(keyset, "manifest-ca"), keyset.product)
     now = datetime.datetime.now(datetime.timezone.utc)
-    for role in ("product", "manifest-ca"):
+    for role in ("product", "manifest-ca", "layer"):
         certificate = keyset.certificate(role)
         begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not begin <= now <= end:
@@ -121,12 +147,14 @@ def _pem(keyset: Keyset, role: str) -> bytes:
 
 
 def _sign_target(
-    host: Host, target: init.Target, beside: Path, keyset: Keyset, layout: images.Layout
+    host: Host,
+    target: init.Target,
+    beside: Path,
+    keyset: Keyset,
+    layout: images.Layout,
+    access: registry.Access,
 ) -> SignedTarget:
-    source = target.source
-    if source.startswith("oci:"):
-        source = "oci:" + str(beside.absolute() / source.removeprefix("oci:"))
-    image = images.convert(host, source, layout)
+    image = _convert(host, target.source, beside, layout, access)
     signer = keyset.signer("layer")
     signatures = [
         # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
@@ -136,15 +164,102 @@ def _sign_target(
     return SignedTarget(target, image, tuple(signatures))
 
 
-def _check_images(layout: images.Layout, manifest: init.Manifest) -> None:
-    """See that a machine would find in the images what it needs."""
+def _convert(
+    host: Host, source: str, beside: Path, layout: images.Layout, access: registry.Access
+) -> images.ConvertedImage:
+    if source.startswith("oci:"):
+        return images.convert(host, "oci:" + str(beside.absolute() / source.removeprefix("oci:")), layout)
+    with host.scratch(near=layout.path) as folder:
+        fetched = registry.fetch(host, access, source, folder)
+        try:
+            return images.convert(host, f"oci:{fetched}", layout)
+        except Failure as failure:
+            # A person knows the name of the image, and nothing of a folder that is gone by then.
+            raise type(failure)(str(failure).replace(str(fetched), source)) from failure
+
+
+# --- What a machine would say -------------------------------------------------------------------------
+
+
+class Store(init.Machine):
+    """A release in a folder, read by the bring-up's own functions as if it were a machine's store."""
+
+    def __init__(self, layout: images.Layout) -> None:
+        super().__init__()
+        self._layout = layout
+
+    def real_path(self, path: str) -> Path:
+        """Return where in the folder a file of the store lies."""
+        return self._layout.path / path.removeprefix(f"{init.STORE}/{init.REPOSITORY}/")
+
+    def read(self, path: str, limit: int = init.MIB) -> bytes:
+        """Read a file of the store."""
+        return super().read(str(self.real_path(path)), limit)
+
+    def log(self, text: str) -> None:
+        """Say nothing: this is no boot."""
+
+    def print(self, text: str) -> None:
+        """Say nothing: this is no boot."""
+
+
+def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset: Keyset) -> init.Manifest:
+    """Return the manifest of a release if a machine would take it and all its layers.
+
+    The manifest is found, read and verified by what the bring-up itself calls. Raises `Refused`.
+    """
+    store = Store(layout)
+    manifest: init.Manifest = init.load_manifest(store, policy)
+    if manifest.contents.update_type == "complete":
+        init.boot_targets(manifest.contents)
     for target in manifest.contents.targets:
-        document = layout.read_blob(images.Descriptor(images.MANIFEST_TYPE, target.digest, target.size))
-        layers = init.parse_image(document).layers
-        if len(layers) != len(target.layer_signatures):
-            raise Failure(
-                f"{target.service_name} has {len(layers)} layers, {len(target.layer_signatures)} are signed"
+        image = init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
+        if target.service_type == "bootkit" and not init.HEX64.fullmatch(str(image.uki_id)):
+            raise init.Refused(
+                "MANIFEST-UKI", expected="a bootkit that names its UKI", seen=str(image.uki_id)
             )
+        if len(image.layers) != len(target.layer_signatures):
+            seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
+            raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
+        for layer, signature in zip(image.layers, target.layer_signatures, strict=True):
+            _check_layer(layout, layer)
+            _check_signature(host, store, layer, signature, keyset)
+    return manifest
+
+
+def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
+    """See what the bring-up sees of a layer before it mounts it: size, superblock, kind of file system."""
+    path = layout.blob_path(layer.digest)
+    with init.refusing("STORE-READ", f"blob {layer.digest}"), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size != layer.size:
+            raise init.Refused(
+                "LAYER-SIZE", expected=f"{layer.size} bytes", seen=f"{size} bytes in {layer.digest}"
+            )
+        blocks = init.verity_data_blocks(size)
+        file.seek(blocks * init.BLOCK)
+        init.parse_verity_salt(file.read(512), blocks)
+        file.seek(0)
+        init.find_filesystem(file.read(init.BLOCK), layer.digest)
+
+
+def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, keyset: Keyset) -> None:
+    """See that the layer certificate, and so a kernel that finds it in db, accepts a layer's signature."""
+    with init.refusing("STORE-READ", f"blob {digest}"):
+        store.read(init.blob_path(digest), 16384)
+    with host.scratch() as folder:
+        (folder / "root-hash").write_text(layer.root_hash)
+        try:
+            host.run(
+                ["openssl", "smime", "-verify", "-binary", "-inform", "DER",
+                 "-in", store.real_path(init.blob_path(digest)), "-content", folder / "root-hash",
+                 "-nointern", "-noverify", "-certfile", keyset.certificate_path("layer")],
+                timeout=60,
+            )  # fmt: skip
+        except Failure as failure:
+            raise init.Refused(
+                "LAYER-SIGNATURE", expected="a signature by the layer key", seen=str(failure)
+            ) from failure
 
 
 # --- The signed manifest ------------------------------------------------------------------------------

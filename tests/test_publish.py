@@ -30,7 +30,7 @@ version: 1
 product: {product}
 sequence: 42
 epoch: 3
-update_type: complete
+update_type: partial
 storage:
   - label: zot-data
     persistent: true
@@ -284,7 +284,7 @@ def test_a_folder_that_is_no_layout_is_never_replaced(
     with pytest.raises(Failure, match="exists and is no OCI image layout"):
         publish.publish(host, written, keyset, f"oci:{tmp_path}/precious")
     assert (tmp_path / "precious/file").read_text() == "content"
-    for destination in ("docker://registry.example/x", "oci:", str(tmp_path)):
+    for destination in ("docker://registry.example/x", "docker://A/b:1", "oci:", str(tmp_path)):
         with pytest.raises(Usage):
             publish.publish(host, written, keyset, destination)
 

@@ -1,0 +1,474 @@
+"""Registries: a real one takes and gives releases; one that misbehaves gets nothing and breaks nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mosinit import cli, images, keys, publish, registry
+from mosinit.host import Host, Usage
+from tests import registries
+from tests.registries import PASSWORD, USER
+from tests.test_images import make_tar, plain
+
+Need = Callable[..., None]
+TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+
+WRITTEN = """\
+version: 1
+product: {product}
+sequence: {sequence}
+epoch: 1
+update_type: partial
+targets:
+  - service_name: hostfs
+    service_type: hostfs
+    source: {source}
+    version: 1.0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> registries.Authority:
+    return registries.Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="module")
+def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
+    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keyset", "registry-tests")
+
+
+@pytest.fixture
+def real(need: Need, tmp_path: Path, authority: registries.Authority) -> Iterator[registries.Real]:
+    need("docker-registry", "skopeo", "mkfs.erofs", "veritysetup")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with registries.real_registry(folder, authority) as running:
+        yield running
+
+
+@pytest.fixture
+def bad(need: Need, authority: registries.Authority) -> Iterator[registries.Registry]:
+    need("skopeo", "mkfs.erofs", "veritysetup")
+    with registries.running(authority.server()) as running:
+        yield running
+
+
+@pytest.fixture
+def source(host: Host, tmp_path: Path) -> images.Layout:
+    return images.Layout(plain(host, tmp_path / "hostfs", TREE, tar=TREE))
+
+
+@pytest.fixture(autouse=True)
+def _no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let no login of whoever runs the tests take part."""
+    for name in ("REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "XDG_RUNTIME_DIR", registry.LOGIN_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+class Command:
+    """The publish verb through the command line."""
+
+    def __init__(self, folder: Path, keyset: keys.Keyset, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.keyset, self.capsys = folder, keyset, capsys
+        self.words: list[str] = ["--timeout", "1"]
+
+    def __call__(self, to: str, source: str = "oci:./hostfs", sequence: int = 1) -> tuple[int, str]:
+        """Publish; returns status and messages."""
+        manifest = self.folder / "manifest.yaml"
+        manifest.write_text(WRITTEN.format(product=self.keyset.product, source=source, sequence=sequence))
+        words = [
+            "publish",
+            str(manifest),
+            "--keys",
+            str(self.keyset.folder),
+            "--to",
+            to,
+            *self._words(to, source),
+        ]
+        table = tuple(verb for verb in cli.VERBS if verb.words == "publish")
+        status = cli.main(words, tuple(_outside(verb) for verb in table))
+        shown = self.capsys.readouterr()
+        assert PASSWORD not in shown.out + shown.err
+        return status, shown.err
+
+    def _words(self, to: str, source: str) -> list[str]:
+        """Leave the login away where no registry takes part."""
+        return self.words if "docker://" in to + source else self.words[:4]
+
+
+def _outside(verb: cli.Verb) -> cli.Verb:
+    """Return a verb that takes the tools that are there."""
+    return cli.Verb(verb.words, verb.summary, verb.example, verb.run, verb.options, tools=False)
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path,
+    keyset: keys.Keyset,
+    capsys: pytest.CaptureFixture[str],
+    authority: registries.Authority,
+) -> Command:
+    made = Command(tmp_path, keyset, capsys)
+    made.words += ["--tls-ca", str(authority.path), "--login", str(registries.password_file(tmp_path))]
+    return made
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+# --- A real registry ----------------------------------------------------------------------------------
+
+
+def test_a_release_goes_to_a_registry_and_comes_back_unchanged(
+    command: Command, real: registries.Real, source: images.Layout, host: Host, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    assert command(f"oci:{tmp_path}/release")[0] == 0
+    assert command(f"docker://{real.address}/acme/release:1")[0] == 0
+    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
+    reference = registry.parse_reference(f"docker://{real.address}/acme/release:1")
+    with registry.connected(host, access, reference) as connection:
+        raw = registry.read_document(connection, reference)
+        connection.skopeo(
+            "copy",
+            "--all",
+            "--preserve-digests",
+            *connection.words("src"),
+            str(reference),
+            f"oci:{tmp_path}/back",
+        )
+    (index,) = images.Layout(tmp_path / "release").read_index()
+    assert digest_of(raw) == index.digest
+    blobs = [{p.name for p in (tmp_path / name / "blobs/sha256").iterdir()} for name in ("release", "back")]
+    assert blobs[0] == blobs[1]
+
+
+def test_layers_that_are_there_are_not_sent_again(
+    command: Command, real: registries.Real, source: images.Layout
+) -> None:
+    def sent() -> int:
+        return sum(method == "PUT" and "/blobs/" in path for method, path, _ in real.requests())
+
+    to = f"docker://{real.address}/acme/release:current"
+    assert command(to)[0] == 0
+    first = sent()
+    assert command(to)[0] == 0
+    assert sent() == first  # the same release: nothing at all
+    assert command(to, sequence=2)[0] == 0
+    assert first > sent() - first == 2  # the manifest and its signature
+
+
+def test_a_source_comes_from_a_registry(
+    command: Command, real: registries.Real, source: images.Layout, host: Host, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
+    reference = registry.parse_reference(f"docker://{real.address}/acme/hostfs:1.0")
+    with registry.connected(host, access, reference) as connection:
+        connection.skopeo("copy", *connection.words("dest"), f"oci:{source.path}", str(reference))
+    assert command(f"oci:{tmp_path}/one")[0] == 0
+    assert command(f"oci:{tmp_path}/two", source=str(reference))[0] == 0
+    one, two = (images.Layout(tmp_path / name).read_index() for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("where", ["file", "variable", "auth.json"])
+def test_where_a_login_may_come_from(
+    where: str, command: Command, real: registries.Real, source: images.Layout, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if where != "file":
+        command.words = command.words[:4]
+    if where == "variable":
+        monkeypatch.setenv(registry.LOGIN_VARIABLE, f"{USER}:{PASSWORD}")
+    if where == "auth.json":
+        packed = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        (tmp_path / "auth.json").write_text(json.dumps({"auths": {real.address: {"auth": packed}}}))
+        monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    assert command(f"docker://{real.address}/acme/release:1")[0] == 0
+
+
+def test_no_secret_is_ever_an_argument(
+    command: Command, real: registries.Real, source: images.Layout, keyset: keys.Keyset, tmp_path: Path,
+    authority: registries.Authority, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[str] = []
+
+    class Recorder(Host):
+        def run_moving(self, command: object, **options: object) -> bytes:
+            assert isinstance(command, list)
+            seen.extend(str(word) for word in command)
+            environment = options["env"]
+            assert isinstance(environment, dict)
+            assert registry.LOGIN_VARIABLE not in environment
+            (authfile,) = [word for word in seen if word.startswith(("--authfile=", "--dest-authfile="))][
+                -1:
+            ]
+            assert Path(authfile.partition("=")[2]).stat().st_mode & 0o777 == 0o600
+            return super().run_moving(command, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setenv(registry.LOGIN_VARIABLE, f"{USER}:{PASSWORD}")
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=1))
+    to = f"docker://{real.address}/acme/release:1"
+    access = registry.open_access(authority.path, None, 30, to, [])
+    assert PASSWORD not in repr(access)
+    publish.publish(Recorder(), manifest, keyset, to, access)
+    assert "copy" in seen
+    assert not [word for word in seen if PASSWORD in word or USER in word]
+    assert not [word for word in seen if "authfile=" in word and Path(word.partition("=")[2]).exists()]
+
+
+def test_a_wrong_password_is_one_line_and_changes_nothing(
+    command: Command, real: registries.Real, source: images.Layout, tmp_path: Path
+) -> None:
+    registries.password_file(tmp_path, f"{USER}:wrong-{PASSWORD[::-1]}")
+    status, said = command(f"docker://{real.address}/acme/release:1")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "does not accept the login: check --login" in said
+    assert "wrong-" not in said
+    assert not any(status < 400 for _, path, status in real.requests() if path != "/v2/")
+
+
+# --- Faults -------------------------------------------------------------------------------------------
+
+Misbehave = Callable[[registries.Handler], None]
+
+FAULTS: dict[str, tuple[Misbehave, str]] = {
+    "500": (registries.http_500, "a fault of its own"),
+    "half a body": (registries.half_a_body, "broke off in the middle"),
+    "nothing": (registries.nothing, "does not answer"),
+    "another digest": (registries.another_digest, "something else than its digest says|is no image"),
+    "endless body": (registries.endless_body, "sends more than it announced"),
+}
+# What the first question is answered with does not matter, if it is answered at all.
+PLACES = [
+    (fault, kind)
+    for fault in FAULTS
+    for kind in ("ping", "manifest", "blob")
+    if kind != "ping" or fault in ("500", "nothing")
+]
+
+
+def misbehaving(kind: str, misbehave: Misbehave) -> registries.Fault:
+    """Make the fault that happens at one kind of request."""
+
+    def fault(handler: registries.Handler, asked: str) -> bool:
+        if asked == kind:
+            misbehave(handler)
+        return asked == kind
+
+    return fault
+
+
+def the_error(said: str) -> str:
+    """Return the one line that is not progress: the last."""
+    *progress, line = said.splitlines()
+    assert line.startswith("mosinit: error: ")
+    assert not [other for other in progress if "error" in other or not other.startswith("mosinit: ")]
+    return line
+
+
+def serve(bad: registries.Registry, source: images.Layout) -> str:
+    """Put an image into the registry; returns its reference."""
+    (image,) = source.read_index()
+    bad.add("1", image.media_type, source.read_blob(image))
+    for blob in (source.path / "blobs/sha256").iterdir():
+        bad.blobs[f"sha256:{blob.name}"] = blob.read_bytes()
+    return f"docker://{bad.address}/acme/hostfs:1"
+
+
+def files(folder: Path) -> list[str]:
+    """List what lies in a folder, besides what tools keep for themselves."""
+    return sorted(str(path) for path in folder.rglob("*") if ".local" not in path.parts)
+
+
+@pytest.mark.parametrize(("fault", "kind"), PLACES)
+def test_a_source_whose_registry_misbehaves(
+    fault: str, kind: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    reference = serve(bad, source)
+    misbehave, says = FAULTS[fault]
+    bad.fault = misbehaving(kind, misbehave)
+    (tmp_path / "manifest.yaml").touch()
+    before, begun = files(tmp_path), time.monotonic()
+    status, said = command(f"oci:{tmp_path}/release", source=reference)
+    assert (status, files(tmp_path)) == (1, before)
+    assert re.search(says, the_error(said))
+    assert bad.address in the_error(said)
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "says"),
+    [
+        ("500", "ping", "a fault of its own"),
+        ("500", "manifest", "a fault of its own"),
+        ("500", "blob", "a fault of its own"),
+        ("500", "upload", "a fault of its own"),
+        ("500", "put", "a fault of its own"),
+        ("nothing", "upload", "does not answer"),
+        ("nothing", "put", "does not answer"),
+        ("half a body", "put", "something else than its digest says"),
+        ("endless body", "upload", "does not answer as registries do"),
+    ],
+)
+def test_a_destination_that_misbehaves_keeps_its_old_release(
+    fault: str, kind: str, says: str, command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    to = f"docker://{bad.address}/acme/release:1"
+    assert command(to)[0] == 0
+    old = bad.manifests["1"]
+    bad.fault = misbehaving(kind, FAULTS[fault][0])
+    begun = time.monotonic()
+    status, said = command(to, sequence=2)
+    assert (status, bad.manifests["1"]) == (1, old)
+    assert re.search(says, the_error(said))
+    assert time.monotonic() - begun < 15
+
+
+def test_a_registry_that_keeps_something_else_is_noticed(
+    command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if kind == "put" and handler.path.endswith("/1"):
+            digest = digest_of(handler.body())
+            bad.add("1", "application/vnd.oci.image.index.v1+json", b'{"schemaVersion":2,"manifests":[]}')
+            handler.answer(201, Docker_Content_Digest=digest)
+            return True
+        return False
+
+    bad.fault = fault
+    status, said = command(f"docker://{bad.address}/acme/release:1")
+    assert status == 1
+    assert "something else than its digest says" in the_error(said)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "blob"])
+def test_a_redirect_to_elsewhere_takes_no_password_along(
+    kind: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    reference = serve(bad, source)
+    with registries.running(authority.server("other")) as other:
+        bad.fault = misbehaving(kind, registries.elsewhere(f"localhost:{other.server_port}"))
+        status, said = command(f"oci:{tmp_path}/release", source=reference)
+        asked = list(other.seen)
+    assert (status, (tmp_path / "release").exists()) == (1, False)
+    assert the_error(said)
+    assert asked
+    assert [secret for _, _, secret in asked if secret] == []
+    assert [secret for _, _, secret in bad.seen if secret] != []
+
+
+def test_a_redirect_without_end(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    reference = serve(bad, source)
+    bad.fault = misbehaving("manifest", registries.elsewhere(bad.address))
+    status, said = command(f"oci:{tmp_path}/release", source=reference)
+    assert status == 1
+    assert "elsewhere without end" in the_error(said)
+
+
+# --- TLS ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("certificate", "says"),
+    [
+        ("expired", "is not valid at this time: renew it"),
+        ("not yet", "is not valid at this time: renew it"),
+        ("foreign", "comes from an unknown CA: name that CA with --tls-ca FILE"),
+        ("none", "does not speak TLS"),
+    ],
+)
+def test_a_server_that_is_not_who_it_should_be_gets_nothing(
+    certificate: str, says: str, command: Command, source: images.Layout, tmp_path: Path, need: Need,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    need("skopeo", "mkfs.erofs", "veritysetup")
+    (tmp_path / "foreign").mkdir()
+    path = {
+        "expired": authority.server("old", -9, -1),
+        "not yet": authority.server("early", 1, 9),
+        "foreign": registries.Authority(tmp_path / "foreign").server(),
+        "none": None,
+    }[certificate]
+    with registries.running(path) as server:
+        status, said = command(f"docker://{server.address}/acme/release:1")
+        assert [secret for _, _, secret in server.seen if secret] == []
+    assert status == 1
+    assert says in the_error(said)
+
+
+def test_nobody_is_there(command: Command, source: images.Layout, need: Need) -> None:
+    need("skopeo")
+    status, said = command("docker://127.0.0.1:1/acme/release:1")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "nothing listens at 127.0.0.1:1: check name and port" in said
+
+
+# --- Names and options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("docker://r.example/a:1", "docker://r.example/a:1"),
+        ("docker://r.example:5000/a/b-c/d.e", "docker://r.example:5000/a/b-c/d.e"),
+        ("docker://localhost/a:1", "docker://localhost/a:1"),
+        ("docker://[::1]:5000/a:1", "docker://[::1]:5000/a:1"),
+        ("docker://busybox", "docker://docker.io/busybox"),
+        ("docker://alpine/git:2", "docker://docker.io/alpine/git:2"),
+        (f"docker://r.example/a@sha256:{'a' * 64}", f"docker://r.example/a@sha256:{'a' * 64}"),
+        (f"docker://r.example/a:1@sha256:{'a' * 64}", f"docker://r.example/a@sha256:{'a' * 64}"),
+    ],
+)
+def test_references(text: str, means: str) -> None:
+    assert str(registry.parse_reference(text)) == means
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["docker://", "docker:///a", "docker://r.example/", "docker://r.example/A:1", "docker://r.example/a:",
+     "docker://u:p@r.example/a:1", "docker://r.example/a/../b:1", "docker://r.example/a b", "docker://r.example//a",
+     "docker://r.example/a@sha256:12", "docker://R/a", "docker://-/a", "docker://r.example:port/a"],
+)  # fmt: skip
+def test_what_is_no_reference(text: str) -> None:
+    with pytest.raises(Usage):
+        registry.parse_reference(text)
+
+
+def test_a_login_is_for_one_registry_that_the_person_named(tmp_path: Path) -> None:
+    login = registries.password_file(tmp_path)
+
+    def host_of(to: str, *sources: str) -> str:
+        access = registry.open_access(None, login, 9, to, list(sources))
+        assert access.login
+        return access.login.host
+
+    assert host_of("docker://a.example/x:1", "docker://b.example/y:1") == "a.example"
+    assert host_of("oci:x", "docker://b.example/y:1", "oci:z") == "b.example"
+    for sources in (["docker://a.example/x", "docker://b.example/y"], ["oci:x"]):
+        with pytest.raises(Usage, match="for one registry"):
+            registry.open_access(None, login, 9, "oci:x", sources)
+
+
+def test_the_names_of_a_reference_are_no_message() -> None:
+    """A tag `404` must not turn another fault into "does not have it"."""
+    reference = registry.parse_reference("docker://r.example:500/denied/404:unauthorized")
+    connection = registry.Connection(Host(), registry.Access(), reference, Path("/x"), ("geheim",))
+    said = connection.explain(f"skopeo failed with status 1: {reference}: quite \x1b[1m new, geheim")
+    assert said.endswith("quite ?[1m new, …; look into the registry's log")
