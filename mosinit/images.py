@@ -16,17 +16,23 @@ import shutil
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from mosinit import init
+from mosinit import init, tars
 from mosinit.host import Failure, Host
+
+LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
+INDEX_DEPTH = 3
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"  # OCI image specification 1.1, media-types.md
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+DOCKER_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
+MANIFEST_TYPES = (MANIFEST_TYPE, "application/vnd.docker.distribution.manifest.v2+json")
+INDEX_TYPES = (INDEX_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json")
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EROFS_TYPE = "application/vnd.stacker.image.layer.erofs"
 ROOT_HASH, _ = init.ROOT_HASH_ANNOTATIONS
@@ -196,24 +202,53 @@ def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
 
 
 def convert(host: Host, source: str, layout: Layout) -> ConvertedImage:
-    """Add the image that `source` (oci:DIR[:TAG] or docker://…) names to a layout, with verity layers.
+    """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG],
+    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME.
 
     Raises `Failure` or `Refused` for an image that is not what its digests say, or of a kind that cannot be
     converted.
     """
     host.say(f"converting {source}")
-    if source.startswith("docker://"):
-        with host.scratch(near=layout.path) as folder:
-            host.run(
-                ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
-                 source, f"oci:{folder}/image"],
-                timeout=3600,
-            )  # fmt: skip
-            return _convert(host, Layout(folder / "image"), "", layout)
-    if not source.startswith("oci:"):
-        raise Failure(f"{source} is no image: name it oci:DIR[:TAG] or docker://REGISTRY/NAME")
-    folder_name, tag = _split_tag(source.removeprefix("oci:"))
-    return _convert(host, Layout(Path(folder_name)), tag, layout)
+    kind, _, name = source.partition(":")
+    if kind == "oci":
+        folder_name, tag = _split_tag(name)
+        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout)
+    if kind not in ("docker", "docker-archive"):
+        raise Failure(
+            f"{source} is no image: name it oci:DIR[:TAG], docker-archive:FILE or docker://REGISTRY/NAME"
+        )
+    if kind == "docker-archive" and not (Path(name).is_file() or Path(_split_tag(name)[0]).is_file()):
+        raise Failure(f"{name} is no file: name an archive that docker or podman saved")
+    with host.scratch(near=layout.path) as folder:
+        host.run(
+            ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
+             "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
+            timeout=3600,
+        )  # fmt: skip
+        return _convert(host, Source(Layout(folder / "image"), source), "", layout)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layout to convert from, and what a person called it."""
+
+    layout: Layout
+    name: str
+
+    def document(self, descriptor: Descriptor) -> tuple[bytes, dict[str, object]]:
+        """Read an index or image manifest that is only one of them, and what its descriptor says it is."""
+        text = self.layout.read_blob(descriptor)
+        raw = init.parse_json(text, "IMAGE-FORMAT")
+        if not isinstance(raw, dict):
+            raise Failure(f"{self.name}: {descriptor.digest} is no OCI document")
+        # What one program takes for an index and another for an image is two things under one digest.
+        if raw.get("mediaType", descriptor.media_type) != descriptor.media_type:
+            raise Failure(
+                f"{self.name}: {descriptor.digest} is listed as {descriptor.media_type} and says another"
+            )
+        if "manifests" in raw and "layers" in raw:
+            raise Failure(f"{self.name}: {descriptor.digest} is both an index and an image")
+        return text, raw
 
 
 def _split_tag(name: str) -> tuple[str, str]:
@@ -222,56 +257,85 @@ def _split_tag(name: str) -> tuple[str, str]:
     return (folder, tag) if folder and "/" not in tag else (name, "")
 
 
-def _convert(host: Host, source: Layout, tag: str, layout: Layout) -> ConvertedImage:
+def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedImage:
     descriptor = _find_image(source, tag)
-    document = source.read_blob(descriptor)
-    raw, _ = init.parse_descriptors(document, "layers", "IMAGE-FORMAT")
+    document, raw = source.document(descriptor)
+    if descriptor.media_type not in MANIFEST_TYPES:
+        raise Failure(f"{source.name}: {descriptor.digest} is {descriptor.media_type}, not an image")
     descriptors = _descriptors(document, "layers")
+    if len(descriptors) > LAYER_LIMIT:
+        raise Failure(
+            f"{source.name} has {len(descriptors)} layers, more than {LAYER_LIMIT}: squash some of them"
+        )
     config = Descriptor(*init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT"))
-    layout.add_blob(host, source.read_blob(config), config.media_type)
     expected = _diff_ids(source, config, len(descriptors))
+    # docker's config is OCI's by another name, and its layers are none of docker's any more.
+    kind = CONFIG_TYPE if config.media_type == DOCKER_CONFIG_TYPE else config.media_type
+    kept_config = layout.add_blob(host, source.layout.read_blob(config), kind)
+    _refuse_elsewhere(source, raw)
     converted, roots = [], []
-    for item, diff_id in zip(descriptors, expected, strict=True):
-        layer = _convert_layer(host, source, item, diff_id, layout)
-        converted.append(layer.descriptor if layer else item)
-        roots += [layer] if layer else []
+    with host.scratch(near=layout.path) as folder:
+        stack = tars.Image()
+        for number, (item, diff_id) in enumerate(zip(descriptors, expected, strict=True), 1):
+            label = f"{source.name}: layer {number} of {len(descriptors)}"
+            job = LayerJob(host, source.layout, item, diff_id, label, folder / str(number))
+            layer = _convert_layer(job, stack, layout)
+            converted.append(layer.descriptor if layer else item)
+            roots += [layer] if layer else []
     if tuple(converted) == descriptors:
         # Nothing changed: the manifest stays what its author made, digest included.
+        layout.add_blob(host, source.layout.read_blob(config), config.media_type)
         return ConvertedImage(layout.add_blob(host, document, descriptor.media_type), tuple(roots))
     kept = {key: raw[key] for key in ("artifactType", "annotations") if key in raw}
     manifest = {
         **kept,
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
-        "config": config.json(),
+        "config": {**config.json(), "mediaType": kept_config.media_type},
         "layers": [item.json() for item in converted],
     }
     return ConvertedImage(layout.add_blob(host, encode(manifest), MANIFEST_TYPE), tuple(roots))
 
 
-def _find_image(source: Layout, tag: str) -> Descriptor:
+def _refuse_elsewhere(source: Source, raw: dict[str, object]) -> None:
+    """Refuse layers that lie on somebody's web server: a release holds all that it needs."""
+    layers = raw["layers"]
+    assert isinstance(layers, list)  # _descriptors checked it
+    for number, item in enumerate(layers, 1):
+        if item.get("urls") or "foreign" in item["mediaType"] or "nondistributable" in item["mediaType"]:
+            raise Failure(
+                f"{source.name}: layer {number} of {len(layers)} is kept elsewhere (a foreign layer): "
+                "make the image without it"
+            )
+
+
+def _find_image(source: Source, tag: str) -> Descriptor:
     """Return the image manifest that a tag names, or the only one; of several platforms, linux/amd64."""
-    listed = source.read_index()
+    path, listed = source.layout.path, source.layout.read_index()
     found = [item for item in listed if not tag or item.annotations.get(REF_NAME) == tag]
     if len(found) != 1:
-        tags = ", ".join(sorted(item.annotations.get(REF_NAME, "(no tag)") for item in listed))
-        raise Failure(
-            f"{source.path} has {len(found)} images{f' tagged {tag}' if tag else ''}: name one of {tags}"
-        )
-    if found[0].media_type != INDEX_TYPE:
-        return found[0]
-    document = source.read_blob(found[0])
-    raw, _ = init.parse_descriptors(document, "manifests", "IMAGE-FORMAT")
-    entries = raw["manifests"]
-    assert isinstance(entries, list)  # parse_descriptors checked it
-    ours = [
-        item
-        for item, entry in zip(_descriptors(document, "manifests"), entries, strict=True)
-        if _platform(entry) == ("linux", "amd64")
-    ]
-    if len(ours) != 1:
-        raise Failure(f"{source.path} has {len(ours)} images for linux/amd64: name one that has exactly one")
-    return ours[0]
+        tags = ", ".join(sorted(item.annotations.get(REF_NAME, "(no tag)") for item in listed)[:20])
+        raise Failure(f"{path} has {len(found)} images{f' tagged {tag}' if tag else ''}: name one of {tags}")
+    image = found[0]
+    # index.json, its entry, and what buildx lays between: nothing in use is deeper.
+    for _ in range(INDEX_DEPTH):
+        if image.media_type not in INDEX_TYPES:
+            return image
+        document, raw = source.document(image)
+        parsed = _descriptors(document, "manifests")
+        entries = raw["manifests"]
+        assert isinstance(entries, list)  # _descriptors checked it
+        ours = [
+            item
+            for item, entry in zip(parsed, entries, strict=True)
+            if _platform(entry) == ("linux", "amd64") or item.media_type in INDEX_TYPES
+        ]
+        if len(ours) != 1:
+            raise Failure(f"{path} has {len(ours)} images for linux/amd64: name one that has exactly one")
+        image = ours[0]
+    raise Failure(
+        f"{path} has indexes in indexes, more than {INDEX_DEPTH} deep: name the image by its own tag"
+    )
 
 
 def _platform(entry: dict[str, object]) -> tuple[object, object]:
@@ -279,54 +343,111 @@ def _platform(entry: dict[str, object]) -> tuple[object, object]:
     return (platform.get("os"), platform.get("architecture")) if isinstance(platform, dict) else (None, None)
 
 
-def _diff_ids(source: Layout, config: Descriptor, count: int) -> list[str | None]:
-    """Return the digests that the unpacked layers must have, where the config says any."""
-    if config.media_type != CONFIG_TYPE:
+def _diff_ids(source: Source, config: Descriptor, count: int) -> list[str | None]:
+    """Return the digests that the unpacked layers must have; none for what is no image of files."""
+    if config.media_type not in (CONFIG_TYPE, DOCKER_CONFIG_TYPE):
         return [None] * count
-    raw = init.parse_json(source.read_blob(config), "IMAGE-FORMAT")
-    rootfs = raw.get("rootfs") if isinstance(raw, dict) else None
+    raw = init.parse_json(source.layout.read_blob(config), "IMAGE-FORMAT")
+    if not isinstance(raw, dict):
+        raise Failure(f"the config of {source.name} is no JSON object")
+    platform = raw.get("os", "linux"), raw.get("architecture", "amd64")
+    if platform != ("linux", "amd64"):
+        raise Failure(
+            f"{source.name} is for {str(platform[0])[:40]}/{str(platform[1])[:40]}, not linux/amd64"
+        )
+    rootfs = raw.get("rootfs")
     ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
-        raise Failure(f"the config of an image in {source.path} does not list its {count} layers")
+        raise Failure(f"the config of {source.name} does not list its {count} layers")
     return [str(digest) for digest in ids]
 
 
 # --- Layers -------------------------------------------------------------------------------------------
 
 
-def _convert_layer(
-    host: Host, source: Layout, layer: Descriptor, diff_id: str | None, layout: Layout
-) -> VerityLayer | None:
+@dataclass(frozen=True)
+class LayerJob:
+    """A layer to convert: where from, what its tar must be, its name for people, a path for files."""
+
+    host: Host
+    source: Layout
+    layer: Descriptor
+    diff_id: str | None
+    label: str
+    work: Path
+
+
+def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLayer | None:
     """Add a layer to the layout; None for a UKI, which is no file system."""
-    path = source.check_blob(layer)
+    layer, host = job.layer, job.host
+    path = job.source.check_blob(layer)
     roots = {layer.annotations[name] for name in init.ROOT_HASH_ANNOTATIONS if name in layer.annotations}
     if layer.media_type == init.UKI_MEDIA_TYPE or roots:
         for root_hash in roots:
             check_layer(host, path, root_hash)
+        if roots:
+            _check_filesystem(path, job.label)
+            stack.forget()
         layout.add_blob(host, path, layer.media_type)
         return VerityLayer(layer, min(roots)) if roots else None
     if layer.media_type not in PACKINGS:
-        raise Failure(f"a layer of {source.path} is {layer.media_type}, which mosinit cannot convert")
-    with host.scratch(near=layout.path) as folder:
-        tar = _unpack(host, path, PACKINGS[layer.media_type], folder / "layer.tar")
-        if diff_id is not None and digest_file(tar)[0] != diff_id:
-            raise Failure(f"layer {layer.digest} of {source.path} does not unpack to its diff_id {diff_id}")
-        return add_layer(host, tar, folder / "layer.erofs", layout)
+        hint = ": build it with a verity root hash" if "stacker" in layer.media_type else ""
+        raise Failure(f"{job.label} is {layer.media_type}, which mosinit cannot convert{hint}")
+    if job.diff_id is None:
+        raise Failure(f"{job.label} has no diff_id: the image needs a config that lists its layers")
+    tar = _unpack(job, path, stack)
+    tree = tars.read_layer(tar, job.label, stack)
+    return add_tree(host, tree, job.diff_id, job.work.with_suffix(".erofs"), layout, job.label)
 
 
-def _unpack(host: Host, path: Path, packing: str, target: Path) -> Path:
-    """Return the bare tar of a layer, at `target` if it had to be unpacked."""
+def _check_filesystem(path: Path, label: str) -> None:
+    """Refuse what the bring-up would not mount."""
+    with path.open("rb") as file:
+        init.find_filesystem(file.read(init.BLOCK), label)
+
+
+def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
+    """Return the bare tar of a layer, after a check that it is the one that the config lists."""
+    packing, target = PACKINGS[job.layer.media_type], job.work.with_suffix(".tar")
+    if not packing:
+        if job.layer.digest != job.diff_id:
+            raise Failure(f"{job.label} does not unpack to its diff_id {job.diff_id}")
+        return path
+    hasher = hashlib.sha256()
+    # Headers and padding come on top of what the files may have.
+    left = 2 * stack.limits.content - stack.content
+    with (
+        job.host.progress(f"{job.label}: unpacking", job.layer.size) as advance,
+        path.open("rb") as packed,
+        target.open("wb") as plain,
+    ):
+        done = 0
+        for chunk in _chunks(job, packing, packed):
+            left -= len(chunk)
+            if left < 0:
+                raise Failure(f"{job.label} unpacks to more than an image may: {stack.limits.content} bytes")
+            hasher.update(chunk)
+            plain.write(chunk)
+            # What zstd has read of the file that it shares with us moves our place in it too.
+            place = os.lseek(packed.fileno(), 0, os.SEEK_CUR)
+            advance(place - done)
+            done = place
+    if f"sha256:{hasher.hexdigest()}" != job.diff_id:
+        raise Failure(f"{job.label} does not unpack to its diff_id {job.diff_id}")
+    return target
+
+
+def _chunks(job: LayerJob, packing: str, packed: IO[bytes]) -> Iterator[bytes]:
+    """Yield the bare tar of a packed layer piece by piece."""
     if packing == "zstd":
-        host.run(["zstd", "--decompress", "--quiet", path, "-o", target], timeout=3600)
-        return target
-    if packing == "gzip":
-        try:
-            with gzip.open(path) as packed, target.open("wb") as plain:
-                shutil.copyfileobj(packed, plain, CHUNK)
-        except (OSError, EOFError, zlib.error) as error:
-            raise Failure(f"{path} is not the gzip file that it says it is: {error}") from error
-        return target
-    return path
+        with job.host.pipe(["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed) as plain:
+            yield from iter(lambda: plain.read(CHUNK), b"")
+        return
+    try:
+        with gzip.GzipFile(fileobj=packed, mode="rb") as unpacked:
+            yield from iter(lambda: unpacked.read(CHUNK), b"")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Failure(f"{job.label} is not the gzip file that it says it is: {error}") from error
 
 
 def tree_layer(host: Host, folder: Path, layout: Layout) -> Descriptor:
@@ -357,11 +478,31 @@ def write_tar(folder: Path, file: IO[bytes], *, prefix: str = "") -> None:
 
 
 def add_layer(host: Host, tar: Path, work: Path, layout: Layout) -> VerityLayer:
-    """Add a tar as a verity layer; whiteouts become overlayfs's. `work` is a path for a temporary file."""
-    make_erofs(host, tar, work, COMPRESSION)
+    """Add a tar that lies on nothing as a verity layer. `work` is a path for a temporary file."""
+    label = f"the tar of {layout.path.name}"
+    tree = tars.read_layer(tar, label, tars.Image())
+    return add_tree(host, tree, digest_file(tar)[0], work, layout, label)
+
+
+def add_tree(
+    host: Host, tree: tars.Folder, identity: str, work: Path, layout: Layout, label: str
+) -> VerityLayer:
+    """Add a tree as a verity layer. `identity` is a digest that the UUID is made of, `work` a path for a
+    temporary file.
+    """
+    words = _erofs_words(uuid_of(identity.removeprefix("sha256:")), COMPRESSION)
+    # mkfs.erofs keeps what it has read of a pipe in TMPDIR, and /tmp may be memory.
+    environment = {**os.environ, "TMPDIR": str(work.parent)}
+    with (
+        host.progress(f"{label}: making its file system", tars.size_of(tree)) as advance,
+        host.pipe([*words, work], env=environment) as out,
+    ):
+        tars.write_tree(tree, out, advance)
+    _pad(work)
     digest = digest_file(work)[0].removeprefix("sha256:")
     root_hash = append_verity(host, work, salt=digest, name=digest)
     descriptor = layout.add_blob(host, work, EROFS_TYPE, annotations={ROOT_HASH: root_hash})
+    work.unlink()
     return VerityLayer(descriptor, root_hash)
 
 
@@ -374,25 +515,18 @@ def uuid_of(digest: str) -> str:
 
 
 def make_erofs(host: Host, tar: Path, target: Path, options: Iterable[str] = ()) -> None:
-    """Make an erofs image of a tar; the same tar gives the same bytes."""
+    """Make an erofs image of a tar that we wrote ourselves; the same tar gives the same bytes."""
     identity = uuid_of(digest_file(tar)[0].removeprefix("sha256:"))
-    host.run(
-        [
-            "mkfs.erofs",
-            "--quiet",
-            "-T0",
-            "--mkfs-time",
-            f"-U{identity}",
-            *options,
-            "--tar=f",
-            "--aufs",
-            target,
-            tar,
-        ],
-        timeout=3600,
-    )
-    size = target.stat().st_size
-    os.truncate(target, -(-size // init.BLOCK) * init.BLOCK)
+    host.run([*_erofs_words(identity, options), target, tar], timeout=3600)
+    _pad(target)
+
+
+def _erofs_words(identity: str, options: Iterable[str]) -> list[str]:
+    return ["mkfs.erofs", "--quiet", "-T0", "--mkfs-time", f"-U{identity}", *options, "--tar=f"]
+
+
+def _pad(path: Path) -> None:
+    os.truncate(path, -(-path.stat().st_size // init.BLOCK) * init.BLOCK)
 
 
 def append_verity(host: Host, path: Path, *, salt: str, name: str) -> str:
@@ -417,6 +551,8 @@ def append_verity(host: Host, path: Path, *, salt: str, name: str) -> str:
 
 def check_layer(host: Host, path: Path, root_hash: str) -> None:
     """Raise `Failure` or `Refused` unless every block of a verity layer file agrees with its root hash."""
+    if not init.HEX64.fullmatch(root_hash):
+        raise Failure(f"{root_hash[:80]!r} is no root hash of {path.name}: it has 64 hex digits")
     blocks = init.verity_data_blocks(path.stat().st_size)
     with path.open("rb") as file:
         file.seek(blocks * init.BLOCK)
