@@ -17,7 +17,7 @@ assert _COFF.size == 24
 _SECTION = struct.Struct("<8sIIII16x")
 assert _SECTION.size == 40
 _MAGICS = {0x10B: 96, 0x20B: 112}  # optional header: PE32, PE32+; where its data directories begin
-_START = re.compile(rb"MZ(?=.{60}\0\0)", re.DOTALL)  # the PE header begins within 64 KiB
+_START = re.compile(rb"MZ")
 _CERTIFICATES = 4  # index of the certificate table among the data directories
 
 

@@ -262,7 +262,10 @@ def copy_modules(modules: Path, target: Path) -> None:
 MAX_DEPTH = 4
 FAT_MAGICS = ((82, b"FAT32   "), (54, b"FAT16   "), (54, b"FAT12   "))
 EROFS_MAGIC = (1024, b"\xe2\xe1\xf5\xe0")
+SQUASHFS_MAGIC = (0, b"hsqs")
 GPT_MAGIC = (512, b"EFI PART")
+# Whole archives (cpio, tar) once unpacked show their files' bytes as they are.
+PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz"}
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,7 @@ def _search(
 def _search_inside(
     host: Host, data: mmap.mmap, path: Path, place: str, certificates: tuple[Path, ...], depth: int
 ) -> Iterator[Binary]:
-    """Search what the bytes of an image do not show: files in pieces (FAT) or compressed (erofs)."""
+    """Search what the bytes of an image do not show: files in pieces (FAT) or compressed (erofs, zstd)."""
 
     def has(offset: int, magic: bytes) -> bool:
         return data[offset : offset + len(magic)] == magic
@@ -328,6 +331,12 @@ def _search_inside(
             host.run(["mcopy", "-s", "-n", "-Q", "-i", path, "::*", folder])
         elif has(*EROFS_MAGIC):
             host.run(["fsck.erofs", "--no-preserve", f"--extract={folder}/root", path])
+        elif has(*SQUASHFS_MAGIC):
+            host.run(["unsquashfs", "-no-progress", "-no-xattrs", "-d", folder / "root", path])
+        else:
+            for magic, program in PACKED.items():
+                if has(0, magic):
+                    (folder / "unpacked").write_bytes(host.run([program, "-dcq"], stdin=data[:]))
         yield from _search(host, folder, place, certificates, depth)
 
 

@@ -393,7 +393,19 @@ def in_erofs(host: Host, kernel: Path, folder: Path) -> Path:
     return image
 
 
-@pytest.mark.parametrize("hide", [plain, in_uki, in_fat, in_disk, in_erofs])
+def in_squashfs(host: Host, kernel: Path, folder: Path) -> Path:
+    shutil.move(in_erofs(host, kernel, folder), folder / "not-this")
+    host.run(["mksquashfs", folder / "tree", folder / "output/layer.squashfs", "-quiet", "-no-progress"])
+    return folder / "output"
+
+
+def in_tar_zst(host: Host, kernel: Path, folder: Path) -> Path:
+    shutil.move(in_erofs(host, kernel, folder), folder / "not-this")
+    host.run(["tar", "--zstd", "-cf", folder / "output/layer.tar.zst", "-C", folder, "tree"])
+    return folder / "output"
+
+
+@pytest.mark.parametrize("hide", [plain, in_uki, in_fat, in_disk, in_erofs, in_squashfs, in_tar_zst])
 @pytest.mark.parametrize("role", ["uki", "layer"])
 def test_a_signed_kernel_is_found(
     host: Host,
