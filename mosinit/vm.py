@@ -162,8 +162,7 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
     """Take the STATE folder, drop what an earlier boot said, and open the disks as the hardware asks."""
     disks = [options.disk, *options.hardware.extra_disks]
     for disk in disks:
-        if not (disk.is_file() or disk.is_block_device()):
-            raise Failure(f"cannot read the disk {disk}: make it first, or name another")
+        _check_disk(host, disk)
     if options.interactive:
         terminal.need()
         host.say("this terminal is the machine's console; Ctrl-] stops the machine")
@@ -185,6 +184,20 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
             ]
         log = stack.enter_context(contextlib.closing(Log(options.folder / "console.log")))
         yield _Session(host, options, disks, log)
+
+
+def _check_disk(host: Host, disk: Path) -> None:
+    """Refuse a disk that is not there, and one that would make QEMU open other files of this computer."""
+    if not (disk.is_file() or disk.is_block_device()):
+        raise Failure(f"cannot read the disk {disk}: make it first, or name another")
+    if disk.suffix != ".qcow2":
+        return
+    facts = json.loads(host.run(["qemu-img", "info", "--output=json", "-f", "qcow2", disk], timeout=60))
+    own = facts.get("format-specific", {}).get("data", {})
+    if "backing-filename" in facts or "data-file" in own:
+        raise Failure(
+            f"{disk} refers to another file: convert it by `qemu-img convert -O raw` where you trust it"
+        )
 
 
 def _layer_over(host: Host, disk: Path, layer: Path) -> Path:

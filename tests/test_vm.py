@@ -454,3 +454,17 @@ def test_a_program_ends_with_who_started_it(
     while not ended(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert ended(child)
+
+
+@pytest.mark.parametrize("how", [["-b", "SECRET", "-F", "raw"], ["-o", "data_file=SECRET"]])
+def test_a_disk_that_refers_to_other_files_is_not_opened(
+    need: Need, host: Host, tmp_path: Path, how: list[str]
+) -> None:
+    need("qemu-img")
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(1 << 20))
+    disk = tmp_path / "disk.qcow2"
+    words = [word.replace("SECRET", str(secret)) for word in how]
+    host.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, disk, "1M"])
+    with pytest.raises(Failure, match="refers to another file"):
+        vm.boot(host, vm.BootOptions(disk=disk, folder=tmp_path / "state"))
