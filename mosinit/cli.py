@@ -140,6 +140,13 @@ def explain_check(host: Host, values: argparse.Namespace) -> Result:
     return Result(checks if values.all else checks[0], explain.text(checks))
 
 
+def print_schema(host: Host, values: argparse.Namespace) -> Result:
+    """Print the schema of manifests."""
+    from mosinit import schema
+
+    return Result(None, json.dumps(schema.manifest(), indent=2))
+
+
 # --- How results read --------------------------------------------------------------------------------
 
 
@@ -315,6 +322,14 @@ VERBS = (
             flag("--all", "list every check"),
             flag("--markdown", "write them as the table of the README"),
         ),
+        tools=False,
+    ),
+    Verb(
+        "schema",
+        "prints the JSON schema of manifests, for editors",
+        "mosinit schema",
+        print_schema,
+        json=False,
         tools=False,
     ),
 )  # fmt: skip

@@ -298,47 +298,77 @@ volumes = st.builds(
     label=names,
     persistent=st.booleans(),
     nsgroup=names | st.just(""),
-    size=st.builds(lambda n, unit: n << 10 * unit, st.integers(1, 1000), st.integers(1, 4)),
+    size=st.builds(lambda n, unit: n << 10 * unit, st.integers(1, 999_999_999), st.integers(1, 4)),
 )
 images_made = st.builds(
     images.ConvertedImage,
     manifest=st.builds(images.Descriptor, st.just("a/b"), digests, st.integers(1, 4 * init.MIB)),
     layers=st.just(()),
 )
-signed_targets = st.builds(
-    publish.SignedTarget,
-    target=st.builds(
-        init.Target,
-        service_name=names,
-        service_type=st.sampled_from(["container", "fs-only"]),
-        version=st.from_regex(init.VERSION, fullmatch=True),
-        source=st.just("oci:x"),
-        digest=st.just(""),
-        size=st.just(0),
-        layer_signatures=st.just(()),
-        nsgroup=names | st.just(""),
-        writable=st.just(""),
-        network=st.just(init.Network("none", "", "", ())),
-        storage=st.just(()),
+signatures = st.lists(st.builds(images.Descriptor, st.just("a/b"), digests, st.just(9)), max_size=3)
+ipv4 = st.builds("{}/{}".format, st.ip_addresses(v=4), st.integers(0, 32))
+ipv6 = st.builds("{}/{}".format, st.ip_addresses(v=6), st.integers(0, 128))
+tcp = st.integers(1, 65535)
+networks = st.one_of(
+    st.just(init.Network("none", "", "", ())),
+    st.just(init.Network("host", "", "", ())),
+    st.builds(
+        init.Network,
+        type=st.just("simple"),
+        ipv4=st.just("") | ipv4,
+        ipv6=st.just("") | ipv6,
+        ports=st.lists(st.builds(init.Port, tcp, tcp), max_size=3).map(tuple),
     ),
-    image=images_made,
-    signatures=st.lists(st.builds(images.Descriptor, st.just("a/b"), digests, st.just(9)), max_size=3).map(
-        tuple
-    ),
+)
+paths = st.lists(st.from_regex(r"[A-Za-z0-9_+@-]{1,9}", fullmatch=True), min_size=1, max_size=3).map(
+    lambda parts: "/" + "/".join(parts)
 )
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(volumes, max_size=3, unique_by=lambda volume: volume.label),
-    st.lists(signed_targets, min_size=1, max_size=3, unique_by=lambda item: item.target.service_name),
-    st.integers(1, 10**18 - 1),
-)
+@st.composite
+def manifests(draw: st.DrawFn) -> tuple[init.Contents, list[publish.SignedTarget]]:
+    """Make a manifest that uses every field."""
+    storage = draw(st.lists(volumes, max_size=3, unique_by=lambda volume: volume.label))
+    targets: list[publish.SignedTarget] = []
+    for name in draw(st.lists(names, min_size=1, max_size=4, unique=True)):
+        kind = draw(st.sampled_from(["container", "fs-only", "hostfs", "bootkit"]))
+        boots = kind in ("hostfs", "bootkit")
+        if boots and kind in [item.target.service_name for item in targets]:
+            continue
+        labels = st.sampled_from([volume.label for volume in storage]) if storage else st.nothing()
+        mounts = st.lists(st.builds(init.StorageMount, paths, labels), max_size=2 if storage else 0)
+        target = init.Target(
+            service_name=kind if boots else name,
+            service_type=kind,
+            version=draw(st.from_regex(init.VERSION, fullmatch=True)),
+            source="oci:x",
+            digest="",
+            size=0,
+            layer_signatures=(),
+            nsgroup=draw(names | st.just("")),
+            writable=draw(st.sampled_from(["", "all", "etc", "none"])) if kind == "hostfs" else "",
+            network=draw(networks) if kind == "container" else init.Network("none", "", "", ()),
+            storage=tuple(draw(mounts)),
+        )
+        targets.append(publish.SignedTarget(target, draw(images_made), tuple(draw(signatures))))
+    contents = init.Contents(
+        version=1,
+        product=str(draw(st.uuids())),
+        sequence=draw(st.integers(1, init.MAX_SEQUENCE)),
+        epoch=draw(st.integers(1, init.MAX_EPOCH)),
+        update_type=draw(st.sampled_from(["complete", "partial"])),
+        storage=tuple(storage),
+        targets=(),
+    )
+    return contents, targets
+
+
+@settings(max_examples=60, deadline=None)
+@given(manifests())
 def test_whatever_is_encoded_reads_back(
-    storage: list[init.Volume], targets: list[publish.SignedTarget], sequence: int
+    made: tuple[init.Contents, list[publish.SignedTarget]],
 ) -> None:
-    product = "11111111-2222-4333-8444-555555555555"
-    contents = init.Contents(1, product, sequence, 1, "partial", tuple(storage), ())
+    contents, targets = made
     read = init.parse_manifest(publish.encode_manifest(contents, targets))
     assert read._replace(targets=()) == contents
     for one, two in zip(targets, read.targets, strict=True):
