@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tarfile
 import uuid
 import zlib
@@ -284,7 +285,6 @@ def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedI
             roots += [layer] if layer else []
     if tuple(converted) == descriptors:
         # Nothing changed: the manifest stays what its author made, digest included.
-        layout.add_blob(host, source.layout.read_blob(config), config.media_type)
         return ConvertedImage(layout.add_blob(host, document, descriptor.media_type), tuple(roots))
     kept = {key: raw[key] for key in ("artifactType", "annotations") if key in raw}
     manifest = {
@@ -498,12 +498,24 @@ def add_tree(
         host.pipe([*words, work], env=environment) as out,
     ):
         tars.write_tree(tree, out, advance)
+    _check_count(work, tars.count(tree), label)
     _pad(work)
     digest = digest_file(work)[0].removeprefix("sha256:")
     root_hash = append_verity(host, work, salt=digest, name=digest)
     descriptor = layout.add_blob(host, work, EROFS_TYPE, annotations={ROOT_HASH: root_hash})
     work.unlink()
     return VerityLayer(descriptor, root_hash)
+
+
+def _check_count(path: Path, expected: int, label: str) -> None:
+    """Raise `Failure` unless the file system has all inodes: mkfs.erofs ends well at a header that it takes
+    for damaged.
+    """
+    with path.open("rb") as file:
+        # linux/fs/erofs/erofs_fs.h, struct erofs_super_block: magic, checksum, features, sizes, root, inodes
+        magic, inodes = struct.unpack_from("<I12xQ", file.read(init.BLOCK), 1024)
+    if (magic, inodes) != (0xE0F5E1E2, expected):
+        raise Failure(f"{label}: mkfs.erofs made {inodes} of {expected} files: use the tools tree's")
 
 
 # --- erofs and dm-verity ------------------------------------------------------------------------------

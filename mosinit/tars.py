@@ -308,7 +308,8 @@ class _Reader:
             if not match:
                 self.refuse("has a date that is no number")
             value_ns = int(match[2]) * 10**9 + int(((match[3] or b"") + bytes(b"0" * 9))[:9])
-            header.mtime = -value_ns if match[1] else value_ns
+            # mkfs.erofs adds a fraction to a negative number: dates before 1970 have none.
+            header.mtime = -(value_ns // 10**9) * 10**9 if match[1] else value_ns
         if not -SECONDS_MAX < header.mtime // 10**9 < SECONDS_MAX:
             self.refuse("has a date that no clock will show")
         if max(header.numbers["uid"], header.numbers["gid"]) > ID_MAX:
@@ -367,6 +368,8 @@ class _Reader:
         while True:
             for index in range(count):
                 raw = block[at + 24 * index : at + 24 * index + 24]
+                if raw[0] and len(pairs) > self.image.limits.extension // 8:
+                    self.refuse("is a sparse file of too many pieces")
                 if raw[0]:
                     pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
             if not more:
@@ -387,16 +390,18 @@ class _Reader:
 
     def _sparse_map(self, start: int, stored: int) -> tuple[list[tuple[int, int]], int]:
         """Format 1.0: decimal lines before the data, filled up to a block."""
-        text, used, wanted = b"", 0, 1
-        while text.count(b"\n") < wanted:
+        blocks, lines, wanted = list[bytes](), 0, 1
+        while lines < wanted:
+            used = RECORD * len(blocks)
             if used >= min(stored, self.image.limits.extension):
                 self.refuse("is a sparse file without a whole map")
-            text += self.take(start + used, RECORD)
-            used += RECORD
-            if wanted == 1 and b"\n" in text:
-                wanted += 2 * self._decimal(text.partition(b"\n")[0], "piece")
+            blocks.append(self.take(start + used, RECORD))
+            lines += blocks[-1].count(b"\n")
+            if len(blocks) == 1:
+                wanted += 2 * self._decimal(blocks[0].partition(b"\n")[0], "piece")
+        text = b"".join(blocks)
         values = [self._decimal(line, "piece") for line in text.split(b"\n")[1:wanted]]
-        return list(zip(values[::2], values[1::2], strict=True)), used
+        return list(zip(values[::2], values[1::2], strict=True)), len(text)
 
 
 _KNOWN = {b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"}
@@ -518,6 +523,8 @@ def _linked(reader: _Reader, header: _Header) -> Leaf:
     path = _split(reader, header.link)
     found = _look_up(reader, reader.root, path)
     if found is None and (found := _look_up(reader, reader.image.root, path)) is not None:
+        if _covered(reader.root, tuple(path)):
+            reader.refuse("is a hard link to a file that this layer removes")
         reader.borrowed.add(found)
     if found is None:
         name = header.link[:160].decode(errors="backslashreplace")
@@ -546,7 +553,7 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
             reader.refuse(
                 f"has the attribute {name.decode(errors='backslashreplace')}, which is overlayfs's own"
             )
-        if name in XATTR_NAMES or (name.startswith(XATTR_SPACES) and not name.endswith(b".")):
+        if name in XATTR_NAMES or (name.startswith(XATTR_SPACES) and name not in XATTR_SPACES):
             if b"\0" in name or len(name) > NAME_MAX:
                 reader.refuse("has an attribute whose name Linux does not allow")
             xattrs.append((name, value))
@@ -657,6 +664,12 @@ def _merge(below: Folder, layer: Folder) -> None:
 # --- Writing ------------------------------------------------------------------------------------------
 
 
+def count(root: Folder) -> int:
+    """Return how many inodes a tree has."""
+    found = [node for _, node in walk(root)]
+    return len(set(found)) + max(0, found.count(WHITEOUT) - 1)
+
+
 def size_of(root: Folder) -> int:
     """Return how many bytes of content a tree has, holes filled: what writing it takes longest over."""
     files = {found for _, found in walk(root) if isinstance(found, Leaf)}
@@ -728,7 +741,11 @@ def _encode(
         (b"size", b"%d" % size, size >= 8**11),
         (b"uid", b"%d" % meta.uid, meta.uid >= 8**7),
         (b"gid", b"%d" % meta.gid, meta.gid >= 8**7),
-        (b"mtime", _date(meta.mtime), nanoseconds > 0 or not 0 <= seconds < 8**11),
+        (
+            b"mtime",
+            b"%d.%09d" % (seconds, nanoseconds) if nanoseconds else b"%d" % seconds,
+            nanoseconds > 0 or not 0 <= seconds < 8**11,
+        ),
         *((XATTR_PREFIX + key, value, True) for key, value in (meta.xattrs if xattrs is None else xattrs)),
     ]
     pax = b"".join(_record(key, value) for key, value, wanted in records if wanted)
@@ -738,11 +755,6 @@ def _encode(
         return header
     extended = _header(b"pax", b"x", [0, 0, 0], len(pax), 0, b"", (0, 0))
     return extended + pax + bytes(-len(pax) % RECORD) + header
-
-
-def _date(mtime: int) -> bytes:
-    sign, (seconds, nanoseconds) = b"-" if mtime < 0 else b"", divmod(abs(mtime), 10**9)
-    return b"%s%d.%09d" % (sign, seconds, nanoseconds)
 
 
 def _record(key: bytes, value: bytes) -> bytes:
