@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosinit import init
-from tests.fake import ESP_UUID, gpt, signature_list
+from tests.fake import ESP_UUID, gpt, policy_json, signature_list
 
 SECTORS = 65536
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
@@ -99,6 +99,21 @@ def test_signature_database() -> None:
     )
     (entry,) = init.parse_signature_database(hashes)
     assert entry.startswith("c1c41626-504c-4092-aca9-41f936934328:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [({"schema": 2}, "policy schema 2"), ({"mode": "run"}, "mode run"), ({"mode": None}, "mode None")],
+)
+def test_a_policy_for_another_program_is_a_crash(changes: dict[str, object], seen: str) -> None:
+    with pytest.raises(ValueError, match=seen):
+        init.parse_policy(policy_json(**changes), b"id", b"ca")
+
+
+@pytest.mark.parametrize("cut", [1, 15, 27])
+def test_a_signature_list_cut_short_is_a_fault(cut: int) -> None:
+    with pytest.raises(ValueError, match="cut short"):
+        init.parse_signature_database(signature_list(b"one") + bytes(cut))
 
 
 @given(st.binary(max_size=200))
@@ -243,7 +258,8 @@ def test_image() -> None:
         ("IMAGE-FORMAT", b"{"),
         ("IMAGE-FORMAT", b"[]"),
         ("IMAGE-FORMAT", b"[" * 100_000),
-        ("IMAGE-FORMAT", b'{"schemaVersion":2,"layers":[],"layers":[]}'),
+        ("IMAGE-FORMAT", image(layer()).replace(b'"layers"', b'"layers": [], "layers"')),
+        ("IMAGE-FORMAT", image(layer()) + b"x"),
         ("IMAGE-FORMAT", image()),
         ("IMAGE-FORMAT", image(schemaVersion=1)),
         ("IMAGE-FORMAT", b'{"schemaVersion":2,"layers":"x"}'),
