@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mosinit import images, init
 from mosinit.host import Failure, Host
@@ -138,6 +141,14 @@ def test_an_index_reads_back(host: Host, tmp_path: Path) -> None:
 
 # --- Conversion ---------------------------------------------------------------------------------------
 
+
+def host_zstd(content: bytes) -> bytes:
+    """Return a content packed by zstd, or something that fails like it where there is none."""
+    if not shutil.which("zstd"):
+        return content
+    return subprocess.run(["zstd", "-q", "-c"], input=content, capture_output=True, check=True).stdout
+
+
 PACKED = {
     TAR: TREE,
     TAR + "+gzip": gzip.compress(TREE),
@@ -237,9 +248,13 @@ def test_a_layer_must_unpack_to_what_the_config_says(host: Host, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
-        (TREE, TAR + "+gzip", "not the gzip file"),
+        (b"x" + TREE, TAR + "+gzip", "not the gzip file"),
         (gzip.compress(TREE)[:-9], TAR + "+gzip", "not the gzip file"),
-        (TREE, TAR + "+zstd", "zstd failed"),
+        (b"x" + TREE, TAR + "+zstd", "zstd failed"),
+        (host_zstd(TREE)[:-20], TAR + "+zstd", "zstd failed"),
+        (gzip.compress(TREE) + b"garbage", TAR + "+gzip", "not the gzip file"),
+        (gzip.compress(TREE + bytes(512)), TAR + "+gzip", "diff_id"),
+        (TREE + bytes(512), TAR, "diff_id"),
         (TREE, "application/vnd.example.unknown", "cannot convert"),
     ],
 )
@@ -352,3 +367,227 @@ def test_the_smallest_tree_has_a_valid_layer(host: Host, tmp_path: Path) -> None
     layout = images.Layout(tmp_path / "layout")
     layer = images.tree_layer(host, tmp_path / "empty", layout)
     assert fits(layout.blob_path(layer.digest), layer.annotations[images.ROOT_HASH])
+
+
+# --- Docker archives, layers of stacker ---------------------------------------------------------------
+
+
+def docker_archive(path: Path, layers: list[bytes]) -> None:
+    """Write what `docker save` writes."""
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    ids = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in layers]
+    config = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": ids}}
+    listing = [{"Config": "config.json", "RepoTags": ["example/app:1"], "Layers": names}]
+    files = {"manifest.json": json.dumps(listing).encode(), "config.json": json.dumps(config).encode()}
+    path.write_bytes(make_tar(files | dict(zip(names, layers, strict=True))))
+
+
+def test_a_docker_archive_gives_the_layers_of_its_tars(host: Host, need: Need, tmp_path: Path) -> None:
+    need("skopeo")
+    upper = make_tar({"etc/": b"", "etc/upper": b"upper"})
+    docker_archive(tmp_path / "saved.tar", [TREE, upper])
+    layout = images.Layout(tmp_path / "one")
+    converted = images.convert(host, f"docker-archive:{tmp_path}/saved.tar", layout)
+    expected = images.convert(
+        host, f"oci:{plain(host, tmp_path / 'plain')}", images.Layout(tmp_path / "two")
+    )
+    assert converted.layers[0] == expected.layers[0]
+    assert len(converted.layers) == 2
+    named = images.convert(host, f"docker-archive:{tmp_path}/saved.tar:example/app:1", layout)
+    assert named == converted
+    with pytest.raises(Failure, match="is no file"):
+        images.convert(host, f"docker-archive:{tmp_path}/absent.tar", layout)
+
+
+def squashfs(host: Host, folder: Path, target: Path) -> str:
+    """Make what stacker makes of a folder: squashfs and verity data with a random salt."""
+    host.run(["mksquashfs", folder, target, "-comp", "zstd", "-noappend", "-quiet"])
+    size = target.stat().st_size
+    assert size % 4096 == 0
+    told = host.run(
+        ["veritysetup", "format", "--data-block-size=4096", "--hash-block-size=4096",
+         f"--data-blocks={size // 4096}", f"--hash-offset={size}", target, target]
+    ).decode()  # fmt: skip
+    return next(line.split()[-1] for line in told.splitlines() if line.startswith("Root hash"))
+
+
+STACKER_TYPE = "application/vnd.stacker.image.layer.squashfs+zstd"
+
+
+@pytest.mark.parametrize("name", init.ROOT_HASH_ANNOTATIONS)
+@pytest.mark.parametrize("suffix", ["", "+verity"])
+def test_layers_of_stacker_pass_unchanged(
+    name: str, suffix: str, host: Host, need: Need, tmp_path: Path
+) -> None:
+    need("mksquashfs")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"content" * 9999)
+    root_hash = squashfs(host, tmp_path / "tree", tmp_path / "layer")
+    source, target = images.Layout(tmp_path / "source"), images.Layout(tmp_path / "target")
+    layer = source.add_blob(host, tmp_path / "layer", STACKER_TYPE + suffix, annotations={name: root_hash})
+    listed = image(host, source, [layer], [b"anything"])
+    source.write_index(host, [listed])
+    converted = images.convert(host, f"oci:{source.path}", target)
+    assert converted == images.ConvertedImage(listed, (images.VerityLayer(layer, root_hash),))
+    assert target.blob_path(layer.digest).read_bytes() == (tmp_path / "layer").read_bytes()
+    (parsed,) = init.parse_image(target.read_blob(converted.manifest)).layers
+    assert (parsed.root_hash, parsed.size) == (root_hash, layer.size)
+
+
+@pytest.mark.parametrize("place", ["first block", "last data block", "superblock", "tree", "cut", "longer"])
+def test_a_damaged_layer_of_stacker_is_refused(place: str, host: Host, need: Need, tmp_path: Path) -> None:
+    need("mksquashfs")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(os.urandom(700_000))
+    root_hash = squashfs(host, tmp_path / "tree", tmp_path / "layer")
+    data = (tmp_path / "layer").read_bytes()
+    end = init.verity_data_blocks(len(data)) * 4096
+    flip = {"first block": 100, "last data block": end - 1, "superblock": end + 100, "tree": end + 4096 + 5}
+    if place in flip:
+        at = flip[place]
+        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    else:
+        data = data[:-4096] if place == "cut" else data + bytes(4096)
+    source = images.Layout(tmp_path / "source")
+    layer = source.add_blob(host, data, STACKER_TYPE, annotations={images.ROOT_HASH: root_hash})
+    source.write_index(host, [image(host, source, [layer], [b"anything"])])
+    with pytest.raises((Failure, init.Refused)):
+        images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "target"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "annotations", "message"),
+    [
+        (STACKER_TYPE, {}, "build it with a verity root hash"),
+        (STACKER_TYPE, {images.ROOT_HASH: "--help"}, "no root hash"),
+        (STACKER_TYPE, {images.ROOT_HASH: 64 * "A"}, "no root hash"),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", {}, "foreign layer"),
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", {}, "foreign layer"),
+    ],
+)
+def test_layers_that_are_elsewhere_or_unverified(
+    kind: str, annotations: dict[str, str], message: str, host: Host, tmp_path: Path
+) -> None:
+    source = images.Layout(tmp_path / "source")
+    layer = source.add_blob(host, TREE, kind, annotations=annotations)
+    source.write_index(host, [image(host, source, [layer], [TREE])])
+    with pytest.raises(Failure, match=message):
+        images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "target"))
+
+
+def test_verity_over_what_no_machine_mounts_is_refused(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "layer").write_bytes(b"ext4" * 4096)
+    root_hash = images.append_verity(host, tmp_path / "layer", salt="00", name=64 * "0")
+    source = images.Layout(tmp_path / "source")
+    layer = source.add_blob(host, tmp_path / "layer", "a/b", annotations={images.ROOT_HASH: root_hash})
+    source.write_index(host, [image(host, source, [layer], [b""])])
+    with pytest.raises(init.Refused, match="LAYER-FILESYSTEM"):
+        images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "target"))
+
+
+# --- Documents that do not mean well ------------------------------------------------------------------
+
+
+def change(host: Host, layout: images.Layout, which: str, changes: dict[str, object]) -> None:
+    """Change the manifest or config of a layout's only image, and every digest above it."""
+    (listed,) = layout.read_index()
+    manifest = json.loads(layout.read_blob(listed))
+    if which == "config":
+        config = images.Descriptor(
+            images.CONFIG_TYPE, manifest["config"]["digest"], manifest["config"]["size"]
+        )
+        document = json.loads(layout.read_blob(config)) | changes
+        manifest["config"] = put(host, layout, document, images.CONFIG_TYPE).json()
+    elif which == "layer":
+        manifest["layers"][0] |= changes
+    else:
+        manifest |= changes
+    layout.write_index(host, [put(host, layout, manifest, images.MANIFEST_TYPE)])
+
+
+@pytest.mark.parametrize(
+    ("which", "changes", "message"),
+    [
+        ("config", {"architecture": "arm64"}, "is for linux/arm64"),
+        ("config", {"os": "windows"}, "is for windows/amd64"),
+        ("config", {"rootfs": {"type": "layers", "diff_ids": []}}, "does not list its 1 layers"),
+        ("config", {"rootfs": []}, "does not list its 1 layers"),
+        ("config", {"rootfs": {"diff_ids": [7]}}, "diff_id"),
+        ("layer", {"urls": ["https://example.com/layer"]}, "foreign layer"),
+        ("manifest", {"mediaType": images.INDEX_TYPE}, "says another"),
+        ("manifest", {"mediaType": ["a"]}, "says another"),
+        ("manifest", {"manifests": []}, "both an index and an image"),
+        ("manifest", {"schemaVersion": 1}, "IMAGE-FORMAT"),
+        ("manifest", {"layers": {}}, "IMAGE-FORMAT"),
+        ("manifest", {"config": None}, "IMAGE-FORMAT"),
+    ],
+)
+def test_documents_that_contradict_are_refused(
+    which: str, changes: dict[str, object], message: str, host: Host, tmp_path: Path
+) -> None:
+    layout = images.Layout(plain(host, tmp_path / "plain"))
+    change(host, layout, which, changes)
+    with pytest.raises((Failure, init.Refused), match=message):
+        images.convert(host, f"oci:{layout.path}", images.Layout(tmp_path / "target"))
+
+
+def test_a_tar_layer_needs_a_config_that_lists_it(host: Host, tmp_path: Path) -> None:
+    layout = images.Layout(plain(host, tmp_path / "plain"))
+    empty = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
+    change(host, layout, "manifest", {"config": empty.json()})
+    with pytest.raises(Failure, match="has no diff_id"):
+        images.convert(host, f"oci:{layout.path}", images.Layout(tmp_path / "target"))
+
+
+def test_indexes_nest_a_little(host: Host, tmp_path: Path) -> None:
+    layout = images.Layout(plain(host, tmp_path / "plain"))
+    (listed,) = layout.read_index()
+    entry: dict[str, object] = {**listed.json(), "platform": {"os": "linux", "architecture": "amd64"}}
+    attestation = {**listed.json(), "platform": {"os": "unknown", "architecture": "unknown"}}
+    for depth in range(1, images.INDEX_DEPTH + 1):
+        index = {"schemaVersion": 2, "mediaType": images.INDEX_TYPE, "manifests": [entry, attestation]}
+        nested = put(host, layout, index, images.INDEX_TYPE)
+        layout.write_index(host, [nested])
+        entry = dict(nested.json())
+        target = images.Layout(tmp_path / "target")
+        if depth < images.INDEX_DEPTH:
+            assert images.convert(host, f"oci:{layout.path}", target)
+            continue
+        with pytest.raises(Failure, match="more than 3 deep"):
+            images.convert(host, f"oci:{layout.path}", target)
+
+
+def test_layers_are_counted(host: Host, tmp_path: Path) -> None:
+    layout = images.Layout(tmp_path / "source")
+    layer = layout.add_blob(host, TREE, TAR)
+    many = images.LAYER_LIMIT + 1
+    layout.write_index(host, [image(host, layout, [layer] * many, [TREE] * many)])
+    with pytest.raises(Failure, match="257 layers, more than 256"):
+        images.convert(host, f"oci:{layout.path}", images.Layout(tmp_path / "target"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    ["schemaVersion", "mediaType", "config", "layers", "manifests", "annotations", "urls", "digest", "size",
+     "platform", "rootfs", "diff_ids", "os", "architecture"]
+)  # fmt: skip
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    which=st.sampled_from(["manifest", "config", "layer"]),
+    changes=st.dictionaries(KEYS, JSON, min_size=1, max_size=2),
+)
+def test_no_document_crashes_the_conversion(
+    which: str, changes: dict[str, object], host: Host, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("json")
+    layout = images.Layout(plain(host, folder / "plain"))
+    with contextlib.suppress(Failure, init.Refused):
+        change(host, layout, which, changes)
+        images.convert(host, f"oci:{layout.path}", images.Layout(folder / "target"))
+    shutil.rmtree(folder)
