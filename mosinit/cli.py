@@ -91,7 +91,16 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
 
-    return outcome(builder.build(host, values.keys, values.out, values.epoch))
+    options = {"sequence": values.sequence, "manifest": values.manifest}
+    return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
+
+
+def run_tool(host: Host, values: argparse.Namespace) -> Result:
+    """Run a program of the tools tree; its output is its own."""
+    if not values.command:
+        raise Usage("name a program and its arguments: mosinit tools run mkosi --version")
+    status = host.call(values.command)
+    return Result(None, "", status)
 
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
@@ -207,6 +216,17 @@ def folder(name: str, help: str, metavar: str = "DIR", **more: Any) -> Option:
     return Option(name, help, {"type": Path, "metavar": metavar, **more})
 
 
+def number(name: str, help: str, highest: int) -> Option:
+    """Describe an option that takes a number from 1 on; without it, 1."""
+
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"a whole number from 1 to {highest} is expected, not {text!r}")
+        return int(text)
+
+    return Option(name, f"{help}, 1 to {highest} (default: 1)", {"type": read, "default": 1, "metavar": "N"})
+
+
 def flag(name: str, help: str) -> Option:
     """Describe an option without a value."""
     return Option(name, help, {"action": "store_true"})
@@ -262,9 +282,19 @@ VERBS = (
         (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the results go", required=True),
-            Option("--epoch", "what is below is unsafe, 1 to 64 (default: 1)", {"type": int, "default": 1}),
+            folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
+            number("--epoch", "what is below is unsafe", 64),
+            number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
         ),
         checkout=True,
+    ),
+    Verb(
+        "tools run",
+        "runs a program of the tools tree, such as mkosi, veritysetup or skopeo",
+        "mosinit tools run mkosi --directory mkosi.uki --force build",
+        run_tool,
+        (positional("command", "what to run", nargs=argparse.REMAINDER, metavar="PROGRAM"),),
+        json=False,
     ),
     Verb(
         "publish",
@@ -334,7 +364,12 @@ VERBS = (
     ),
 )  # fmt: skip
 
-GROUPS = {"keys": "keysets", "uki": "kernel images that other tools made", "vm": "virtual machines"}
+GROUPS = {
+    "keys": "keysets",
+    "uki": "kernel images that other tools made",
+    "tools": "runs programs of the tools tree",
+    "vm": "virtual machines",
+}
 
 
 # --- argparse on top ---------------------------------------------------------------------------------

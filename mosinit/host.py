@@ -37,6 +37,13 @@ class Usage(Failure):
     status = 2
 
 
+def told(errors: bytes) -> str:
+    """Return the line of a program's messages that says most: apt's first error, or else the last line."""
+    lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
+    causes = [line for line in lines if line.startswith("E: ")]
+    return (causes or lines[-1:] or ["no message"])[0][:500]
+
+
 class Host(init.Kernel):
     """The core's seam plus processes, temporary folders and messages to the person."""
 
@@ -75,8 +82,7 @@ class Host(init.Kernel):
         except subprocess.TimeoutExpired as error:
             raise Failure(f"{name} did not end within {timeout:.0f} s") from error
         if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise Failure(f"{name} failed with status {done.returncode}: {lines[-1]}")
+            raise Failure(f"{name} failed with status {done.returncode}: {told(done.stderr)}")
         return done.stdout
 
     def run_moving(
@@ -111,8 +117,7 @@ class Host(init.Kernel):
             output.seek(0)
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - 65536))
             if status != 0:
-                lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-                raise Failure(f"{name} failed with status {status}: {lines[-1]}")
+                raise Failure(f"{name} failed with status {status}: {told(errors.read())}")
             return output.read()
 
     @contextlib.contextmanager
@@ -151,8 +156,7 @@ class Host(init.Kernel):
                 raise
             if child.wait() != 0:
                 errors.seek(0)
-                lines = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-                raise Failure(f"{name} failed with status {child.returncode}: {lines[-1]}")
+                raise Failure(f"{name} failed with status {child.returncode}: {told(errors.read())}")
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:

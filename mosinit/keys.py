@@ -267,6 +267,8 @@ def _read_key(path: Path) -> PrivateKey:
 
 def _write_roles(host: Host, folder: Path, name: str, product: str) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    # Whoever keeps a keyset in a checkout must not publish it with the next commit.
+    _write(host, folder / ".gitignore", b"*\n", 0o644)
     made: dict[str, tuple[PrivateKey, x509.Certificate]] = {}
     for role, kind in ROLES.items():
         key = _generate(kind.algorithm)

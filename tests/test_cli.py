@@ -82,7 +82,7 @@ def test_examples_are_valid(verb: cli.Verb) -> None:
         ("keys new", "required: DIR, --product"),
         ("keys new k --prod x", "required: --product"),
         ("vm boot --disk d --dir s --until later", "invalid choice: 'later'"),
-        ("build --keys k --out o --epoch one", "invalid int value: 'one'"),
+        ("build --keys k --out o --epoch one", "a whole number from 1 to 64 is expected, not 'one'"),
         ("explain", "one id"),
         ("explain SB-OFF --all", "one id"),
         ("explain SB-OF", "did you mean SB-OFF"),
@@ -334,3 +334,10 @@ def test_tests_run_in_the_checkout_with_every_tool_required() -> None:
             return 5
 
     assert testing.run(Recorder(), "unit") == 1
+
+
+@pytest.mark.parametrize("number", ["0", "65", "-1", "1.0", "", "²"])
+def test_numbers_out_of_range_are_wrong_usage(number: str) -> None:
+    done = mosinit("build", "--keys", "k", "--out", "o", f"--epoch={number}")
+    assert done.returncode == 2
+    assert "from 1 to 64" in done.stderr

@@ -63,7 +63,10 @@ def test_private_files_are_private(made: Path) -> None:
 
 def test_the_folder_holds_nothing_else(made: Path) -> None:
     wanted = {f"{role}.{kind}" for role in keys.ROLES for kind in ("key", "pem")}
-    assert {path.name for path in made.iterdir()} == wanted | {"keyset.json", "pcr.pub", "platform.pub"}
+    assert {path.name for path in made.iterdir()} == wanted | {
+        ".gitignore", "keyset.json", "pcr.pub", "platform.pub",
+    }  # fmt: skip
+    assert (made / ".gitignore").read_text() == "*\n"
 
 
 def test_description_file(made: Path, host: Host) -> None:
