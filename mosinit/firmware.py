@@ -7,6 +7,7 @@ entries is a constant, since the firmware measures it: machines with the same ce
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import uuid
@@ -79,6 +80,12 @@ def enroll(
             changes += ["--set-json", str(folder / "variables.json")]
         if changes:
             host.run(["virt-fw-vars", "--inplace", fresh, *changes], timeout=60)
+
+
+def fingerprints(certificates: Certificates) -> str:
+    """Return the SHA-256 of each certificate, a line each: PK, KEK, db."""
+    every = (certificates.pk, certificates.kek, *certificates.db)
+    return "".join(f"{hashlib.sha256(item.public_bytes(Encoding.DER)).hexdigest()}\n" for item in every)
 
 
 def mok_list(certificate: x509.Certificate) -> Variable:

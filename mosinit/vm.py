@@ -33,6 +33,7 @@ from mosinit.host import Failure, Host
 from mosinit.machine import VARIABLES, Hardware, Machine, last_words, powered
 from mosinit.verdict import Until, Verdict, Watch
 
+CERTIFICATES = "certificates"  # what the firmware of a machine was made to trust
 SAVE_SECONDS = 120.0  # for QEMU to write or read the memory of a machine
 QUEUE = 256  # happenings that may wait: beyond, the guest's console waits
 
@@ -166,6 +167,7 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
     if options.interactive:
         terminal.need()
         host.say("this terminal is the machine's console; Ctrl-] stops the machine")
+    _check_folder(options.folder)
     options.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context((options.folder / "lock").open("w"))
@@ -173,7 +175,9 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Failure(f"a machine runs in {options.folder}: stop it or take another folder") from error
-        (options.folder / "report.json").unlink(missing_ok=True)
+        for report in (options.folder / "report.json", options.report):
+            if report is not None and report.is_file():
+                report.unlink()  # what it says is of another boot
         layers = options.folder / "layers"
         shutil.rmtree(layers, ignore_errors=True)  # of a run that was killed
         if options.hardware.snapshot:
@@ -184,6 +188,16 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
             ]
         log = stack.enter_context(contextlib.closing(Log(options.folder / "console.log")))
         yield _Session(host, options, disks, log)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to fill a folder with a machine that holds something else."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise Failure(f"{folder} is no folder: a machine needs one, name another with --dir")
+    if os.listdir(folder) and not (folder / VARIABLES).exists() and not (folder / "lock").exists():
+        raise Failure(f"{folder} is not empty and holds no machine: name another with --dir")
 
 
 def _check_disk(host: Host, disk: Path) -> None:
@@ -210,16 +224,23 @@ def _layer_over(host: Host, disk: Path, layer: Path) -> Path:
 
 
 def _enroll_if_new(host: Host, options: BootOptions) -> None:
+    """Give a new machine its certificates; see that an older one has those of the keyset that is named."""
+    certificates = firmware.certificates_of_keyset(options.keys) if options.keys else None
+    record = options.folder / CERTIFICATES
     if (options.folder / VARIABLES).exists():
+        if certificates and record.exists() and record.read_text() != firmware.fingerprints(certificates):
+            raise Failure(
+                f"the machine in {options.folder} trusts another keyset: no --keys, or a new --dir"
+            )
         return
-    if options.keys:
-        certificates = firmware.certificates_of_keyset(options.keys)
-    else:
+    if certificates is None:
         certificates = firmware.certificates_of_medium(host, options.disk)
         host.say(
             f"{options.folder} is new: its firmware trusts the certificates in keys/ on the medium's ESP"
         )
     firmware.enroll(host, options.folder / VARIABLES, certificates)
+    with host.replacing(record) as fresh:
+        fresh.write_text(firmware.fingerprints(certificates))
 
 
 def shape(options: BootOptions, kind: str) -> dict[str, object]:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosinit import console, machine, verdict, vm
+from mosinit import console, keys, machine, verdict, vm
 from mosinit.host import Failure, Host
 
 Need = Callable[..., None]
@@ -468,3 +468,44 @@ def test_a_disk_that_refers_to_other_files_is_not_opened(
     host.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, disk, "1M"])
     with pytest.raises(Failure, match="refers to another file"):
         vm.boot(host, vm.BootOptions(disk=disk, folder=tmp_path / "state"))
+
+
+def boot_of(tmp_path: Path, **more: object) -> vm.BootOptions:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    return vm.BootOptions(disk=disk, folder=tmp_path / "state", **more)  # type: ignore[arg-type]
+
+
+def test_another_keyset_than_the_machine_has_is_not_ignored(need: Need, host: Host, tmp_path: Path) -> None:
+    need("virt-fw-vars")
+    for name in ("one", "two"):
+        keys.new(host, tmp_path / name, name)
+    wanted = boot_of(tmp_path, keys=tmp_path / "one")
+    wanted.folder.mkdir()
+    vm._enroll_if_new(host, wanted)
+    vm._enroll_if_new(host, wanted)
+    with pytest.raises(Failure, match="trusts another keyset"):
+        vm.boot(host, boot_of(tmp_path, keys=tmp_path / "two"))
+    with pytest.raises(Failure, match="is no keyset"):
+        vm.boot(host, boot_of(tmp_path, keys=tmp_path / "nothing"))
+
+
+def test_a_folder_with_something_else_is_not_filled(host: Host, tmp_path: Path) -> None:
+    wanted = boot_of(tmp_path)
+    wanted.folder.write_text("a file")
+    with pytest.raises(Failure, match="is no folder"):
+        vm.boot(host, wanted)
+    wanted.folder.unlink()
+    wanted.folder.mkdir()
+    (wanted.folder / "letter").write_text("mine")
+    with pytest.raises(Failure, match="holds no machine"):
+        vm.boot(host, wanted)
+    assert os.listdir(wanted.folder) == ["letter"]
+
+
+def test_a_report_of_an_earlier_boot_does_not_stay(host: Host, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text("{}")
+    with pytest.raises(Failure, match="keys"):  # a disk without an ESP has no certificates to enrol
+        vm.boot(host, boot_of(tmp_path, report=report))
+    assert not report.exists()
