@@ -11,6 +11,7 @@ It passes through any registry as one unit, and the same input gives the same by
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ class Published:
 
     sequence: int
     manifest_sha256: str
+    signature_sha256: str
     index_digest: str
     targets: Mapping[str, str]
 
@@ -82,7 +84,8 @@ def publish(
             host.sync_file(target.parent)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
     host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
-    return Published(written.sequence, accepted.sha256, index.digest, names)
+    signature = hashlib.sha256(signed[1]).hexdigest()
+    return Published(written.sequence, accepted.sha256, signature, index.digest, names)
 
 
 def parse_destination(destination: str) -> Path | registry.Reference:
@@ -97,6 +100,11 @@ def parse_destination(destination: str) -> Path | registry.Reference:
     folder = Path(destination.removeprefix("oci:")).absolute()
     if folder.exists() and not (folder / "oci-layout").is_file():
         raise Failure(f"{folder} exists and is no OCI image layout: name another folder")
+    if folder.exists():
+        names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
+        if names != [TAG]:
+            # It is replaced as a whole: a release, never somebody's images.
+            raise Failure(f"{folder} holds images that are no release: name another folder")
     return folder
 
 
@@ -167,8 +175,9 @@ def _sign_target(
 def _convert(
     host: Host, source: str, beside: Path, layout: images.Layout, access: registry.Access
 ) -> images.ConvertedImage:
-    if source.startswith("oci:"):
-        return images.convert(host, "oci:" + str(beside.absolute() / source.removeprefix("oci:")), layout)
+    kind, _, name = source.partition(":")
+    if kind in ("oci", "docker-archive"):
+        return images.convert(host, f"{kind}:{beside.absolute() / name}", layout)
     with host.scratch(near=layout.path) as folder:
         fetched = registry.fetch(host, access, source, folder)
         try:

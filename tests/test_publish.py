@@ -378,3 +378,16 @@ def test_whatever_is_encoded_reads_back(
             size=one.image.manifest.size,
             layer_signatures=tuple(signature.digest for signature in one.signatures),
         )
+
+
+def test_a_layout_of_somebodys_images_is_never_replaced(
+    written: Path, keyset: keys.Keyset, host: Host
+) -> None:
+    """Sources lie beside the manifest: one of them as the destination would be lost."""
+    sources = [path.parent for path in written.parent.glob("*/oci-layout")]
+    before = {path: sorted(path.rglob("*")) for path in sources}
+    assert before
+    for path in sources:
+        with pytest.raises(Failure, match="no release"):
+            publish.publish(host, written, keyset, f"oci:{path}")
+    assert {path: sorted(path.rglob("*")) for path in sources} == before
