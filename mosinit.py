@@ -159,7 +159,7 @@ CHECKS: dict[str, Check] = {
     ),
     "MANIFEST-ABSENT": Check(
         "the store holds no install manifest",
-        "make the medium again with `mosinit build`, from a release that `mosinit publish` made",
+        "make the medium again with `mosinit build`",
     ),
     "MANIFEST-FORMAT": Check(
         "the install manifest is not valid", "correct what is named here and publish it again"
@@ -1445,7 +1445,11 @@ _TARGET = {
 _WRITTEN = {
     **_TARGET,
     "source": Field(
-        _text(re.compile(r"(oci:|docker://)[!-~]{1,500}"), "oci:DIR[:TAG] or docker://…"), REQUIRED
+        _text(
+            re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}"),
+            "oci:DIR[:TAG], docker-archive:FILE or docker://…",
+        ),
+        REQUIRED,
     ),
 }
 _SIGNED = {
