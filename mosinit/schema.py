@@ -40,8 +40,8 @@ def _target() -> Schema:
     fields = {
         "service_name": _text(init.NAME, f"name of the target; {name}"),
         "service_type": _says("role", enum=["hostfs", "container", "fs-only", "bootkit"]),
-        "source": _says("an OCI layout beside the manifest, or an image in a registry",
-                        type="string", pattern=r"^(oci:|docker://)[!-~]{1,500}$"),
+        "source": _says("an OCI layout or docker archive beside the manifest, or an image in a registry",
+                        type="string", pattern=r"^(oci:|docker-archive:|docker://)[!-~]{1,500}$"),
         "version": _text(init.VERSION, "version, in quotes if it looks like a number"),
         "nsgroup": _text(init.NAME, "targets and volumes with the same group share an id range"),
         "writable": _says("what of the root has a fresh writable layer; hostfs only",

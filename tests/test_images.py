@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -591,3 +592,52 @@ def test_no_document_crashes_the_conversion(
         change(host, layout, which, changes)
         images.convert(host, f"oci:{layout.path}", images.Layout(folder / "target"))
     shutil.rmtree(folder)
+
+
+# --- Size ---------------------------------------------------------------------------------------------
+
+CONVERT = """
+import resource, sys
+from pathlib import Path
+from mosinit import host, images
+images.convert(host.Host(), sys.argv[1], images.Layout(Path(sys.argv[2])))
+print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def test_a_large_image_takes_little_memory(host: Host, tmp_path: Path) -> None:
+    """Of 400 MiB. Measured with 4 GiB of zeros it is the same; that takes twenty seconds."""
+    size = 400 << 20
+    entry = tarfile.TarInfo("zeros")
+    entry.size = size
+    hasher = hashlib.sha256()
+    with gzip.open(tmp_path / "tar.gz", "wb", compresslevel=1) as packed:
+        for chunk in (entry.tobuf(), *[bytes(1 << 20)] * 400, bytes(1024)):
+            packed.write(chunk)
+            hasher.update(chunk)
+    layout = images.Layout(tmp_path / "source")
+    layer = layout.add_blob(host, tmp_path / "tar.gz", TAR + "+gzip")
+    layout.write_index(host, [image(host, layout, [layer], [b""])])
+    change(host, layout, "config", {"rootfs": {"diff_ids": [f"sha256:{hasher.hexdigest()}"]}})
+    root = Path(images.__file__).parent.parent
+    told = host.run(
+        [sys.executable, "-c", CONVERT, f"oci:{layout.path}", tmp_path / "target"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert max(int(kib) for kib in told.split()) < 128 << 10
+
+
+def test_a_full_disk_leaves_nothing(host: Host, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system needs root")
+    (tmp_path / "small").mkdir()
+    host.mount("tmpfs", str(tmp_path / "small"), "tmpfs", init.MountFlag(0), "size=1m")
+    try:
+        content = make_tar({"random": os.urandom(3 << 20)})
+        source = plain(host, tmp_path / "plain", gzip.compress(content), TAR + "+gzip", content)
+        layout = images.Layout(tmp_path / "small/target")
+        with pytest.raises(Failure, match="is full"):
+            images.convert(host, f"oci:{source}", layout)
+        assert not [path for path in layout.path.parent.iterdir() if path.name.startswith(".")]
+    finally:
+        host.unmount(str(tmp_path / "small"))
