@@ -293,6 +293,15 @@ def test_whiteouts_that_hide_nothing_are_left_out(read: Read) -> None:
     assert opaque == {"opq"}
 
 
+def test_what_a_layer_removed_is_gone_for_those_above(read: Read) -> None:
+    read(folder("a", uid=7), entry("a/old"), folder("b", uid=7), entry("b/old"), entry("c"))
+    read(entry(".wh.a"), entry("b/.wh..wh..opq"), entry(".wh.c"))
+    found = listed(read(entry("a/new"), entry("b/.wh.old"), entry(".wh.c")))
+    assert (set(found), found["a"].uid, found["b"].uid) == ({".", "a", "a/new", "b"}, 0, 7)
+    with pytest.raises(Failure, match="no file before it"):
+        read(link("d", "b/old"))
+
+
 def test_a_folder_beside_its_whiteout_is_a_new_one(read: Read) -> None:
     read(folder("a", uid=7), entry("a/old"), symlink("l", "a"))
     tree = read(entry("a/new"), entry(".wh.a"), entry("l/new"), entry(".wh.l"))
