@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -232,6 +234,17 @@ def flag(name: str, help: str) -> Option:
     return Option(name, help, {"action": "store_true"})
 
 
+def seconds(words: str) -> float:
+    """Read a time to wait: up to a day."""
+    try:
+        value = float(words)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{words[:40]!r} is no number of seconds, at most 86400")
+    return value
+
+
 VERBS = (
     Verb(
         "demo",
@@ -310,7 +323,7 @@ VERBS = (
             folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
                    "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
             Option("--timeout", "seconds that a registry may stand still (default: 120)",
-                   {"type": float, "metavar": "S", "default": 120.0}),
+                   {"type": seconds, "metavar": "S", "default": 120.0}),
         ),
     ),
     Verb(
@@ -338,7 +351,7 @@ VERBS = (
             Option("--until", "how far (default: multi-user)",
                    {"choices": ("pivoted", "multi-user"), "default": "multi-user"}),
             Option("--timeout", "seconds that the boot may take (default: 300)",
-                   {"type": float, "metavar": "S", "default": 300.0}),
+                   {"type": seconds, "metavar": "S", "default": 300.0}),
             flag("--interactive", "this terminal becomes the machine's console"),
         ),
     ),
@@ -485,8 +498,26 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        host.say(f"error: {error}")
+        host.say(f"error: {_os_error(error)}")
         return FAILED
+
+
+def _os_error(error: OSError) -> str:
+    """Name the file that an operation failed on, and what helps."""
+    remedies = {
+        errno.ENOSPC: "make room there",
+        errno.EDQUOT: "make room there",
+        errno.EROFS: "name a folder that can be written",
+        errno.EACCES: "name another, or change who may use it",
+        errno.EPERM: "name another, or change who may use it",
+        errno.EEXIST: "name another",
+        errno.ENOTDIR: "name another",
+        errno.EISDIR: "name a file",
+        errno.ENOENT: "name one that exists",
+    }
+    if error.filename is None or error.errno not in remedies:
+        return str(error)
+    return f"cannot use {error.filename}: {error.strerror}; {remedies[error.errno]}"
 
 
 def _refused(host: Host, refusal: Mapping[str, str], as_json: bool) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
+FULL_BYTES = 64 << 10  # what is left where something did not fit
 MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
 
 
@@ -42,6 +44,14 @@ def told(errors: bytes) -> str:
     lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("E: ")]
     return (causes or lines[-1:] or ["no message"])[0][:500]
+
+
+class FullDisk(Failure):
+    """A folder whose disk is full, and what failed because of that."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"the disk of {folder} is full: make room there ({reason[:200]})")
+        self.reason = reason
 
 
 class Host(init.Kernel):
@@ -215,7 +225,14 @@ class Host(init.Kernel):
         """
         parent = None if near is None else Path(near).absolute().parent
         with tempfile.TemporaryDirectory(prefix=".mosinit-", dir=parent) as folder:
-            yield Path(folder)
+            try:
+                yield Path(folder)
+            except (Failure, OSError) as error:
+                # Tools tell in many words, or in none, that a disk is full.
+                if shutil.disk_usage(folder).free >= FULL_BYTES:
+                    raise
+                reason = error.reason if isinstance(error, FullDisk) else str(error)
+                raise FullDisk(Path(folder).parent, reason) from error
 
     @contextlib.contextmanager
     def replacing(self, path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[Path]:

@@ -228,7 +228,7 @@ def _read_description(path: Path) -> tuple[str, str]:
             f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Failure(f"cannot read {path}: {error}") from error
+        raise Failure(f"cannot read {path}: {_reason(error)}; restore it from a backup") from error
 
 
 def _open_role(folder: Path, role: str) -> x509.Certificate:
@@ -248,8 +248,15 @@ def _open_role(folder: Path, role: str) -> x509.Certificate:
     except FileNotFoundError as error:
         raise Failure(f"the keyset lacks {error.filename}: restore it from a backup") from error
     except (OSError, ValueError) as error:
-        raise Failure(f"cannot read role {role} of keyset {folder}: {error}") from error
+        raise Failure(
+            f"cannot read role {role} of keyset {folder}: {_reason(error)}; restore it from a backup"
+        ) from error
     return certificate
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, without the path that the message has anyway."""
+    return (error.strerror or "") if isinstance(error, OSError) else str(error)
 
 
 def _read_key(path: Path) -> PrivateKey:

@@ -209,7 +209,7 @@ def raising(error: BaseException) -> tuple[cli.Verb, ...]:
         (
             PermissionError(1, "Operation not permitted", "/x"),
             1,
-            "mosinit: error: [Errno 1] Operation not permitted",
+            "mosinit: error: cannot use /x: Operation not permitted; name another",
         ),
         (KeyboardInterrupt(), 130, "mosinit: interrupted\n"),
     ],

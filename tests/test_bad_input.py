@@ -1,0 +1,269 @@
+"""Bad input at every verb: one line that names the thing and the remedy, the right status, nothing left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mosinit import cli, init, keys
+from mosinit.host import Host
+from tests.test_images import make_tar, plain
+
+Need = Callable[..., None]
+TREE = make_tar({"sbin/": b"", "sbin/init": bytes(200_000)})
+
+# Verbs enter the tools tree first; here they take what is there.
+VERBS = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+
+MANIFEST = """\
+version: 1
+product: {product}
+sequence: 1
+epoch: 1
+update_type: partial
+targets:
+  - service_name: hostfs
+    service_type: hostfs
+    source: oci:./hostfs
+    version: 1.0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of good and bad things, that no verb may change."""
+    folder = tmp_path_factory.mktemp("world")
+    host = Host()
+    keyset = keys.new(host, folder / "keys", "acme")
+    keys.new(host, folder / "other", "other")
+    (folder / "file").write_bytes(b"content")
+    (folder / "empty").touch()
+    (folder / "folder").mkdir()
+    (folder / "folder/file").touch()
+    (folder / "garbage").write_bytes(bytes(range(256)) * 300)
+    plain(host, folder / "hostfs", TREE, tar=TREE)
+    (folder / "good.yaml").write_text(MANIFEST.format(product=keyset.product))
+    (folder / "foreign.yaml").write_text(MANIFEST.format(product="11111111-2222-4333-8444-555555555555"))
+    (folder / "nosource.yaml").write_text(
+        MANIFEST.format(product=keyset.product).replace("/hostfs", "/none")
+    )
+    (folder / "filesource.yaml").write_text(
+        MANIFEST.format(product=keyset.product).replace("/hostfs", "/file")
+    )
+    (folder / "short.yaml").write_text(
+        MANIFEST.format(product=keyset.product).replace("partial", "complete")
+    )
+    (folder / "broken.yaml").write_text(
+        MANIFEST.format(product=keyset.product).replace("epoch: 1", "epoch: 0")
+    )
+    (folder / "huge.yaml").write_bytes(b"#" * (init.MANIFEST_BYTES + 1))
+    for name, words in {
+        "login": "user:secret-73519",
+        "nologin": "secret-73519",
+        "open": "a:secret-73519",
+    }.items():
+        (folder / name).touch(0o600)
+        (folder / name).write_text(words)
+    (folder / "open").chmod(0o644)
+    (folder / "binary").touch(0o600)
+    (folder / "binary").write_bytes(b"user:secret-73519\xff")
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    _bad_keysets(folder)
+    return folder
+
+
+def _bad_keysets(folder: Path) -> None:
+    """Make keysets each of which has one fault."""
+
+    def spoiled(name: str) -> Path:
+        shutil.copytree(folder / "keys", folder / name)
+        return folder / name
+
+    (spoiled("keys-json") / "keyset.json").write_text("{")
+    (spoiled("keys-schema") / "keyset.json").write_text('{"schema": 9}')
+    (spoiled("keys-list") / "keyset.json").write_text("[]")
+    (spoiled("keys-lost") / "layer.key").unlink()
+    (spoiled("keys-open") / "layer.key").chmod(0o640)
+    (spoiled("keys-garbage") / "layer.key").write_bytes(b"\0garbage")
+    (spoiled("keys-pem") / "layer.pem").write_bytes(b"\0garbage")
+    shutil.copy(folder / "other/layer.key", spoiled("keys-foreign") / "layer.key")
+    (spoiled("keys-folder") / "uki.pem").unlink()
+    (folder / "keys-folder/uki.pem").mkdir()
+    (spoiled("keys-encrypted") / "layer.key").write_text(
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"
+    )
+
+
+def state(folder: Path) -> list[tuple[str, int, float]]:
+    """List everything below a folder with size and date."""
+    found = [(str(path), path.lstat()) for path in folder.rglob("*")]
+    return sorted((name, entry.st_size, entry.st_mtime) for name, entry in found)
+
+
+PUBLISH = "publish good.yaml --keys keys --to oci:new"
+VM = "vm boot --disk disk --dir new"
+KEYSETS = {
+    "none": "none is no keyset (it has no keyset.json): make one by `mosinit keys new`",
+    "file": "cannot read file/keyset.json: Not a directory; restore it",
+    "folder": "folder is no keyset",
+    "keys-json": "cannot read keys-json/keyset.json",
+    "keys-list": "cannot read keys-list/keyset.json",
+    "keys-schema": "has schema 9",
+    "keys-lost": "the keyset lacks keys-lost/layer.key: restore it from a backup",
+    "keys-open": "chmod 600 keys-open/layer.key",
+    "keys-garbage": "cannot read keys-garbage/layer.key",
+    "keys-encrypted": "cannot read keys-encrypted/layer.key",
+    "keys-pem": "cannot read role layer",
+    "keys-foreign": "keys-foreign/layer.key does not fit",
+    "keys-folder": "cannot read role uki",
+}
+
+CASES: list[tuple[str, int, str]] = [
+    # keys
+    ("keys new file --product acme", 1, "file exists already and keys are never overwritten"),
+    ("keys new folder --product acme", 1, "folder exists already"),
+    ("keys new file/new --product acme", 1, "file"),
+    ("keys new new --product Acme", 2, "product name 'Acme'"),
+    ("keys new new --product ../x", 2, "product name '../x'"),
+    *((f"keys show {name}", 1, says) for name, says in KEYSETS.items()),
+    # build
+    *((f"build --keys {name} --out new", 1, says) for name, says in KEYSETS.items()),
+    ("build --keys keys --out file", 1, "file is not a folder: name another one with --out"),
+    ("build --keys keys --out file/new", 1, "file"),
+    ("build --keys keys --out new --epoch 0", 2, "--epoch"),
+    ("build --keys keys --out new --epoch 65", 2, "--epoch"),
+    ("build --keys keys --out new --epoch -1", 2, "--epoch"),
+    ("build --keys keys --out new --epoch 1.5", 2, "--epoch"),
+    # publish
+    *((f"publish good.yaml --keys {name} --to oci:new", 1, says) for name, says in KEYSETS.items()),
+    ("publish none.yaml --keys keys --to oci:new", 1, "cannot read none.yaml: No such file"),
+    ("publish folder --keys keys --to oci:new", 1, "cannot read folder: Is a directory"),
+    ("publish file/x --keys keys --to oci:new", 1, "cannot read file/x: Not a directory"),
+    ("publish garbage --keys keys --to oci:new", 3, "MANIFEST-FORMAT"),
+    ("publish empty --keys keys --to oci:new", 3, "MANIFEST-FORMAT"),
+    ("publish huge.yaml --keys keys --to oci:new", 1, "huge.yaml is larger than"),
+    ("publish broken.yaml --keys keys --to oci:new", 3, "line 4, epoch"),
+    ("publish short.yaml --keys keys --to oci:new", 3, "MANIFEST-TARGET"),
+    ("publish foreign.yaml --keys keys --to oci:new", 1, "the manifest is for product 11111111"),
+    ("publish nosource.yaml --keys keys --to oci:new", 1, "none"),
+    ("publish filesource.yaml --keys keys --to oci:new", 1, "file"),
+    ("publish good.yaml --keys other --to oci:new", 1, "take its own"),
+    ("publish good.yaml --keys keys --to new", 2, "cannot publish to new"),
+    ("publish good.yaml --keys keys --to oci:", 2, "cannot publish to oci:"),
+    ("publish good.yaml --keys keys --to oci:file", 1, "file exists and is no OCI image layout"),
+    ("publish good.yaml --keys keys --to oci:folder", 1, "folder exists and is no OCI image layout"),
+    ("publish good.yaml --keys keys --to oci:file/new", 1, "file"),
+    ("publish good.yaml --keys keys --to docker://r.example/x", 2, "needs a tag"),
+    ("publish good.yaml --keys keys --to docker://u:secret-73519@r.example/x:1", 2, "names no image"),
+    (f"{PUBLISH} --tls-ca none", 1, "cannot read none: No such file"),
+    (f"{PUBLISH} --tls-ca folder", 1, "cannot read folder: Is a directory"),
+    (f"{PUBLISH} --tls-ca garbage", 1, "garbage holds no certificate in PEM form"),
+    (f"{PUBLISH} --login none", 1, "cannot read none: No such file"),
+    (f"{PUBLISH} --login folder", 1, "cannot read folder: Is a directory"),
+    (f"{PUBLISH} --login open", 1, "open holds a password and is open to others: chmod 600 open"),
+    (f"{PUBLISH} --login nologin", 1, "nologin does not hold one line USER:PASSWORD"),
+    (f"{PUBLISH} --login binary", 1, "cannot read binary: it is no text"),
+    (f"{PUBLISH} --login login", 2, "--login is for one registry"),
+    *((f"{PUBLISH} --timeout {value}", 2, "--timeout") for value in ("0", "-1", "nan", "inf", "x")),
+    # uki sign
+    *(
+        (f"uki sign garbage --initrd file --keys {name} --out new", 1, says)
+        for name, says in KEYSETS.items()
+    ),
+    ("uki sign none --initrd file --keys keys --out new", 1, "none"),
+    ("uki sign folder --initrd file --keys keys --out new", 1, "folder"),
+    ("uki sign garbage --initrd file --keys keys --out new", 1, "garbage is not a UKI"),
+    ("uki sign empty --initrd file --keys keys --out new", 1, "empty is not a UKI"),
+    # vm boot
+    ("vm boot --disk none --dir new", 1, "cannot read the disk none: make it first, or name another"),
+    ("vm boot --disk folder --dir new", 1, "cannot read the disk folder"),
+    ("vm boot --disk disk --dir file", 1, "file"),
+    ("vm boot --disk disk --dir new", 1, "disk has no partition table that can be read"),
+    ("vm boot --disk empty --dir new", 1, "empty has no partition table that can be read"),
+    ("vm boot --disk garbage --dir new", 1, "garbage has no partition table that can be read"),
+    (f"{VM} --keys none", 1, "none is no keyset"),
+    (f"{VM} --keys file", 1, "file is no keyset"),
+    *((f"{VM} --timeout {value}", 2, "--timeout") for value in ("0", "-1", "nan", "inf", "x")),
+    # the rest
+    ("demo --dir file", 1, "file"),
+    ("test unit --cold", 2, "--cold"),
+    ("test neither", 2, "invalid choice"),
+    ("explain", 2, "one id"),
+    ("explain \x1b[31m", 2, "no check has the id ?[31m"),
+    ("explain " + "x" * 5000, 2, "explain --all"),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "says"), CASES, ids=lambda value: str(value)[:60])
+def test_bad_input(
+    words: str, status: int, says: str, world: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], need: Need,
+) -> None:  # fmt: skip
+    need("mkfs.erofs", "veritysetup", "sfdisk", "mtype", "virt-fw-vars")
+    monkeypatch.chdir(world)
+    before = state(world)
+    try:
+        assert cli.main(words.split(" "), VERBS) == status
+        # The folder of a machine is one whether it boots or not.
+        if not words.startswith("vm boot"):
+            assert state(world) == before
+    finally:
+        shutil.rmtree(world / "new", ignore_errors=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    starts = ("mosinit: error: ", "mosinit: refused: ")
+    (fault,) = [line for line in shown.err.splitlines() if line.startswith(starts)]
+    assert says in fault
+    assert len(fault) < 700
+    assert all(character.isprintable() or character == "\n" for character in shown.err)
+    assert "secret-73519" not in shown.err
+    assert state(world) == before
+
+
+# --- A full disk --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a file system that has next to no room."""
+    if os.geteuid() != 0:
+        pytest.skip("this needs root, to mount a small file system")
+    host, folder = Host(), tmp_path / "full"
+    folder.mkdir()
+    try:
+        host.mount("none", str(folder), "tmpfs", init.MountFlag(0), "size=16k")
+    except OSError as error:
+        pytest.skip(f"this needs a mount: {error}")
+    try:
+        yield folder
+    finally:
+        host.unmount(str(folder))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "keys new {full}/keys --product acme",
+        "publish good.yaml --keys keys --to oci:{full}/release",
+        "publish good.yaml --keys keys --to oci:{full}/a/b/release",
+        "vm boot --disk disk --dir {full}/vm --keys keys",
+    ],
+)
+def test_a_full_disk(
+    words: str, full: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    need: Need,
+) -> None:  # fmt: skip
+    need("mkfs.erofs", "veritysetup", "virt-fw-vars")
+    monkeypatch.chdir(world)
+    before = state(world)
+    assert cli.main(words.format(full=full).split(" "), VERBS) == 1
+    said = capsys.readouterr().err
+    assert "make room" in said.splitlines()[-1]
+    assert str(full) in said.splitlines()[-1]
+    assert state(world) == before
+    assert [path for path in full.rglob("*") if path.is_file() and path.stat().st_size] == []
