@@ -184,7 +184,7 @@ def _convert(
             return images.convert(host, f"oci:{fetched}", layout)
         except Failure as failure:
             # A person knows the name of the image, and nothing of a folder that is gone by then.
-            raise type(failure)(str(failure).replace(str(fetched), source)) from failure
+            raise Failure(str(failure).replace(str(fetched), source)) from failure
 
 
 # --- What a machine would say -------------------------------------------------------------------------

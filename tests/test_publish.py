@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -287,6 +288,57 @@ def test_a_folder_that_is_no_layout_is_never_replaced(
     for destination in ("docker://registry.example/x", "docker://A/b:1", "oci:", str(tmp_path)):
         with pytest.raises(Usage):
             publish.publish(host, written, keyset, destination)
+
+
+# --- What a machine would say -------------------------------------------------------------------------
+
+
+def spoil(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("cut", "LAYER-SIZE"),
+        ("longer", "LAYER-SIZE"),
+        ("superblock", "LAYER-SUPERBLOCK"),
+        ("magic", "LAYER-FILESYSTEM"),
+        ("absent", "STORE-READ"),
+        ("signature", "LAYER-SIGNATURE"),
+        ("foreign signature", "LAYER-SIGNATURE"),
+        ("image", "IMAGE-DIGEST"),
+    ],
+)
+def test_what_a_machine_would_refuse_is_refused_before(
+    fault: str, check: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    layout = images.Layout(tmp_path / "release")
+    contents = init.parse_manifest(parts(layout)[init.MANIFEST_MEDIA_TYPE][0])
+    policy = publish.check_signer(keyset, contents)
+    assert publish.check_release(host, layout, policy, keyset).contents == contents
+    target = contents.targets[0]
+    (layer,) = init.parse_image(layout.blob_path(target.digest).read_bytes()).layers
+    path, signature = layout.blob_path(layer.digest), layout.blob_path(target.layer_signatures[0])
+    superblock = init.verity_data_blocks(layer.size) * init.BLOCK
+    other = keys.new(host, tmp_path / "other", "other").signer("layer").sign_pkcs7(layer.root_hash.encode())
+    spoilers: dict[str, Callable[[], None]] = {
+        "cut": lambda: os.truncate(path, layer.size - init.BLOCK),
+        "longer": lambda: os.truncate(path, layer.size + 1),
+        "superblock": lambda: spoil(path, superblock, bytes(8)),
+        "magic": lambda: spoil(path, 1024, bytes(4)),
+        "absent": path.unlink,
+        "signature": lambda: spoil(signature, 100, b"changed"),
+        "foreign signature": lambda: spoil(signature, 0, other),
+        "image": lambda: spoil(layout.blob_path(target.digest), 1, b"x"),
+    }
+    spoilers[fault]()
+    with pytest.raises(init.Refused) as refused:
+        publish.check_release(host, layout, policy, keyset)
+    assert refused.value.check == check
 
 
 # --- The encoding -------------------------------------------------------------------------------------
