@@ -511,9 +511,7 @@ def add_tree(
 
 
 def _check_count(path: Path, expected: int, label: str) -> None:
-    """Raise `Failure` unless the file system has all inodes: mkfs.erofs ends well at a header that it takes
-    for damaged.
-    """
+    """Raise `Failure` unless the file system has all inodes: mkfs.erofs tells nobody where it stopped."""
     with path.open("rb") as file:
         # linux/fs/erofs/erofs_fs.h, struct erofs_super_block: magic, checksum, features, sizes, root, inodes
         magic, inodes = struct.unpack_from("<I12xQ", file.read(init.BLOCK), 1024)

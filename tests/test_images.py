@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosinit import images, init
+from mosinit import images, init, tars
 from mosinit.host import Failure, Host
 
 Need = Callable[..., None]
@@ -484,6 +484,43 @@ def test_verity_over_what_no_machine_mounts_is_refused(host: Host, tmp_path: Pat
     source.write_index(host, [image(host, source, [layer], [b""])])
     with pytest.raises(init.Refused, match="LAYER-FILESYSTEM"):
         images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "target"))
+
+
+def test_over_a_verity_layer_a_tar_lists_its_folders(host: Host, tmp_path: Path) -> None:
+    source = images.Layout(tmp_path / "once")
+    below = images.convert(host, f"oci:{plain(host, tmp_path / 'plain')}", source).layers[0].descriptor
+    for tar, message in (
+        (make_tar({"new/": b"", "new/a": b"a"}), ""),
+        (make_tar({"new/a": b"a"}), "not list"),
+    ):
+        layers = [below, source.add_blob(host, tar, TAR)]
+        source.write_index(host, [image(host, source, layers, [TREE, tar])])
+        target = images.Layout(tmp_path / "twice")
+        if not message:
+            assert images.convert(host, f"oci:{source.path}", target).layers[0].descriptor == below
+            continue
+        with pytest.raises(Failure, match=message):
+            images.convert(host, f"oci:{source.path}", target)
+
+
+def test_a_file_system_of_fewer_files_is_noticed(host: Host, tmp_path: Path) -> None:
+    """Premise: mkfs.erofs takes two blocks of zeros for the end, and is content."""
+    (tmp_path / "tar").write_bytes(make_tar({"a": b""})[:512] + bytes(1024) + make_tar({"b": b""}))
+    images.make_erofs(host, tmp_path / "tar", tmp_path / "erofs")
+    images._check_count(tmp_path / "erofs", 2, "layer")
+    with pytest.raises(Failure, match="made 2 of 3 files"):
+        images._check_count(tmp_path / "erofs", 3, "layer")
+
+
+@pytest.mark.parametrize("packing", ["+gzip", "+zstd"])
+def test_a_bomb_is_not_unpacked(packing: str, host: Host, tmp_path: Path) -> None:
+    layout, bomb = images.Layout(tmp_path / "layout"), bytes(8 << 20)
+    packed = gzip.compress(bomb) if packing == "+gzip" else host_zstd(bomb)
+    layer = layout.add_blob(host, packed, TAR + packing)
+    job = images.LayerJob(host, layout, layer, ZEROS, "layer 1", tmp_path / "1")
+    with pytest.raises(Failure, match="unpacks to more than an image may"):
+        images._unpack(job, layout.blob_path(layer.digest), tars.Image(tars.Limits(content=1 << 20)))
+    assert (tmp_path / "1.tar").stat().st_size <= 2 << 20
 
 
 # --- Documents that do not mean well ------------------------------------------------------------------

@@ -225,7 +225,7 @@ LIMITS = tars.Limits(entries=10, content=1000, metadata=2000, extension=512, xat
         [entry("/".join("abcdefghijk"))],
         [entry(f".wh.{number}") for number in range(11)],
         [entry("a", content=bytes(500)), entry("b", content=bytes(501))],
-        [symlink(str(number), "t" * 100) for number in range(10) for _ in range(3)],
+        [symlink(str(number), "t" * 300) for number in range(7)],
         [xattr("a", "user.a", "v" * 101)],
         [xattr("a", "user.a", "v" * 600)],
     ],
@@ -338,6 +338,14 @@ def test_over_a_layer_of_unknown_names_nothing_is_guessed(read: Read, image: tar
         read(entry("a/b"))
     with pytest.raises(Failure, match="no file before it"):
         read(link("a", "b"))
+
+
+def test_a_tar_that_shrinks_meanwhile_is_no_endless_file(tmp_path: Path) -> None:
+    (tmp_path / "tar").write_bytes(entry("a", content=bytes(5000)) + END)
+    tree = tars.read_layer(tmp_path / "tar", "x", tars.Image())
+    (tmp_path / "tar").write_bytes(bytes(1000))
+    with pytest.raises(Failure, match="became shorter"):
+        written(tree)
 
 
 # --- Bytes that nobody thought of ---------------------------------------------------------------------
