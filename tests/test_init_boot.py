@@ -212,7 +212,17 @@ def test_the_wait_doubles_from_ten_seconds_to_ten_minutes_and_the_flash_is_spare
 
 
 @pytest.mark.parametrize(
-    "left", [b"", b"x" * 2000, b"[1]", b'{"id":1}', b'{"id":"a","sequence":1,"uki":"u","count":-3}']
+    "left",
+    [
+        b"",
+        b"x" * 2000,
+        b'{"id":"a","sequence":1,"uki":"u","count":3}' + b" " * 1000,
+        b"[1]",
+        b'{"id":1}',
+        b'{"id":"a","sequence":NaN,"uki":"u","count":3}',
+        b'{"id":"a","sequence":[],"uki":"u","count":3}',
+        b'{"id":"a","sequence":1,"uki":"u","count":-3}',
+    ],
 )
 def test_what_anybody_may_have_written_into_the_firmware_counts_nothing(left: bytes) -> None:
     k = FakeMachine()
@@ -240,6 +250,89 @@ def test_the_boot_disk_is_waited_for() -> None:
     k.sleep = plug  # type: ignore[method-assign]
     assert init.find_disk(k).name == "vda"
     assert 5 < k.now < init.DISK_SECONDS
+
+
+def test_what_is_measured_is_logged_as_systemd_does() -> None:
+    k = FakeMachine()
+    end(k)
+    records = [json.loads(line) for line in k.files[init.MEASURE_LOG].split(b"\x1e")[1:]]
+    assert [record["content"]["string"] for record in records] == ["enter-initrd", "leave-initrd"]
+    for record, digest in zip(records, (ENTER, LEAVE), strict=True):
+        assert (record["pcr"], record["content_type"], record["content"]["eventType"]) == (
+            11,
+            "systemd",
+            "phase",
+        )
+        digests = {item["hashAlg"]: item["digest"] for item in record["digests"]}
+        assert set(digests) == {"sha1", "sha256"}
+        assert digests["sha256"] == digest.hex()
+
+
+def test_only_disks_with_the_esp_are_boot_disks() -> None:
+    k = FakeMachine()
+    k.add_disk("loop0")
+    k.add_disk("vdb", gpt([(init.LIVE_STORE_TYPE, ESP_UUID, 2048, 4095)]).ljust(65536 * 512, b"\0"))
+    k.add_disk("vdc", gpt([(init.ESP_TYPE, ESP_UUID, 2048, 4095)]).ljust(1 << 19, b"\0"))
+    assert init.find_disk(k).name == "vda"
+
+
+def test_a_bank_that_cannot_be_read_is_refused() -> None:
+    k = FakeMachine()
+    plain = k.read
+
+    def read(path: str, limit: int = init.MIB) -> bytes:
+        if (
+            path.endswith("pcr-sha256/11")
+            and not k.report.fenced
+            and k.report.stages[-1]["name"] == "check-firmware"
+        ):
+            if "ms" not in k.report.stages[-1]:
+                raise OSError(errno.EIO, "no answer")
+        return plain(path, limit)
+
+    k.read = read  # type: ignore[method-assign]
+    end(k)
+    assert k.framed()["failed"] == "TPM-BANK"
+
+
+def test_without_a_sha256_bank_nothing_is_sealed_and_people_can_read_why() -> None:
+    k = FakeMachine()
+    for name in [name for name in k.files if "pcr-sha256" in name]:
+        del k.files[name]
+    plain = k.read
+
+    def read(path: str, limit: int = init.MIB) -> bytes:
+        if "pcr-sha256" in path:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        return plain(path, limit)
+
+    k.read = read  # type: ignore[method-assign]
+    assert end(k) == "restart"
+    assert k.framed()["failed"] == "TPM-BANK"
+    assert ("sleep", 1) in k.ops
+
+
+def test_a_fence_that_fails_leaves_time_to_read() -> None:
+    k = FakeMachine()
+    k.deaf_tpm = True
+    assert end(k) == "power_off"
+    assert sum(op == ("sleep", 1) for op in k.ops) == init.FIRST_WAIT
+
+
+def test_whatever_the_fence_raises_switches_the_machine_off() -> None:
+    k = FakeMachine()
+    k.fail("tpm", KeyError("cannot happen"))
+    assert end(k) == "power_off"
+    assert k.framed()["failed"] == "TPM-FENCE"
+
+
+def test_a_stored_hint_is_deleted() -> None:
+    k = FakeMachine()
+    name = f"LoaderDevicePartUUID-{init.LOADER_GUID}"
+    k.variables[name] = (7, HINT)
+    end(k)
+    assert k.framed()["failed"] == "DISK-HINT"
+    assert name not in k.variables
 
 
 def test_a_module_parameter_that_did_not_take_is_refused() -> None:

@@ -121,7 +121,18 @@ FAULTS: list[tuple[str, str]] = [
     (replaced("size: 1000", "size: 5000000"), "targets[0].size"),
     (replaced(f"[{DIGEST}]", f"[{DIGEST[:-1]}]"), "targets[0].layer_signatures[0]"),
     (replaced(f"[{DIGEST}]", DIGEST), "targets[0].layer_signatures"),
-    (replaced("    size", "    storage: [{dest: /a, label: no}]\n    size"), "'no'"),
+    (
+        replaced("    size", "    storage: [{dest: /a, label: nowhere}]\n    size"),
+        "targets[0].storage: 'nowhere'",
+    ),
+    (replaced("sequence: 42", "sequence: 42\n7: x"), "line 4, top: 7"),
+    (replaced("sequence: 42", "sequence: 42\n[a]: x"), "line 4, top: 'list'"),
+    (replaced("    size", "    storage: [" + "x, " * 65 + "]\n    size"), "targets[0].storage: 'list'"),
+    (
+        HEAD + HOSTFS + "storage:\n" + 2 * "  - {label: a, persistent: true, size: 2G}\n",
+        "storage[1].label: 'a'",
+    ),
+    (HEAD + HOSTFS + "#" * init.MANIFEST_BYTES, "at most"),
     (replaced("    size", "    network: {type: host}\n    size"), "targets[0].network"),
     (HEAD + HOSTFS + HOSTFS.partition("\n")[2], "targets[1].service_name: 'hostfs'"),
     (HEAD + "targets: []\nstorage:\n  - {label: a, persistent: true, size: 20}\n", "storage[0].size: '20'"),
@@ -196,6 +207,7 @@ def certificate(
     subject: str = "leaf",
     extensions: Iterable[x509.ExtensionType] = LEAF,
     days: int = 10,
+    more: x509.ExtensionType | None = None,
 ) -> bytes:
     """Make a certificate in PEM form."""
     start = datetime.datetime(2020, 1, 1)
@@ -206,6 +218,8 @@ def certificate(
     )  # fmt: skip
     for extension in extensions:
         builder = builder.add_extension(extension, critical=True)
+    if more is not None:
+        builder = builder.add_extension(more, critical=False)
     algorithm = None if isinstance(issuer_key, ed25519.Ed25519PrivateKey) else hashes.SHA384()
     return builder.sign(issuer_key, algorithm).public_bytes(serialization.Encoding.PEM)
 
@@ -276,6 +290,11 @@ BAD_CERTIFICATES: list[tuple[str, bytes]] = [
     ("MANIFEST-PRODUCT", certificate(P256, CA_KEY, extensions=swap(3, OTHER))),
     ("MANIFEST-PRODUCT", certificate(P256, CA_KEY, extensions=swap(3, BOTH))),
 ]  # fmt: skip
+
+
+def test_an_unknown_extension_that_is_not_critical_is_no_reason() -> None:
+    extra = x509.SubjectKeyIdentifier(b"x" * 20)
+    verify(pem=certificate(P256, CA_KEY, extensions=LEAF, more=extra))
 
 
 @pytest.mark.parametrize(("check", "pem"), BAD_CERTIFICATES, ids=range(len(BAD_CERTIFICATES)))

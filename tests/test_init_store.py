@@ -118,6 +118,7 @@ class StoreMachine(FakeMachine):
         self.unreadable: set[str] = set()
         self.hostfs: dict[str, tuple[int, bytes]] = {"/sbin/init": (stat.S_IFREG | 0o755, INIT)}
         self.links: set[str] = set()
+        self.read_only = ""
         self.folders = {f"{init.SYSROOT}{name}" for name in init.MOVED}
         parts = [(init.ESP_TYPE, ESP_UUID, 2048, 4095), (init.LIVE_SEAL_TYPE, SEAL_UUID, 4096, 4127),
                  (init.LIVE_STORE_TYPE, STORE_UUID, 6144, 8191)]  # fmt: skip
@@ -175,6 +176,8 @@ class StoreMachine(FakeMachine):
 
     def make_folder(self, path: str, mode: int = 0o755) -> None:
         super().make_folder(path, mode)
+        if path == self.read_only:
+            raise OSError(errno.EROFS, "read-only file system")
         if path not in self.links:
             self.folders.add(path)
 
@@ -182,6 +185,11 @@ class StoreMachine(FakeMachine):
         """Put a link to a folder where a folder was."""
         self.folders.remove(path)
         self.links.add(path)
+
+    def cannot_make(self, path: str) -> None:
+        """Let a mount point be missing where nothing can be written."""
+        self.folders.remove(path)
+        self.read_only = path
 
     def free_initramfs(self) -> None:
         self._do("free_initramfs")
@@ -428,6 +436,8 @@ FAULTS: list[tuple[str, Fault]] = [
     ("LAYER-SUPERBLOCK", layers("bootkit", blocks=6, salt=bytes.fromhex(init.live_store_salt(6)))),
     ("LAYER-READ", machine(lambda k: k.unreadable.add("/dev/loop1"))),
     ("LAYER-READ", machine(lambda k: k.unreadable.add("/dev/dm-mosinit-bootkit-0"))),
+    ("LAYER-READ", machine(lambda k: k.fail("mount-layer"))),
+    ("OVERLAY-MOUNTPOINT", machine(lambda k: k.cannot_make("/sysroot/run"))),
     ("LAYER-FILESYSTEM", layers("bootkit", head=b"ext4")),
     ("OVERLAY-MOUNT", machine(lambda k: k.fail("mount_overlay"))),
     ("LAYER-READ", machine(lambda k: k.fail("read_in_root"))),
@@ -467,6 +477,8 @@ def late(k: StoreMachine) -> None:
         plain_mount(source, target, fstype, flags, data)
         if target == init.STORE and "mount-erofs" in k.failing:
             raise k.failing["mount-erofs"]
+        if target.startswith("/run/mosinit/layers/") and "mount-layer" in k.failing:
+            raise k.failing["mount-layer"]
 
     def dm(
         command: init.DmCommand, name: str, flags: int = 0, table: tuple[int, str, str] | None = None
