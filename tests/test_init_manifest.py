@@ -125,7 +125,7 @@ FAULTS: list[tuple[str, str]] = [
         replaced("    size", "    storage: [{dest: /a, label: nowhere}]\n    size"),
         "targets[0].storage: 'nowhere'",
     ),
-    (replaced("sequence: 42", "sequence: 42\n7: x"), "line 4, top: 7"),
+    (replaced("sequence: 42", "sequence: 42\n7: x"), "line 4, top: '7'"),
     (replaced("sequence: 42", "sequence: 42\n[a]: x"), "line 4, top: 'list'"),
     (replaced("    size", "    storage: [" + "x, " * 65 + "]\n    size"), "targets[0].storage: 'list'"),
     (
