@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from world import GOOD_HOSTFS, World, check_refused, flip, part_of, retouch
+from programs import init_program
+from world import GOOD_HOSTFS, HELLO, World, check_refused, flip, part_of, retouch
 
 from mosinit import disk, firmware, init, keys, tools, uki, vm
 from mosinit.machine import VARIABLES, Hardware
@@ -29,12 +30,23 @@ def test_a_good_medium_hands_over(world: World, medium: Path) -> None:
     assert report["uki_id"] == world.bootable.uki.uki_id
     passed = {check["id"] for check in report["checks"]}  # type: ignore[attr-defined]
     never_noted = {"TPM-EXTEND", "TPM-FENCE", "DISK-HINT", "DISK-ABSENT"} | {
-        check for check in init.CHECKS if check.startswith(("GPT-", "MODULE-L", "OVERLAY-", "IMAGE-F"))
+        check for check in init.CHECKS if check.startswith(("GPT-", "MODULE-L", "IMAGE-F"))
     }
     assert passed >= {"SB-OFF", "SB-DB", "SB-KEYRING", "STORE-SIGNATURE", "LAYER-SIGNATURE", "HOSTFS-INIT"}
     assert not passed & never_noted
     stages = [stage["name"] for stage in report["stages"]]  # type: ignore[attr-defined]
     assert stages[-1] == "prepare-root"
+
+
+def test_the_program_of_hostfs_runs(world: World, medium: Path) -> None:
+    """It says a word and restarts the machine, which is too early for a started system."""
+    release = world.release("restarts", {"sbin/init": init_program(HELLO, "restart")})
+    outcome = world.go_on(world.medium(release), until="multi-user")
+    assert (outcome.status, outcome.reason) == (1, "the machine restarted before multi-user.target")
+    console = outcome.console.read_bytes()
+    assert console.index(b"mosinit-report: ") < console.index(HELLO.strip())
+    assert outcome.report is not None
+    assert outcome.report["result"] == "pivoted"
 
 
 def bad_content(world: World, release: Path) -> dict[str, Callable[[], Path]]:

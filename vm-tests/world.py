@@ -125,11 +125,11 @@ class World:
         )
         return replace(plain, **more)  # type: ignore[arg-type]
 
-    def go_on(self, medium: Path) -> vm.Outcome:
+    def go_on(self, medium: Path, **more: object) -> vm.Outcome:
         """Let the saved machine go on with another medium; with --cold, boot it from power-on."""
         if self.cold or self.saved is None:
-            return vm.boot(self.host, self.options(medium))
-        return vm.restore(self.host, self.saved, self.options(medium))
+            return vm.boot(self.host, self.options(medium, **more))
+        return vm.restore(self.host, self.saved, self.options(medium, **more))
 
 
 def make_tar(files: Files) -> bytes:
