@@ -86,7 +86,8 @@ CHECKS: dict[str, Check] = {
     "SB-OFF": Check("Secure Boot is off", "switch Secure Boot on in the firmware's setup"),
     "SB-MODE": Check(
         "the firmware is in setup or audit mode, where anybody can enrol keys",
-        "enrol the keyset's PK, KEK and db certificates in the firmware's setup, which ends setup mode",
+        "choose `Enroll Secure Boot keys` in the menu that the restarted medium shows for a minute, or "
+        "enrol the keyset's PK, KEK and db certificates in the firmware's setup",
     ),
     "SB-DB": Check(
         "the firmware trusts other certificates than this system was built for",
@@ -249,6 +250,8 @@ EFI_IMAGE_SECURITY = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"  # UEFI specificatio
 EFI_CERT_X509 = "a5c059a1-94e4-4aa7-87b5-ab155c2bf072"  # UEFI specification 32.4.1
 LOADER_GUID = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"  # systemd Boot Loader Interface
 SHIM_GUID = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's variables
+# systemd-boot sets it at each boot, whether there is a shim or not; it holds no key.
+SHIM_HARMLESS = (f"ShimRetainProtocol-{SHIM_GUID}",)
 OUR_GUID = "c084e374-b002-47a5-ad36-30f438fe6019"
 EFI_NON_VOLATILE = 1
 
@@ -1800,19 +1803,23 @@ def check_firmware(k: Machine, policy: Policy) -> None:
 
 
 def _check_secure_boot(k: Machine) -> None:
-    secure_boot = k.efi_read("SecureBoot", EFI_GLOBAL)
-    demand(k, "SB-OFF", expected="on", seen="on" if secure_boot and secure_boot[1] == b"\1" else "off")
     # AuditMode came with UEFI 2.5; SetupMode was always there.
     absent = {"SetupMode": b"absent", "AuditMode": b"\0"}
     modes = [name for name in absent if (k.efi_read(name, EFI_GLOBAL) or (0, absent[name]))[1] != b"\0"]
+    if "SetupMode" in modes:
+        # systemd-boot on the medium offers its keys in its menu; that is shown only if somebody asks for it.
+        with contextlib.suppress(OSError):
+            k.efi_write("LoaderConfigTimeoutOneShot", LOADER_GUID, "60\0".encode("utf-16-le"))
     demand(k, "SB-MODE", expected="user mode", seen=", ".join(modes) or "user mode")
+    secure_boot = k.efi_read("SecureBoot", EFI_GLOBAL)
+    demand(k, "SB-OFF", expected="on", seen="on" if secure_boot and secure_boot[1] == b"\1" else "off")
 
 
 def _check_trusted_keys(k: Machine, policy: Policy) -> None:
     """See that the firmware's db and the kernel's keyrings hold what the build listed, and nothing of
     shim's.
     """
-    shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID)]
+    shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID) and name not in SHIM_HARMLESS]
     for name in shim:
         with contextlib.suppress(OSError):
             k.efi_write(name.removesuffix(f"-{SHIM_GUID}"), SHIM_GUID, b"")

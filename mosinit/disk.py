@@ -1,6 +1,7 @@
 """The live medium: one raw GPT image that a machine boots from and that holds a whole release.
 
-1. ESP, FAT32: the UKI as EFI/BOOT/BOOTX64.EFI, and keys/*.der, certificates for enrolment in setup mode.
+1. ESP, FAT32: systemd-boot, signed, as EFI/BOOT/BOOTX64.EFI; the UKI; certificates for the firmware's setup
+   in keys/*.der, and signed updates of its variables where systemd-boot offers them in setup mode.
 2. Seal: number of data blocks and root hash of the store, signed by the layer key.
 3. Store: an erofs image with the release at mosinit/, dm-verity superblock, hash tree.
 
@@ -13,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from mosinit import images, init
+from mosinit import firmware, images, init
 from mosinit.host import Failure, Host
 from mosinit.keys import Keyset, Signer
 
@@ -27,7 +28,14 @@ SECTOR = 512
 # FAT32 means 65525 clusters at least (Microsoft's FAT specification); ours are of one sector.
 SMALLEST_ESP = 34 * init.MIB
 SEAL_BYTES = 16384
+BOOT_LOADER = Path("/usr/lib/systemd/boot/efi/systemd-bootx64.efi")
+UKI_PLACE = "EFI/Linux/mosinit.efi"
+# No menu, unless the bring-up asks for one (in setup mode) or somebody holds a key; no other systems; and
+# keys are enrolled by a person who chooses that in the menu, never by themselves.
+LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nsecure-boot-enroll manual\n"
 ENROLMENT = {"PK": "PK", "KEK": "KEK", "db-uki": "uki", "db-layer": "layer"}
+# In the order of trust: which variable, who signs its update, whose certificates it holds.
+UPDATES = (("PK", "PK", ("PK",)), ("KEK", "PK", ("KEK",)), ("db", "KEK", ("uki", "layer")))
 # FAT has no dates before 1980, and nobody reads these.
 EPOCH = 315532800
 
@@ -55,11 +63,10 @@ def live_medium(host: Host, uki: Path, release: Path, keyset: Keyset, target: Pa
     """Write the live medium of a release; `target` appears when it is whole."""
     if not (release / "index.json").is_file():
         raise Failure(f"{release} is no OCI image layout: publish a release there first")
-    certificates = {name: keyset.certificate(role) for name, role in ENROLMENT.items()}
     identity = _hex(b"mosinit live medium", images.digest_file(uki)[0].encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=target) as folder:
-        esp = make_esp(host, uki, certificates, folder / "esp", identity)
+        esp = make_esp(host, esp_files(uki, keyset, folder), folder / "esp", identity)
         store = seal_store(host, release, keyset.signer("layer"), folder / "store")
         (folder / "seal").write_bytes(store.seal)
         parts = [
@@ -77,27 +84,42 @@ def _hex(purpose: bytes, content: bytes) -> str:
 # --- ESP ----------------------------------------------------------------------------------------------
 
 
-def make_esp(
-    host: Host, uki: Path, certificates: dict[str, x509.Certificate], target: Path, identity: str
-) -> Path:
-    """Make the EFI system partition: the UKI, and certificates by name; `identity` gives its volume id."""
-    keys = {
-        name: certificate.public_bytes(serialization.Encoding.DER)
-        for name, certificate in certificates.items()
+def esp_files(uki: Path, keyset: Keyset, folder: Path) -> dict[str, bytes | Path]:
+    """Return what lies on the EFI system partition: signed boot loader, UKI, keys to enrol."""
+    if not BOOT_LOADER.is_file():
+        raise Failure(f"cannot read {BOOT_LOADER}: install systemd-boot-efi")
+    # Every db that starts our UKIs starts this loader too, from whichever medium: it decides nothing.
+    keyset.signer("uki").sign_pe(BOOT_LOADER, folder / "boot.efi")
+    certificates = {name: keyset.certificate(role) for name, role in ENROLMENT.items()}
+    ders = {f"keys/{name}.der": each.public_bytes(Encoding.DER) for name, each in certificates.items()}
+    updates = {
+        f"loader/keys/mosinit/{name}.auth": firmware.signed_update(
+            keyset.signer(signer),
+            name,
+            b"".join(firmware.signature_list(keyset.certificate(role)) for role in roles),
+        )
+        for name, signer, roles in UPDATES
     }
-    files: dict[str, bytes | Path] = {
-        "EFI/BOOT/BOOTX64.EFI": uki,
-        **{f"keys/{name}.der": content for name, content in keys.items()},
+    loader: dict[str, bytes | Path] = {
+        "EFI/BOOT/BOOTX64.EFI": folder / "boot.efi",
+        "loader/loader.conf": LOADER_CONF,
     }
+    return {**loader, UKI_PLACE: uki, **ders, **updates}
+
+
+def make_esp(host: Host, files: Mapping[str, bytes | Path], target: Path, identity: str) -> Path:
+    """Make the EFI system partition with these files; `identity` gives its volume id."""
+    used = sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in files.values())
     # A fortieth for the two allocation tables (4 bytes per sector each), rounded up generously.
-    size = max(SMALLEST_ESP, _round_up(uki.stat().st_size * 21 // 20 + init.MIB, init.MIB))
+    size = max(SMALLEST_ESP, _round_up(used * 21 // 20 + init.MIB, init.MIB))
     with target.open("wb") as file:
         file.truncate(size)
     host.run(
         ["mkfs.vfat", "-F32", "-s1", f"-S{SECTOR}", f"-i{identity[:8]}", "-nESP", target],
         env=_fixed_time(),
     )
-    host.run(["mmd", "-i", target, "::EFI", "::EFI/BOOT", "::keys"], env=_fixed_time())
+    folders = sorted({str(parent) for place in files for parent in PurePath(place).parents} - {"."})
+    host.run(["mmd", "-i", target, *(f"::{folder}" for folder in folders)], env=_fixed_time())
     with host.scratch(near=target) as folder:
         for place, content in files.items():
             # One file at a time, and a copy with a date of ours: the order and dates of a folder are chance.
@@ -124,7 +146,8 @@ def seal_store(host: Host, release: Path, signer: Signer, target: Path) -> Store
     with host.scratch(near=target) as folder:
         tar = folder / "store.tar"
         with tar.open("wb") as file:
-            images.write_tar(release, file, prefix=f"{init.REPOSITORY}/")
+            # The modes of a release are those that its publisher's umask left.
+            images.write_tar(release, file, prefix=f"{init.REPOSITORY}/", modes=False)
         images.make_erofs(host, tar, target)
     blocks = target.stat().st_size // init.BLOCK
     name = images.digest_file(target)[0].removeprefix("sha256:")

@@ -7,6 +7,7 @@ entries is a constant, since the firmware measures it: machines with the same ce
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import struct
@@ -18,18 +19,26 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mosinit import init
 from mosinit.host import Failure, Host
+from mosinit.keys import SIGNING_TIME, Signer
 
 TEMPLATE = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 OWNER = "9391f455-1d06-5c39-886f-52232b682dd8"  # uuid5(DNS, "secure-boot.mosinit")
 SHIM = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's vendor GUID, of MokListRT and its kin
 X509_GUID = "a5c059a1-94e4-4aa7-87b5-ab155c2bf072"  # UEFI 2.10, 32.4.1: EFI_CERT_X509_GUID
 NV_BS_RT = 0x07  # UEFI 2.10, 8.2: non-volatile, boot service, runtime
+NV_BS_RT_TIMED = 0x27  # the same, and time-based authenticated
+PKCS7_GUID = "4aafd29d-68df-49ee-8aa9-347d375665a7"  # UEFI 2.10, 32.2.4: EFI_CERT_TYPE_PKCS7_GUID
 ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 CERTIFICATE_LIMIT = 16 * 1024  # bytes of one certificate on a medium
 
 _LIST = struct.Struct("<16sIII16s")  # type, size of the list, of its header, of an entry; the entry's owner
 assert _LIST.size == 44
+_TIME = struct.Struct("<H5B9x")  # UEFI 2.10, 8.3: EFI_TIME; what is below a second, and where, is zero
+assert _TIME.size == 16
+_CERTIFICATE = struct.Struct("<IHH16s")  # UEFI 2.10, 32.2.4: WIN_CERTIFICATE_UEFI_GUID
+assert _CERTIFICATE.size == 24
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,42 @@ def signature_list(certificate: x509.Certificate) -> bytes:
     entry = 16 + len(der)
     kind, owner = uuid.UUID(X509_GUID).bytes_le, uuid.UUID(OWNER).bytes_le
     return _LIST.pack(kind, _LIST.size - 16 + entry, 0, entry, owner) + der
+
+
+def signed_update(signer: Signer, name: str, content: bytes) -> bytes:
+    """Return the update (`.auth`) that gives PK, KEK or db this content; it depends on its input alone.
+
+    EFI_VARIABLE_AUTHENTICATION_2 (UEFI 2.10, 8.2.2), signed over name, vendor, attributes, time and content.
+    Its time is a constant, so a later change of the variable needs another tool and a later time.
+    """
+    vendor = init.EFI_IMAGE_SECURITY if name == "db" else init.EFI_GLOBAL
+    time = datetime.datetime.fromtimestamp(SIGNING_TIME, datetime.timezone.utc)
+    stamp = _TIME.pack(time.year, time.month, time.day, time.hour, time.minute, time.second)
+    head = name.encode("utf-16-le") + uuid.UUID(vendor).bytes_le + struct.pack("<I", NV_BS_RT_TIMED)
+    signature = bare_signed_data(signer.sign_pkcs7(head + stamp + content, with_certificate=True))
+    size = _CERTIFICATE.size + len(signature)
+    certificate = _CERTIFICATE.pack(size, 0x0200, 0x0EF1, uuid.UUID(PKCS7_GUID).bytes_le)
+    return stamp + certificate + signature + content
+
+
+def bare_signed_data(pkcs7: bytes) -> bytes:
+    """Return the SignedData within a PKCS#7 (RFC 5652, 3): not every firmware takes it wrapped."""
+    sequence, end = _der(pkcs7, 0, 0x30)
+    _, after_type = _der(pkcs7, sequence, 0x06)
+    signed_data, inner_end = _der(pkcs7, after_type, 0xA0)
+    if (end, inner_end) != (len(pkcs7), len(pkcs7)):
+        raise ValueError("more than a PKCS#7")
+    return pkcs7[signed_data:]
+
+
+def _der(data: bytes, start: int, tag: int) -> tuple[int, int]:
+    """Return where the content of the DER element at `start` begins and ends (X.690, 8.1)."""
+    if data[start : start + 1] != bytes([tag]) or len(data) < start + 2:
+        raise ValueError(f"no DER element of type {tag:#x} at {start}")
+    count = data[start + 1] & 0x7F if data[start + 1] & 0x80 else 0
+    begin = start + 2 + count
+    size = int.from_bytes(data[start + 2 : begin], "big") if count else data[start + 1]
+    return begin, begin + size
 
 
 def certificates_of_keyset(folder: Path) -> Certificates:

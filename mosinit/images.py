@@ -462,8 +462,8 @@ def tree_layer(host: Host, folder: Path, layout: Layout) -> Descriptor:
         return add_layer(host, tar, scratch / "tree.erofs", layout).descriptor
 
 
-def write_tar(folder: Path, file: IO[bytes], *, prefix: str = "") -> None:
-    """Write a folder as a tar that depends on names, modes, links and contents alone."""
+def write_tar(folder: Path, file: IO[bytes], *, prefix: str = "", modes: bool = True) -> None:
+    """Write a folder as a tar that depends on names, modes (if asked for), links and contents alone."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in [folder, *sorted(folder.rglob("*"))]:
             entry = archive.gettarinfo(path, arcname=f"./{prefix}{path.relative_to(folder)}")
@@ -473,6 +473,8 @@ def write_tar(folder: Path, file: IO[bytes], *, prefix: str = "") -> None:
             entry.uid = entry.gid = 0
             entry.uname = entry.gname = ""
             entry.mtime = 0
+            if not modes:
+                entry.mode = 0o755 if entry.isdir() else 0o644
             if entry.isreg():
                 with path.open("rb") as content:
                     archive.addfile(entry, content)

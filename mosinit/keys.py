@@ -75,8 +75,10 @@ class Signer(Protocol):
     def sign(self, data: bytes) -> bytes:
         """Sign the exact bytes as the key's type wants it; `openssl pkeyutl -verify -rawin` verifies it."""
 
-    def sign_pkcs7(self, data: bytes) -> bytes:
-        """Return a detached PKCS#7 (DER), no attributes, no certificates: what dm-verity takes."""
+    def sign_pkcs7(self, data: bytes, *, with_certificate: bool = False) -> bytes:
+        """Return a detached PKCS#7 (DER) without attributes: what dm-verity takes; firmware wants the
+        signer's certificate in it.
+        """
 
     def sign_pe(self, source: Path, target: Path) -> None:
         """Write `source` with an Authenticode signature to `target`; the same input gives the same bytes."""
@@ -107,10 +109,11 @@ class FileSigner:
         digest = hashes.SHA384() if key.curve.key_size > 256 else hashes.SHA256()
         return key.sign(data, ec.ECDSA(digest, deterministic_signing=True))
 
-    def sign_pkcs7(self, data: bytes) -> bytes:
+    def sign_pkcs7(self, data: bytes, *, with_certificate: bool = False) -> bytes:
         """Return the detached PKCS#7 over the exact bytes."""
+        bare = [] if with_certificate else ["-nocerts"]
         return self.host.run(
-            ["openssl", "smime", "-sign", "-binary", "-noattr", "-nocerts", "-md", "sha256",
+            ["openssl", "smime", "-sign", "-binary", "-noattr", *bare, "-md", "sha256",
              "-outform", "DER", "-signer", self.certificate_path, "-inkey", self.key],
             stdin=data,
             env=_closed_environment(),

@@ -43,7 +43,8 @@ class BootOptions:
     """What to boot and what to wait for. `folder` is STATE, `timeout` counts seconds.
 
     `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive`
-    joins the terminal to the machine's console until the machine stops or Ctrl-] is typed.
+    joins the terminal to the machine's console until the machine stops or Ctrl-] is typed. `answers` are
+    typed there one after the other: (what the console must show before, what is typed).
     """
 
     disk: Path
@@ -53,6 +54,7 @@ class BootOptions:
     until: Literal["multi-user", "pivoted"] = "multi-user"
     timeout: float = 300.0
     interactive: bool = False
+    answers: tuple[tuple[bytes, bytes], ...] = ()
     hardware: Hardware = field(default_factory=Hardware)
 
 
@@ -391,9 +393,13 @@ async def _happenings(session: _Session, machine: Machine) -> AsyncIterator[asyn
 
 
 async def _console(session: _Session, machine: Machine, queue: asyncio.Queue[Happening]) -> None:
-    lines = Lines()
+    lines, seen, answers = Lines(), b"", list(session.options.answers)
     async for data in _received(machine.console):
         session.log.write(data)
+        seen = (seen + data)[-65536:]
+        if answers and answers[0][0] in seen:
+            await asyncio.get_running_loop().sock_sendall(machine.console, answers.pop(0)[1])
+            seen = b""
         if session.options.interactive:
             terminal.show(data)
         for line in lines.feed(data):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from mosinit import disk, init, keys
+from mosinit import disk, init, keys, uki
 from mosinit.host import Failure, Host
 
-TOOLS = ("mkfs.erofs", "veritysetup", "sfdisk", "mkfs.vfat", "mcopy", "openssl")
+TOOLS = (
+    "mkfs.erofs", "veritysetup", "sfdisk", "mkfs.vfat", "mcopy", "openssl", "faketime", "sbsign",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,14 @@ def test_the_partitions_are_what_others_read(medium: Path) -> None:
 def test_the_esp_is_clean_and_holds_uki_and_certificates(
     medium: Path, parts: tuple[keys.Keyset, Path, Path], tmp_path: Path
 ) -> None:
-    keyset, uki, _ = parts
+    keyset, given, _ = parts
     esp = cut(medium, init.ESP_TYPE, tmp_path / "esp")
     run("fsck.vfat", "-n", esp)
-    run("mcopy", "-i", esp, "::EFI/BOOT/BOOTX64.EFI", tmp_path / "got.efi")
-    assert (tmp_path / "got.efi").read_bytes() == uki.read_bytes()
+    run("mcopy", "-i", esp, f"::{disk.UKI_PLACE}", tmp_path / "got.efi")
+    assert (tmp_path / "got.efi").read_bytes() == given.read_bytes()
+    run("mcopy", "-i", esp, "::EFI/BOOT/BOOTX64.EFI", tmp_path / "loader.efi")
+    run("sbverify", "--cert", keyset.certificate_path("uki"), tmp_path / "loader.efi")
+    assert {found.kind for found in find_binaries(esp, keyset)} == {"systemd-boot"}
     for name, role in disk.ENROLMENT.items():
         run("mcopy", "-n", "-o", "-i", esp, f"::keys/{name}.der", tmp_path / "der")
         seen = run(
@@ -81,6 +89,51 @@ def test_the_esp_is_clean_and_holds_uki_and_certificates(
         )
         expected = next(item["fingerprint"] for item in keyset.describe() if item["role"] == role)
         assert seen.partition("=")[2].strip().replace(":", "").lower() == expected.replace(":", "").lower()
+
+
+def find_binaries(esp: Path, keyset: keys.Keyset) -> tuple[uki.Binary, ...]:
+    """Return what db would start of an ESP."""
+    db = [keyset.certificate_path(role) for role in ("uki", "layer")]
+    return tuple(found for found in uki.check_signed_binaries(Host(), [esp], db) if found.accepted)
+
+
+@pytest.mark.parametrize(("name", "signer", "roles"), disk.UPDATES)
+def test_a_firmware_in_setup_mode_gets_signed_updates(
+    name: str,
+    signer: str,
+    roles: tuple[str, ...],
+    medium: Path,
+    parts: tuple[keys.Keyset, Path, Path],
+    tmp_path: Path,
+) -> None:
+    keyset, esp, update = parts[0], cut(medium, init.ESP_TYPE, tmp_path / "esp"), tmp_path / "update"
+    run("mcopy", "-i", esp, f"::loader/keys/mosinit/{name}.auth", update)
+    raw = update.read_bytes()
+    # UEFI 2.10, 8.2.2, EFI_VARIABLE_AUTHENTICATION_2: time, length, revision, type, PKCS#7 GUID, signature.
+    length, revision, kind = struct.unpack_from("<IHH", raw, 16)
+    assert (revision, kind) == (0x0200, 0x0EF1)
+    assert raw[24:40] == uuid.UUID("4aafd29d-68df-49ee-8aa9-347d375665a7").bytes_le
+    time_of_signing, signature, content = raw[:16], raw[40 : 16 + length], raw[16 + length :]
+    assert time_of_signing == struct.pack("<H6BIHBB", 2025, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+    certificates = [keyset.certificate(role) for role in roles]
+    expected = [hashlib.sha256(each.public_bytes(Encoding.DER)).hexdigest() for each in certificates]
+    assert sorted(init.parse_signature_database(content)) == sorted(expected)
+    # Section 8.2.6: what is signed is name, vendor, attributes, time and content.
+    vendor = init.EFI_GLOBAL if name in ("PK", "KEK") else init.EFI_IMAGE_SECURITY
+    signed = name.encode("utf-16-le") + uuid.UUID(vendor).bytes_le + struct.pack("<I", 0x27)
+    (tmp_path / "signed").write_bytes(signed + time_of_signing + content)
+    # The firmware wants bare SignedData; openssl wants it wrapped (RFC 5652, section 3).
+    inner = b"\xa0" + der_length(len(signature)) + signature
+    wrapped = bytes.fromhex("06092a864886f70d010702") + inner
+    (tmp_path / "signature").write_bytes(b"\x30" + der_length(len(wrapped)) + wrapped)
+    run("openssl", "smime", "-verify", "-binary", "-inform", "DER", "-in", tmp_path / "signature",
+        "-content", tmp_path / "signed", "-CAfile", keyset.certificate_path(signer), "-purpose", "any",
+        "-partial_chain", "-no_check_time", "-out", tmp_path / "verified")  # fmt: skip
+
+
+def der_length(size: int) -> bytes:
+    """Encode a length of DER's long form (X.690, 8.1.3.5)."""
+    return b"\x82" + size.to_bytes(2, "big")
 
 
 def test_the_store_verifies_with_the_seal_and_the_seal_with_the_layer_key(
@@ -168,8 +221,7 @@ def test_a_uki_of_any_size_fits(
     uki = tmp_path / "uki.efi"
     uki.write_bytes(b"")
     os.truncate(uki, mebibytes * init.MIB - 1)
-    certificates = {"PK": parts[0].certificate("PK")}
-    esp = disk.make_esp(host, uki, certificates, tmp_path / "esp", 64 * "a")
+    esp = disk.make_esp(host, {disk.UKI_PLACE: uki, "keys/PK.der": b"PK"}, tmp_path / "esp", 64 * "a")
     run("fsck.vfat", "-n", esp)
     assert esp.read_bytes()[82:90] == b"FAT32   "
     assert esp.stat().st_size < max(36 * init.MIB, (mebibytes + 8) * init.MIB)

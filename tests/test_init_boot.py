@@ -101,9 +101,27 @@ def test_refused_with_its_id_on_one_screen_behind_the_fence(
     assert check in k.console and title in k.console and remedy in k.console
 
 
+def test_what_systemd_boot_says_to_shim_is_no_key() -> None:
+    k = FakeMachine()
+    variable("ShimRetainProtocol", init.SHIM_GUID, b"\1")(k)
+    end(k)
+    assert k.framed()["failed"] != "SB-MOK"
+
+
+def test_setup_mode_has_the_boot_loader_show_its_menu_once() -> None:
+    k = FakeMachine()
+    variable("SecureBoot", init.EFI_GLOBAL, b"\0")(k)
+    variable("SetupMode", init.EFI_GLOBAL, b"\1")(k)
+    end(k)
+    assert k.framed()["failed"] == "SB-MODE"
+    asked = k.variables[f"LoaderConfigTimeoutOneShot-{init.LOADER_GUID}"]
+    assert asked == (init.EFI_NON_VOLATILE | 6, "60\0".encode("utf-16-le"))
+
+
 def test_the_good_machine_gets_as_far_as_the_store() -> None:
     k = FakeMachine()
     end(k)
+    assert f"LoaderConfigTimeoutOneShot-{init.LOADER_GUID}" not in k.variables
     passed = {str(check["id"]) for check in k.report.checks}
     assert passed >= {check for check, _ in FIRMWARE_FAULTS} - {
         "DISK-HINT",

@@ -12,7 +12,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
 from programs import init_program
@@ -33,12 +33,13 @@ class World:
     host: Host
     folder: Path
     cold: bool
+    given: InitVar[keys.Keyset | None] = None
     keyset: keys.Keyset = field(init=False)
     bootable: build.Bootable = field(init=False)
     saved: Path | None = None
 
-    def __post_init__(self) -> None:
-        self.keyset = keys.new(self.host, self.folder / "keys", "vm-tests")
+    def __post_init__(self, given: keys.Keyset | None) -> None:
+        self.keyset = given or keys.new(self.host, self.folder / "keys", "vm-tests")
         (self.folder / "out").mkdir()
         self.bootable = build.make_bootable(self.host, self.keyset, self.folder / "out", 1)
 
