@@ -1828,11 +1828,19 @@ def _check_trusted_keys(k: Machine, policy: Policy) -> None:
         db = parse_signature_database((k.efi_read("db", EFI_IMAGE_SECURITY) or (0, b""))[1])
     except (ValueError, struct.error) as error:
         raise Refused("SB-DB", expected=_words(policy.db), seen=str(error)) from error
-    demand(k, "SB-DB", expected=_words(policy.db), seen=_words(db))
+    demand_same(k, "SB-DB", "", expected=policy.db, seen=db)
     # Only the key id counts: the words before it are the certificate's own and anybody can choose them.
     for ring, listed in ((".platform", policy.platform), (".machine", ())):
         keys = [description.rpartition(": ")[2] for description in k.keyring(ring) or ()]
-        demand(k, "SB-KEYRING", expected=f"{ring} {_words(listed)}", seen=f"{ring} {_words(keys)}")
+        demand_same(k, "SB-KEYRING", f"{ring} ", expected=listed, seen=keys)
+
+
+def demand_same(k: Machine, check: str, name: str, *, expected: Sequence[str], seen: Sequence[str]) -> None:
+    """Note the check if both hold the same items, each as often, in any order; refuse the boot if not."""
+    # The items decide, not the words for people, which leave out what is too much for a screen.
+    if sorted(seen) != sorted(expected):
+        raise Refused(check, expected=name + _words(expected), seen=name + _words(seen))
+    k.report.passed(check, name + _words(expected), name + _words(seen))
 
 
 def _words(items: Sequence[str]) -> str:
@@ -2273,8 +2281,8 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
             expected=folder,
             seen=folder if k.is_folder(SYSROOT + folder) else "a link",
         )
-    # From here a corrupt block is somebody's attack on a running system, or a dying disk: restart, be
-    # refused, say so.
+    # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
+    # with it. What the bring-up itself reads is refused at the next boot; the rest restarts again.
     for device in devices:
         with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
             load_verity_table(k, device, "restart_on_corruption")

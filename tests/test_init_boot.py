@@ -205,6 +205,19 @@ def test_a_crash_is_told_with_its_place() -> None:
     assert "set_up" in str(report["crash"])
 
 
+def test_the_keys_decide_not_the_words_about_them() -> None:
+    many = [f"{number:040x}" for number in range(10)]
+    k = FakeMachine()
+    k.files["/etc/mosinit/policy.json"] = policy_json(platform=many)
+    k.keyrings[".platform"] = [f"x: {ski}" for ski in [*many[:9], "ff" * 20]]
+    end(k)
+    assert k.framed()["failed"] == "SB-KEYRING"
+    k = FakeMachine()
+    k.keyrings[".platform"] *= 2
+    end(k)
+    assert k.framed()["failed"] == "SB-KEYRING"
+
+
 def test_shim_variables_are_deleted() -> None:
     k = FakeMachine()
     k.variables[f"MokListRT-{init.SHIM_GUID}"] = (7, b"key")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -297,6 +298,8 @@ def test_an_organisation_may_bring_an_ed25519_key(copy: Path, host: Host, need: 
     )
     signature = keys.open_keyset(host, copy).signer("product").sign(b"data")
     key.public_key().verify(signature, b"data")
+    with pytest.raises(InvalidSignature):
+        key.public_key().verify(signature, b"other data")
 
 
 def test_pkcs7_is_detached_bare_and_repeats(made: Path, host: Host, tmp_path: Path, need: Need) -> None:
