@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -41,7 +42,9 @@ FROZEN_IMPORTS = (
     "cryptography.hazmat.primitives.asymmetric.ed25519",
     "cryptography.hazmat.primitives.asymmetric.padding",
     "cryptography.hazmat.primitives.asymmetric.rsa",
+    "cryptography.hazmat.primitives.ciphers",
     "cryptography.hazmat.primitives.hashes",
+    "cryptography.hazmat.primitives.serialization",
     "cryptography.x509",
     "cryptography.x509.oid",
     "encodings.utf_16_le",
@@ -120,6 +123,70 @@ CHECKS: dict[str, Check] = {
     "TPM-FENCE": Check(
         "the TPM does not close, so secrets could still be taken from it",
         "the machine is switched off; switch it on again. If it repeats, the TPM is broken",
+    ),
+    "TPM-ANSWER": Check(
+        "the TPM did not do what it was asked, or answered what makes no sense",
+        "switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus",
+    ),
+    "TPM-STATE": Check(
+        "the TPM is not in the state in which provisioning leaves it",
+        "finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again",
+    ),
+    "TPM-LOCKOUT": Check(
+        "the TPM is locked out after too many wrong passwords",
+        "leave the machine on until the lockout ends, or end it with the lockout password of the recovery "
+        "record (`tpm2_dictionarylockout --clear-lockout`)",
+    ),
+    "TPM-CLEARED": Check(
+        "the TPM was cleared after this machine was provisioned",
+        "if it was you: provision the machine as a new one and seal its disk again with the recovery key",
+    ),
+    "TPM-SRK": Check(
+        "the TPM has no storage root key, although it was provisioned",
+        "somebody with the owner password removed it: clear the TPM and provision the machine again",
+    ),
+    "TPM-IDENTITY": Check(
+        "this TPM is not the one in the machine record: the disk of another machine, or a new TPM",
+        "put the disk back into its machine, or seal it to this one with the recovery key",
+    ),
+    "TPM-INDEX": Check(
+        "the TPM's epoch index is missing or is not the one that provisioning made",
+        "somebody with the owner password changed it: clear the TPM and provision the machine again",
+    ),
+    "TPM-SEAL": Check(
+        "the sealed secret was not made by this TPM for this system",
+        "seal the disk to this machine with the recovery key",
+    ),
+    "TPM-APPROVAL": Check(
+        "an approval of this UKI or of this firmware's state is not valid",
+        "install the release again as it was published; approve the firmware's state with `mosinit approve`",
+    ),
+    "TPM-POLICY": Check(
+        "the TPM does not open the disk: firmware, its keys or the boot loader changed without approval",
+        "undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key",
+    ),
+    "EPOCH": Check(
+        "this system is older than what its publisher still calls safe",
+        "boot or install a newer release",
+    ),
+    "EPOCH-ORDER": Check(
+        "the order to raise the epoch is not valid",
+        "install the release again as it was published",
+    ),
+    "RECORD-FORMAT": Check(
+        "the machine record is damaged", "enroll the machine again, or restore its config volume's header"
+    ),
+    "RECORD-SIGNATURE": Check(
+        "the machine record is not signed by this system's SUDI CA",
+        "enroll the machine with the keyset that this UKI was built with",
+    ),
+    "RECORD-PRODUCT": Check(
+        "the machine record is for another product",
+        "use a UKI of the product that this machine was enrolled for",
+    ),
+    "VOLUME-IDENTITY": Check(
+        "the config volume is not the one in the machine record: somebody else's was put in its place",
+        "do not use this disk: install the machine again, and find out who changed it",
     ),
     "CMDLINE": Check(
         "the kernel command line is not the signed one",
@@ -337,7 +404,7 @@ class Kernel:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._consoles: list[int] = [1]
-        self._watchdog = -1
+        self._watchdog = self._tpm = -1
 
     # Console and log
 
@@ -623,12 +690,15 @@ class Kernel:
 
     def tpm(self, command: bytes) -> bytes:
         """Send one command to the TPM and return its response (at most 4096 bytes)."""
-        fd = os.open("/dev/tpmrm0", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.write(fd, command)
-            return os.read(fd, 4096)
-        finally:
-            os.close(fd)
+        if self._tpm < 0:
+            # One open file for all: the resource manager drops sessions and objects when it is closed.
+            self._tpm = os.open("/dev/tpmrm0", os.O_RDWR | os.O_CLOEXEC)
+        os.write(self._tpm, command)
+        return os.read(self._tpm, 4096)
+
+    def random(self, size: int) -> bytes:
+        """Return random bytes; waits until the kernel's generator is seeded."""
+        return os.urandom(size)
 
     def arm_watchdog(self, seconds: int) -> bool:
         """Start the hardware watchdog; False if there is none. Nothing here ever stops it."""
@@ -1611,6 +1681,84 @@ def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str
     )
 
 
+# Our extension of a SUDI certificate, under the arc for uuids (X.667): a DER octet string with RECORD in it.
+RECORD_OID = f"2.25.{int(OUR_GUID.replace('-', ''), 16)}"
+RECORD = struct.Struct(">B16s32s34s34s")
+RECORD_HEAD = bytes([4, RECORD.size])
+
+
+class MachineRecord(NamedTuple):
+    """What belongs together, said by the SUDI CA: only `verify_record` makes one.
+
+    The product; HMAC of the config volume's secret; TPM names of the storage root key and the epoch index.
+    """
+
+    product: str
+    secret_proof: bytes
+    storage_key: bytes
+    epoch_index: bytes
+
+
+def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
+    """Return the machine record in a SUDI certificate (DER, at most 4 KiB), if its CA signed it for `product`.
+
+    As with manifests, validity dates do not count at boot.
+    """
+    from cryptography import x509
+
+    authority = x509.load_pem_x509_certificate(ca)
+    try:
+        if len(untrusted) > BLOCK:
+            raise ValueError(f"{len(untrusted)} bytes")
+        certificate = x509.load_der_x509_certificate(untrusted)
+        oid = x509.ObjectIdentifier(RECORD_OID)
+        extension = cast(x509.UnrecognizedExtension, certificate.extensions.get_extension_for_oid(oid).value)
+        head, body = extension.value[:2], extension.value[2:]
+        version, raw, proof, storage_key, index = RECORD.unpack(body)
+        if (head, version, storage_key[:2], index[:2]) != (RECORD_HEAD, 1, b"\0\x0b", b"\0\x0b"):
+            raise ValueError("not a machine record of version 1")
+    except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
+        seen = f"{type(error).__name__}: {error}"
+        raise Refused(
+            "RECORD-FORMAT", expected="a SUDI certificate with a machine record", seen=seen
+        ) from error
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except Exception as error:
+        expected = f"issued by {authority.subject.rfc4514_string()}"
+        raise Refused(
+            "RECORD-SIGNATURE", expected=expected, seen=str(error) or "another signature"
+        ) from error
+    text = raw.hex()
+    named = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    if named != product:
+        raise Refused("RECORD-PRODUCT", expected=product, seen=named)
+    return MachineRecord(named, proof, storage_key, index)
+
+
+def verify_epoch_order(
+    statement: bytes, signature: bytes, certificate: bytes, ca: bytes, product: str
+) -> int:
+    """Return the epoch that a statement of the publisher orders; it is signed and checked like a manifest."""
+    try:
+        verify_signature(verify_certificate(certificate, ca, product), signature, statement)
+        fields = parse_json(statement, "EPOCH-ORDER")
+    except Refused as error:
+        seen = f"{error.check}: {error.seen}"
+        raise Refused("EPOCH-ORDER", expected=error.expected, seen=seen) from error
+    epoch = fields.get("epoch") if isinstance(fields, dict) else None
+    if type(epoch) is not int or not 1 <= epoch <= MAX_EPOCH or fields != epoch_statement(product, epoch):
+        raise Refused(
+            "EPOCH-ORDER", expected=f"an epoch of {product}", seen=statement[:200].decode(errors="replace")
+        )
+    return epoch
+
+
+def epoch_statement(product: str, epoch: int) -> dict[str, object]:
+    """Return what a publisher signs, as JSON, to call everything of the product below `epoch` unsafe."""
+    return {"schema": 1, "type": "epoch", "product": product, "epoch": epoch}
+
+
 def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: bytes) -> None:
     """Raise Refused unless `signature` is the signer's over exactly these bytes.
 
@@ -1644,7 +1792,7 @@ def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: byte
         ) from error
 
 
-# --- TPM: measuring, and the fence -------------------------------------------------------------------------
+# --- TPM: commands of our own, the policy tree, and the fence ----------------------------------------------
 
 TPM_SYSFS = "/sys/class/tpm/tpm0"
 MEASURE_LOG = "/run/log/systemd/tpm2-measure.log"
@@ -1654,21 +1802,286 @@ TPM_ALGORITHMS = {
     "sha384": 0x000C,
     "sha512": 0x000D,
 }  # TCG algorithm registry
-TPM_CC_PCR_EXTEND, TPM_ST_SESSIONS, TPM_RS_PW = 0x182, 0x8002, 0x40000009  # TPM 2.0 library, part 2
-TPM_RETRY = (0x922, 0x90A, 0x908)  # the same: RC_RETRY, RC_TESTING, RC_YIELDED
 
 
-def read_pcr(k: Machine, pcr: Pcr) -> bytes:
-    """Return a PCR of the SHA-256 bank, as the kernel reads it from the TPM."""
-    return bytes.fromhex(k.read(f"{TPM_SYSFS}/pcr-sha256/{pcr}", 256).decode().strip())
+class Cc(enum.IntEnum):
+    """Command codes, TPM 2.0 library, part 2, 6.5.2."""
+
+    NV_SETBITS = 0x135
+    POLICY_NV = 0x149
+    NV_READ = 0x14E
+    LOAD = 0x157
+    UNSEAL = 0x15E
+    FLUSH_CONTEXT = 0x165
+    LOAD_EXTERNAL = 0x167
+    NV_READ_PUBLIC = 0x169
+    POLICY_AUTHORIZE = 0x16A
+    POLICY_COMMAND_CODE = 0x16C
+    READ_PUBLIC = 0x173
+    START_AUTH_SESSION = 0x176
+    VERIFY_SIGNATURE = 0x177
+    GET_CAPABILITY = 0x17A
+    PCR_READ = 0x17E
+    POLICY_PCR = 0x17F
+    PCR_EXTEND = 0x182
 
 
-def encode_pcr_extend(pcr: Pcr, digests: Mapping[str, bytes]) -> bytes:
-    """Return the command TPM2_PCR_Extend with empty authorisation (TPM 2.0 library, part 3, 22.2)."""
-    password = struct.pack(">IHBH", TPM_RS_PW, 0, 0, 0)
-    values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
-    body = struct.pack(">II", pcr, len(password)) + password + struct.pack(">I", len(digests)) + values
-    return struct.pack(">HII", TPM_ST_SESSIONS, 10 + len(body), TPM_CC_PCR_EXTEND) + body
+# The same: TPM_ST, TPM_RH and TPM_RS; TPM_RC_RETRY, _TESTING, _YIELDED; TPM_EO_BITCLEAR; TPMA_SESSION
+ST_NO_SESSIONS, ST_SESSIONS = 0x8001, 0x8002
+RH_NULL, RS_PASSWORD, RH_OWNER = 0x40000007, 0x40000009, 0x40000001
+TPM_RETRY = (0x922, 0x90A, 0x908)
+EO_BITCLEAR, ENCRYPT_RESPONSE = 0x000B, 0x40
+SALTED_POLICY = struct.pack(">BHHHH", 1, 0x0006, 128, 0x0043, 0x000B)  # policy session, AES-128-CFB, SHA-256
+
+NvIndex, Handle = NewType("NvIndex", int), NewType("Handle", int)
+SRK = Handle(0x81000001)  # TCG TPM v2.0 Provisioning Guidance, 7.5.1
+EPOCH_INDEX = NvIndex(0x01845050)  # ours, in the owner's range (TCG registry of reserved handles, 2.2)
+# Owner write, so that provisioning makes the first bits; policy write, so that a UKI's initrd adds to them;
+# type BITS, auth read, no dictionary attack protection, written (part 2, 13.4 TPMA_NV).
+EPOCH_ATTRIBUTES = 0x2 | 0x8 | 0x20 | 0x40000 | 0x2000000 | 0x20000000
+# What is sealed: fixedTPM, fixedParent, adminWithPolicy, noDA; not userWithAuth: only the policy opens it.
+_SEALED_HEAD = struct.pack(">HHIH", 0x0008, 0x000B, 0x2 | 0x10 | 0x80 | 0x400, 32)
+# A signature key as `tpm2_loadexternal -G rsa` makes it: decrypt, sign, userWithAuth; exponent 65537.
+_RSA_HEAD = struct.pack(">HHIHHHHIH", 0x0001, 0x000B, 0x60040, 0, 0x0010, 0x0010, 2048, 0, 256)
+# The storage root key: TCG EK Credential Profile's template for ECC P-256 SRKs.
+SRK_ATTRIBUTES = 0x2 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10000 | 0x20000
+_SRK_HEAD = struct.pack(
+    ">HHIHHHHHHH", 0x0023, 0x000B, SRK_ATTRIBUTES, 0, 0x0006, 128, 0x0043, 0x0010, 0x0003, 0x0010
+)
+
+PLATFORM_STATE = (Pcr(7), *EXTRA_PCRS)
+# Approvals of one kind must not pass for another: each kind has its policyRef.
+UNSEAL_REF, EPOCH_REF, PLATFORM_REF = b"mosinit-unseal", b"mosinit-epoch", b"mosinit-platform"
+POLICY_START = bytes(32)
+
+
+def _sized(data: bytes) -> bytes:
+    """Encode a TPM2B."""
+    return struct.pack(">H", len(data)) + data
+
+
+def _sha256(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def tpm_name(public: bytes) -> bytes:
+    """Return the Name of an object or NV index with this public area (TPM 2.0 library, part 1, 16)."""
+    return b"\0\x0b" + _sha256(public)
+
+
+def epoch_bits(epoch: int) -> int:
+    """Return the bits that say that everything below `epoch` is unsafe: one for each epoch up to it."""
+    return (1 << epoch) - 1
+
+
+def pcr_selection(pcrs: Sequence[Pcr]) -> bytes:
+    """Encode a TPML_PCR_SELECTION of the SHA-256 bank."""
+    return struct.pack(">IHB3s", 1, 0x000B, 3, sum(1 << pcr for pcr in pcrs).to_bytes(3, "little"))
+
+
+def policy_pcr(digest: bytes, values: Mapping[Pcr, bytes]) -> bytes:
+    """Extend a policy digest by TPM2_PolicyPCR (part 3, 23.7)."""
+    pcrs = sorted(values)
+    seen = _sha256(*(values[pcr] for pcr in pcrs))
+    return _sha256(digest, struct.pack(">I", Cc.POLICY_PCR), pcr_selection(pcrs), seen)
+
+
+def policy_command(digest: bytes, command: Cc) -> bytes:
+    """Extend a policy digest by TPM2_PolicyCommandCode (part 3, 23.11)."""
+    return _sha256(digest, struct.pack(">II", Cc.POLICY_COMMAND_CODE, command))
+
+
+def policy_epoch(digest: bytes, index_name: bytes, epoch: int) -> bytes:
+    """Extend a policy digest by TPM2_PolicyNV: no bit of the index above `epoch` is set (part 3, 23.9)."""
+    arguments = _sha256(_unset_bits(epoch), struct.pack(">HH", 0, EO_BITCLEAR))
+    return _sha256(digest, struct.pack(">I", Cc.POLICY_NV), arguments, index_name)
+
+
+def _unset_bits(epoch: int) -> bytes:
+    return struct.pack(">Q", ~epoch_bits(epoch) & (1 << 64) - 1)
+
+
+def policy_authorize(key_name: bytes, reference: bytes) -> bytes:
+    """Return the policy digest after TPM2_PolicyAuthorize by a key, whatever was before (part 3, 23.16)."""
+    return _sha256(_sha256(POLICY_START, struct.pack(">I", Cc.POLICY_AUTHORIZE), key_name), reference)
+
+
+class PolicyKeys(NamedTuple):
+    """The public areas (TPMT_PUBLIC) of the keys that approve: pcr a UKI, platform a PCR 7 value."""
+
+    pcr: bytes
+    platform: bytes
+
+    @property
+    def epoch_index(self) -> bytes:
+        """The public area (TPMS_NV_PUBLIC) of the epoch index, once it was written."""
+        policy = policy_authorize(tpm_name(self.pcr), EPOCH_REF)
+        return struct.pack(">IHI", EPOCH_INDEX, 0x000B, EPOCH_ATTRIBUTES) + _sized(policy) + b"\0\x08"
+
+    @property
+    def seal(self) -> bytes:
+        """The policy that guards the secret of the config volume."""
+        return policy_authorize(tpm_name(self.platform), PLATFORM_REF)
+
+    def unseal_policy(self, pcr11: bytes, epoch: int) -> bytes:
+        """Return what the pcr key signs (with UNSEAL_REF), so that a UKI of this epoch may unseal."""
+        digest = policy_pcr(POLICY_START, {MEASURED: pcr11})
+        return policy_command(policy_epoch(digest, tpm_name(self.epoch_index), epoch), Cc.UNSEAL)
+
+    def platform_policy(self, pcr7: bytes) -> bytes:
+        """Return what the platform key signs (with PLATFORM_REF), so that this PCR 7 may unseal."""
+        digest = policy_authorize(tpm_name(self.pcr), UNSEAL_REF)
+        return policy_pcr(digest, {PLATFORM_STATE[0]: pcr7, **dict.fromkeys(EXTRA_PCRS, bytes(32))})
+
+
+def epoch_policy(pcr11: bytes) -> bytes:
+    """Return what the pcr key signs (with EPOCH_REF), so that a UKI may raise the TPM's epoch."""
+    return policy_command(policy_pcr(POLICY_START, {MEASURED: pcr11}), Cc.NV_SETBITS)
+
+
+def policy_keys(pcr: bytes, platform: bytes) -> PolicyKeys:
+    """Return the public areas of two RSA-2048 keys (SubjectPublicKeyInfo, PEM); ValueError for others."""
+    from cryptography.hazmat.primitives.asymmetric import rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    areas = []
+    for pem in (pcr, platform):
+        key = load_pem_public_key(pem)
+        if not isinstance(key, rsa.RSAPublicKey) or (key.key_size, key.public_numbers().e) != (2048, 65537):
+            raise ValueError("a TPM policy key is no RSA-2048 key with exponent 65537")
+        areas.append(_RSA_HEAD + key.public_numbers().n.to_bytes(256, "big"))
+    return PolicyKeys(*areas)
+
+
+SIGNATURE = re.compile(r"[0-9a-f]{512}")  # RSA-2048
+
+
+class UkiApproval(NamedTuple):
+    """What the pcr key signed for one UKI: its epoch, and the two RSASSA-SHA256 signatures."""
+
+    epoch: int
+    unseal: bytes
+    set_epoch: bytes
+
+
+def parse_uki_approval(data: bytes) -> UkiApproval:
+    """Parse the section .pcrsig as the stub hands it over. It is not measured: the TPM checks it."""
+    raw = parse_json(data, "TPM-APPROVAL")
+    fields = raw if isinstance(raw, dict) else {}
+    epoch, words = fields.get("epoch"), [fields.get(name) for name in ("unseal", "set_epoch")]
+    if not (
+        type(epoch) is int
+        and 1 <= epoch <= MAX_EPOCH
+        and set(fields) == {"schema", "epoch", "unseal", "set_epoch"}
+        and fields["schema"] == 1
+        and all(isinstance(word, str) and SIGNATURE.fullmatch(word) for word in words)
+    ):
+        raise Refused(
+            "TPM-APPROVAL", expected="an approval of this UKI", seen=data[:80].decode(errors="replace")
+        )
+    return UkiApproval(epoch, *(bytes.fromhex(cast(str, word)) for word in words))
+
+
+class TpmError(OSError):
+    """A command that the TPM did not do, or an answer that makes no sense (`code` is 0 then)."""
+
+    def __init__(self, command: Cc, code: int, words: str = "") -> None:
+        super().__init__(errno.EIO, f"TPM2_{command.name}: {words or f'the TPM answered {code:#x}'}")
+        self.command, self.code = command, code
+
+
+class Answer:
+    """What a TPM answered, taken apart from its front; whatever does not fit is a TpmError."""
+
+    def __init__(self, command: Cc, untrusted: bytes) -> None:
+        self.command, self._rest = command, untrusted
+
+    def take(self, size: int) -> bytes:
+        """Return the next `size` bytes."""
+        if size > len(self._rest):
+            raise TpmError(self.command, 0, f"{len(self._rest)} bytes where {size} must follow")
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return taken
+
+    def number(self, size: int) -> int:
+        """Return the next number of `size` bytes."""
+        return int.from_bytes(self.take(size), "big")
+
+    def sized(self, width: int = 2) -> bytes:
+        """Return the next bytes that their size precedes, as in a TPM2B."""
+        return self.take(self.number(width))
+
+    def rest(self) -> bytes:
+        """Return all that is left."""
+        return self.take(len(self._rest))
+
+    def end(self) -> None:
+        """See that nothing is left."""
+        if self._rest:
+            raise TpmError(self.command, 0, f"{len(self._rest)} bytes too many")
+
+
+EMPTY_PASSWORD = struct.pack(">IHBH", RS_PASSWORD, 0, 0, 0)
+
+
+def tpm(
+    k: Kernel, command: Cc, handles: Sequence[int], parameters: bytes = b"", authorization: bytes = b""
+) -> Answer:
+    """Do one command (TPM 2.0 library, part 1, 18) and return what follows the answer's header."""
+    area = struct.pack(">I", len(authorization)) + authorization if authorization else b""
+    body = struct.pack(f">{len(handles)}I", *handles) + area + parameters
+    tag = ST_SESSIONS if authorization else ST_NO_SESSIONS
+    for _ in range(50):
+        untrusted = k.tpm(struct.pack(">HII", tag, 10 + len(body), command) + body)
+        answer = Answer(command, untrusted)
+        seen, size, code = answer.number(2), answer.number(4), answer.number(4)
+        if code not in TPM_RETRY:
+            break
+        k.sleep(0.1)
+    if code:
+        raise TpmError(command, code)
+    if (seen, size) != (tag, len(untrusted)):
+        raise TpmError(command, 0, f"an answer of kind {seen:#x} that says it has {size} bytes")
+    return answer
+
+
+def read_capability(k: Kernel, capability: int, first: int, count: int) -> Answer:
+    """Return what follows the capability's number in the answer to TPM2_GetCapability (part 3, 30.2)."""
+    answer = tpm(k, Cc.GET_CAPABILITY, [], struct.pack(">III", capability, first, count))
+    answer.take(1)  # whether there is more
+    if answer.number(4) != capability:
+        raise TpmError(Cc.GET_CAPABILITY, 0, "another capability than asked for")
+    return answer
+
+
+def active_banks(k: Kernel) -> list[str]:
+    """Return the names of the PCR banks in use, as far as this program can compute their hashes."""
+    answer, names = read_capability(k, 5, 0, 1), {number: name for name, number in TPM_ALGORITHMS.items()}
+    banks = []
+    for _ in range(min(answer.number(4), 16)):
+        number, selected = answer.number(2), answer.sized(1)
+        banks += [names[number]] if number in names and any(selected) else []
+    answer.end()
+    return banks
+
+
+def read_pcrs(k: Kernel, pcrs: Sequence[Pcr]) -> dict[Pcr, bytes]:
+    """Return up to eight PCRs of the SHA-256 bank."""
+    selection = pcr_selection(pcrs)
+    answer = tpm(k, Cc.PCR_READ, [], selection)
+    answer.take(4)  # how often PCRs changed
+    if answer.take(len(selection)) != selection or answer.number(4) != len(pcrs):
+        raise TpmError(Cc.PCR_READ, 0, "no SHA-256 bank, or other PCRs than asked for")
+    values = {pcr: answer.sized() for pcr in sorted(pcrs)}
+    answer.end()
+    if any(len(value) != 32 for value in values.values()):
+        raise TpmError(Cc.PCR_READ, 0, "PCRs of another size")
+    return values
+
+
+def read_pcr(k: Kernel, pcr: Pcr) -> bytes:
+    """Return a PCR of the SHA-256 bank."""
+    return read_pcrs(k, [pcr])[pcr]
 
 
 def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
@@ -1676,17 +2089,100 @@ def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
 
     Raises OSError if the TPM does not take it.
     """
-    banks = [name.removeprefix("pcr-") for name in k.names(TPM_SYSFS) if name.startswith("pcr-")]
-    digests = {bank: hashlib.new(bank, word).digest() for bank in banks if bank in TPM_ALGORITHMS}
-    for _ in range(50):
-        response = k.tpm(encode_pcr_extend(pcr, digests))
-        code = struct.unpack_from(">HII", response)[2] if len(response) >= 10 else -1
-        if code not in TPM_RETRY:
-            break
-        k.sleep(0.1)
-    if code != 0:
-        raise OSError(errno.EIO, f"the TPM answered {code:#x} to TPM2_PCR_Extend")
+    digests = {bank: hashlib.new(bank, word).digest() for bank in active_banks(k)}
+    values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
+    tpm(k, Cc.PCR_EXTEND, [pcr], struct.pack(">I", len(digests)) + values, EMPTY_PASSWORD)
     _log_measurement(k, pcr, word, digests)
+
+
+class Session:
+    """A policy session, salted and encrypted (part 1, 19): only the TPM that has the storage root key can make
+    its answers, and only we can read them.
+    """
+
+    def __init__(self, k: Kernel, storage_key: bytes) -> None:
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        point = storage_key[len(_SRK_HEAD) :]
+        x, y = (int.from_bytes(part, "big") for part in (point[2:34], point[36:68]))
+        ours = ec.generate_private_key(ec.SECP256R1())
+        theirs = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+        numbers = ours.public_key().public_numbers()
+        mine = numbers.x.to_bytes(32, "big"), numbers.y.to_bytes(32, "big")
+        shared = ours.exchange(ec.ECDH(), theirs)
+        salt = _sha256(b"\0\0\0\1", shared, b"SECRET\0", mine[0], point[2:34])  # KDFe, part 1, 11.4.10.3
+        nonce = k.random(32)
+        secret = _sized(_sized(mine[0]) + _sized(mine[1]))
+        answer = tpm(k, Cc.START_AUTH_SESSION, [SRK, RH_NULL], _sized(nonce) + secret + SALTED_POLICY)
+        self.handle, self.nonce_tpm = answer.number(4), answer.sized()
+        answer.end()
+        self.key = kdfa(salt, b"ATH", self.nonce_tpm, nonce)
+
+
+def kdfa(key: bytes, label: bytes, one: bytes, two: bytes) -> bytes:
+    """Derive 256 bits (SP 800-108 counter mode with HMAC-SHA256; TPM 2.0 library, part 1, 11.4.10.2)."""
+    data = b"\0\0\0\1" + label + b"\0" + one + two + struct.pack(">I", 256)
+    return hmac.digest(key, data, "sha256")
+
+
+def tpm_in(
+    k: Kernel, session: Session, command: Cc, handles: Sequence[int], name: bytes, parameters: bytes = b""
+) -> bytearray:
+    """Do one command by that session, which ends with it; all its handles have one name.
+
+    Returns what TPM2_Unseal gives, which nobody on the bus can read; nothing for other commands.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    nonce, flags = k.random(32), bytes([ENCRYPT_RESPONSE if command == Cc.UNSEAL else 0])
+    asked = _sha256(struct.pack(">I", command), name * len(handles), parameters)
+    proof = hmac.digest(session.key, asked + nonce + session.nonce_tpm + flags, "sha256")
+    authorization = struct.pack(">I", session.handle) + _sized(nonce) + flags + _sized(proof)
+    answer = tpm(k, command, handles, parameters, authorization)
+    body, nonce_tpm, echoed, seen = answer.sized(4), answer.sized(), answer.take(1), answer.sized()
+    answer.end()
+    said = _sha256(struct.pack(">II", 0, command), body)
+    proof = hmac.digest(session.key, said + nonce_tpm + nonce + flags, "sha256")
+    if echoed != flags or not hmac.compare_digest(seen, proof):
+        raise TpmError(command, 0, "an answer that the TPM of this session did not make")
+    if command != Cc.UNSEAL:
+        return bytearray()
+    keys, inner = kdfa(session.key, b"CFB", nonce_tpm, nonce), Answer(command, body)
+    secret = bytearray(
+        Cipher(algorithms.AES(keys[:16]), modes.CFB(keys[16:])).decryptor().update(inner.sized())
+    )
+    inner.end()
+    return secret
+
+
+def flush(k: Kernel, handle: int) -> None:
+    """Drop an object or session; the resource manager does it at the latest when we end."""
+    with contextlib.suppress(OSError):
+        tpm(k, Cc.FLUSH_CONTEXT, [], struct.pack(">I", handle))
+
+
+def authorize(
+    k: Kernel, session: int, key: bytes, policy: bytes, reference: bytes, signature: bytes
+) -> None:
+    """Replace the session's policy by "what that key approves", if it approved just the policy of now."""
+    answer = tpm(k, Cc.LOAD_EXTERNAL, [], _sized(b"") + _sized(key) + struct.pack(">I", RH_OWNER))
+    loaded = answer.number(4)
+    try:
+        signed = _sized(_sha256(policy, reference)) + struct.pack(">HH", 0x0014, 0x000B) + _sized(signature)
+        ticket = tpm(k, Cc.VERIFY_SIGNATURE, [loaded], signed).rest()
+    finally:
+        flush(k, loaded)
+    tpm(
+        k,
+        Cc.POLICY_AUTHORIZE,
+        [session],
+        _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket,
+    )
+
+
+def satisfy_pcrs(k: Kernel, session: int, pcrs: Sequence[Pcr]) -> None:
+    """Do TPM2_PolicyPCR with the values of now."""
+    tpm(k, Cc.POLICY_PCR, [session], _sized(b"") + pcr_selection(pcrs))
 
 
 def _log_measurement(k: Machine, pcr: Pcr, word: bytes, digests: Mapping[str, bytes]) -> None:
@@ -1719,7 +2215,7 @@ def fence(k: Machine) -> None:
         if not k.names("/sys/class"):
             raise OSError(errno.ENOENT, "/sys is not there")
         # Whatever is sealed for mosinit is sealed to this bank.
-        if not k.exists(f"{TPM_SYSFS}/pcr-sha256"):
+        if not k.exists(TPM_SYSFS) or "sha256" not in active_banks(k):
             return
         before = read_pcr(k, MEASURED)
         extend_pcr(k, MEASURED, LEAVE_INITRD)
@@ -1729,6 +2225,213 @@ def fence(k: Machine) -> None:
     if after != hashlib.sha256(before + hashlib.sha256(LEAVE_INITRD).digest()).digest():
         raise FenceError("PCR 11 did not change as it must")
     k.report.fenced = True
+
+
+# --- Seal: who may open the config volume, decided by the TPM ----------------------------------------------
+
+RC_ABSENT, RC_LOCKOUT = 0x18B, 0x921  # TPM_RC_HANDLE for the first handle; TPM_RC_LOCKOUT
+# Which check an answer of the TPM stands for (TPM 2.0 library, part 2, 6.6.3).
+TPM_REFUSALS = {
+    (Cc.READ_PUBLIC, RC_ABSENT): "TPM-SRK",
+    (Cc.NV_READ_PUBLIC, RC_ABSENT): "TPM-INDEX",
+    (Cc.POLICY_NV, 0x126): "EPOCH",  # TPM_RC_POLICY
+    (Cc.LOAD, 0x1DF): "TPM-SEAL",  # TPM_RC_INTEGRITY
+    (Cc.VERIFY_SIGNATURE, 0x2DB): "TPM-APPROVAL",  # TPM_RC_SIGNATURE
+    (Cc.POLICY_AUTHORIZE, 0x1C4): "TPM-POLICY",  # TPM_RC_VALUE
+    (Cc.UNSEAL, 0x99D): "TPM-POLICY",  # TPM_RC_POLICY_FAIL
+    (Cc.NV_SETBITS, 0x99D): "TPM-POLICY",
+}
+
+
+@contextlib.contextmanager
+def asking_tpm(expected: str) -> Iterator[None]:
+    """Turn whatever the TPM does not do into the refusal that it stands for."""
+    try:
+        yield
+    except TpmError as error:
+        check = (
+            "TPM-LOCKOUT"
+            if error.code == RC_LOCKOUT
+            else TPM_REFUSALS.get((error.command, error.code), "TPM-ANSWER")
+        )
+        raise Refused(check, expected=expected, seen=str(error.strerror)) from error
+    except OSError as error:
+        raise Refused("TPM-ANSWER", expected=expected, seen=str(error)) from error
+
+
+class Permanent(enum.IntFlag):
+    """TPMA_PERMANENT, part 2, 8.6."""
+
+    OWNER_AUTH = 1
+    ENDORSEMENT_AUTH = 2
+    LOCKOUT_AUTH = 4
+    CLEAR_DISABLED = 1 << 8
+    IN_LOCKOUT = 1 << 9
+
+
+PROVISIONED = Permanent(1 | 2 | 4 | 1 << 8)
+
+
+def read_tpm_flags(k: Kernel) -> tuple[Permanent, int]:
+    """Return TPMA_PERMANENT and TPMA_STARTUP_CLEAR (bit 1: the owner's hierarchy is enabled)."""
+    answer = read_capability(k, 6, 0x200, 2)
+    if answer.number(4) != 2:
+        raise TpmError(Cc.GET_CAPABILITY, 0, "other properties than asked for")
+    found = {answer.number(4): answer.number(4) for _ in range(2)}
+    answer.end()
+    if set(found) != {0x200, 0x201}:
+        raise TpmError(Cc.GET_CAPABILITY, 0, "other properties than asked for")
+    return Permanent(found[0x200]), found[0x201]
+
+
+def read_storage_key(k: Kernel) -> bytes | None:
+    """Return the public area of the storage root key, None if there is none."""
+    try:
+        public = tpm(k, Cc.READ_PUBLIC, [SRK]).sized()
+    except TpmError as error:
+        if error.code == RC_ABSENT:
+            return None
+        raise
+    return public
+
+
+def read_epoch_index(k: Kernel) -> bytes:
+    """Return the public area of the epoch index."""
+    return tpm(k, Cc.NV_READ_PUBLIC, [EPOCH_INDEX]).sized()
+
+
+def read_epoch(k: Kernel) -> int:
+    """Return the bits of the epoch index."""
+    answer = tpm(k, Cc.NV_READ, [EPOCH_INDEX, EPOCH_INDEX], struct.pack(">HH", 8, 0), EMPTY_PASSWORD)
+    bits = Answer(Cc.NV_READ, answer.sized(4)).sized()
+    if len(bits) != 8:
+        raise TpmError(Cc.NV_READ, 0, f"{len(bits)} bytes of an index that has 8")
+    return int.from_bytes(bits, "big")
+
+
+def check_tpm(k: Machine, record: MachineRecord, keys: PolicyKeys, epoch: int) -> bytes:
+    """See that this is the TPM of the machine record, as provisioning left it, at no epoch above ours.
+
+    Returns the public area of its storage root key.
+    """
+    with asking_tpm("the TPM to tell its state"):
+        permanent, startup = read_tpm_flags(k)
+        storage_key = read_storage_key(k)
+    whole = permanent & PROVISIONED == PROVISIONED
+    seen = f"{permanent & PROVISIONED!r}, hierarchies {startup & 7:#x}"
+    k.report.facts["tpm_locked_out"] = bool(permanent & Permanent.IN_LOCKOUT)
+    if not startup & 2:
+        raise Refused("TPM-STATE", expected="the owner's hierarchy to be enabled", seen=seen)
+    name = tpm_name(storage_key) if storage_key else b""
+    if name != record.storage_key:
+        check = ("TPM-IDENTITY" if storage_key else "TPM-SRK") if whole else "TPM-CLEARED"
+        raise Refused(
+            check, expected=f"storage key {record.storage_key.hex()}", seen=f"{name.hex() or 'none'}, {seen}"
+        )
+    k.report.passed("TPM-IDENTITY", name.hex(), name.hex())
+    demand(k, "TPM-STATE", expected=f"{PROVISIONED!r}", seen=f"{permanent & PROVISIONED!r}")
+    with asking_tpm("the epoch index"):
+        public = read_epoch_index(k)
+        demand(k, "TPM-INDEX", expected=keys.epoch_index.hex(), seen=public.hex())
+        bits = read_epoch(k)
+    k.report.facts["tpm_epoch"] = bits.bit_length()
+    if bits & ~epoch_bits(epoch):
+        raise Refused(
+            "EPOCH", expected=f"a TPM at epoch {epoch} or before", seen=f"epoch {bits.bit_length()}"
+        )
+    k.report.passed("EPOCH", f"at most {epoch}", str(bits.bit_length()))
+    return cast(bytes, storage_key)
+
+
+class Seal(NamedTuple):
+    """A sealed secret as its token holds it: TPMT_PUBLIC and TPM2B_PRIVATE, both without their sizes."""
+
+    public: bytes
+    private: bytes
+
+
+def unseal(
+    k: Machine,
+    seal: Seal,
+    storage_key: bytes,
+    keys: PolicyKeys,
+    approval: UkiApproval,
+    platform: Mapping[bytes, bytes],
+) -> bytearray:
+    """Return the sealed secret if the TPM agrees: this UKI before the fence, in a firmware that is approved.
+
+    `platform` has the signature for each approved PCR 7. The caller wipes the secret.
+    """
+    head = _SEALED_HEAD + keys.seal + struct.pack(">HH", 0x0010, 32)
+    if not seal.public.startswith(head) or len(seal.public) != len(head) + 32:
+        raise Refused(
+            "TPM-SEAL", expected="a secret under this system's policy", seen=seal.public.hex()[:200]
+        )
+    with asking_tpm("the TPM to tell its PCRs"):
+        pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
+    pcr7, approved = pcrs[PLATFORM_STATE[0]], sorted(value.hex() for value in platform)
+    if pcr7 not in platform:
+        raise Refused(
+            "TPM-POLICY", expected=f"an approved PCR 7: {', '.join(approved)[:300]}", seen=pcr7.hex()
+        )
+    words = f"the TPM to open the secret of {pcr7.hex()} (PCR 7), {pcrs[MEASURED].hex()} (PCR 11)"
+    with asking_tpm(words), contextlib.ExitStack() as undo:
+        area = _sized(seal.private) + _sized(seal.public)
+        item = tpm(k, Cc.LOAD, [SRK], area, EMPTY_PASSWORD).number(4)
+        undo.callback(flush, k, item)
+        session = Session(k, storage_key)
+        undo.callback(flush, k, session.handle)
+        satisfy_pcrs(k, session.handle, [MEASURED])
+        bits = _sized(_unset_bits(approval.epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
+        tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session.handle], bits, EMPTY_PASSWORD)
+        tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", Cc.UNSEAL))
+        policy = keys.unseal_policy(pcrs[MEASURED], approval.epoch)
+        authorize(k, session.handle, keys.pcr, policy, UNSEAL_REF, approval.unseal)
+        satisfy_pcrs(k, session.handle, PLATFORM_STATE)
+        policy = keys.platform_policy(pcr7)
+        authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, platform[pcr7])
+        return tpm_in(k, session, Cc.UNSEAL, [item], tpm_name(seal.public))
+
+
+def raise_epoch(k: Machine, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int) -> None:
+    """Set the TPM's epoch bits up to `epoch`, never above this UKI's own, and see that they are set."""
+    bits = epoch_bits(min(epoch, approval.epoch))
+    name = tpm_name(keys.epoch_index)
+    with asking_tpm(f"the TPM to take epoch {epoch}"):
+        if read_epoch(k) & bits == bits:
+            return
+        pcr11, session = read_pcr(k, MEASURED), Session(k, storage_key)
+        try:
+            satisfy_pcrs(k, session.handle, [MEASURED])
+            tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", Cc.NV_SETBITS))
+            authorize(k, session.handle, keys.pcr, epoch_policy(pcr11), EPOCH_REF, approval.set_epoch)
+            tpm_in(k, session, Cc.NV_SETBITS, [EPOCH_INDEX, EPOCH_INDEX], name, struct.pack(">Q", bits))
+        finally:
+            flush(k, session.handle)
+        seen = read_epoch(k)
+    if seen & bits != bits:
+        raise Refused("EPOCH", expected=f"epoch bits {bits:#x}", seen=f"{seen:#x}")
+    k.report.facts["tpm_epoch"] = seen.bit_length()
+
+
+def check_secret(record: MachineRecord, secret: bytearray) -> None:
+    """See that the unsealed secret is the one of the machine record.
+
+    A volume that somebody else sealed to the same public policy ends here, before it is opened.
+    """
+    proof = secret_proof(secret, record.product)
+    if len(secret) != 32 or not hmac.compare_digest(proof, record.secret_proof):
+        raise Refused("VOLUME-IDENTITY", expected=record.secret_proof.hex(), seen=proof.hex())
+
+
+def secret_proof(secret: bytes | bytearray, product: str) -> bytes:
+    """Return what a machine record says of the config volume's secret (HMAC-SHA256)."""
+    return hmac.digest(bytes(secret), b"mosinit config volume\0" + product.encode(), "sha256")
+
+
+def wipe(secret: bytearray) -> None:
+    """Overwrite a secret; CPython may have copied it before, so this is the best that can be done."""
+    secret[:] = bytes(len(secret))
 
 
 # --- Stages, in the order of boot() ------------------------------------------------------------------------
@@ -1853,7 +2556,8 @@ def _check_tpm(k: Machine) -> None:
     major = k.read(f"{TPM_SYSFS}/tpm_version_major") if k.exists(TPM_SYSFS) else b"no TPM"
     demand(k, "TPM-ABSENT", expected="TPM 2", seen=f"TPM {major.decode().strip()}")
     with refusing("TPM-BANK", "a SHA-256 bank"):
-        measured = any(read_pcr(k, MEASURED))
+        value = read_pcr(k, MEASURED)
+    measured = value not in (bytes(32), b"\xff" * 32)
     demand(
         k,
         "TPM-BANK",
