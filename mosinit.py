@@ -1700,7 +1700,7 @@ class MachineRecord(NamedTuple):
 
 
 def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
-    """Return the machine record in a SUDI certificate (DER, at most 4 KiB), if its CA signed it for `product`.
+    """Return the machine record in a SUDI certificate (DER, up to 4 KiB) if the CA signed it for `product`.
 
     As with manifests, validity dates do not count at boot.
     """
@@ -1739,7 +1739,7 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
 def verify_epoch_order(
     statement: bytes, signature: bytes, certificate: bytes, ca: bytes, product: str
 ) -> int:
-    """Return the epoch that a statement of the publisher orders; it is signed and checked like a manifest."""
+    """Return the epoch that the publisher's statement orders; it is signed and checked like a manifest."""
     try:
         verify_signature(verify_certificate(certificate, ca, product), signature, statement)
         fields = parse_json(statement, "EPOCH-ORDER")
@@ -2096,7 +2096,7 @@ def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
 
 
 class Session:
-    """A policy session, salted and encrypted (part 1, 19): only the TPM that has the storage root key can make
+    """A policy session, salted and encrypted (part 1, 19): only the TPM with the storage root key can make
     its answers, and only we can read them.
     """
 
