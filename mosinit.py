@@ -1841,8 +1841,8 @@ EPOCH_INDEX = NvIndex(0x01845050)  # ours, in the owner's range (TCG registry of
 EPOCH_ATTRIBUTES = 0x2 | 0x8 | 0x20 | 0x40000 | 0x2000000 | 0x20000000
 # What is sealed: fixedTPM, fixedParent, adminWithPolicy, noDA; not userWithAuth: only the policy opens it.
 _SEALED_HEAD = struct.pack(">HHIH", 0x0008, 0x000B, 0x2 | 0x10 | 0x80 | 0x400, 32)
-# A signature key as `tpm2_loadexternal -G rsa` makes it: decrypt, sign, userWithAuth; exponent 65537.
-_RSA_HEAD = struct.pack(">HHIHHHHIH", 0x0001, 0x000B, 0x60040, 0, 0x0010, 0x0010, 2048, 0, 256)
+# A signature key as `tpm2_loadexternal -G rsa` makes it: decrypt, sign, userWithAuth.
+_RSA_HEAD = struct.pack(">HHIHHHHIH", 0x0001, 0x000B, 0x60040, 0, 0x0010, 0x0010, 2048, 65537, 256)
 # The storage root key: TCG EK Credential Profile's template for ECC P-256 SRKs.
 SRK_ATTRIBUTES = 0x2 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10000 | 0x20000
 _SRK_HEAD = struct.pack(

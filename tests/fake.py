@@ -68,6 +68,11 @@ def policy_json(**changes: object) -> bytes:
     return json.dumps({**policy, **changes}).encode()
 
 
+def answer(body: bytes, code: int = 0, tag: int = init.ST_NO_SESSIONS) -> bytes:
+    """Encode what a TPM answers."""
+    return struct.pack(">HII", tag, 10 + len(body), code) + body
+
+
 class FakeMachine(init.Machine):
     """Files are a dict; effects are recorded in `ops`; `fail` makes a method raise."""
 
@@ -79,6 +84,7 @@ class FakeMachine(init.Machine):
         self.failing: dict[str, BaseException] = {}
         self.pcrs = {11: hashlib.sha256(b"stub").digest(), 12: bytes(32), 13: bytes(32)}
         self.deaf_tpm = False
+        self.banks = ["sha1", "sha256"]
         self.variables = {
             f"SecureBoot-{init.EFI_GLOBAL}": (6, b"\1"),
             f"SetupMode-{init.EFI_GLOBAL}": (6, b"\0"),
@@ -96,8 +102,6 @@ class FakeMachine(init.Machine):
             "/sys/module/dm_verity/parameters/require_signatures": b"Y\n",
             "/sys/kernel/security/lockdown": b"none integrity [confidentiality]\n",
             "/sys/class/tpm/tpm0/tpm_version_major": b"2\n",
-            "/sys/class/tpm/tpm0/pcr-sha256/11": b"",
-            "/sys/class/tpm/tpm0/pcr-sha1/11": b"",
             "/proc/cmdline": CMDLINE.encode() + b"\n",
             "/proc/sys/kernel/random/boot_id": b"00000000-0000-0000-0000-000000000000\n",
             "/.extra/os-release": b"ID=mosinit\n",
@@ -134,8 +138,6 @@ class FakeMachine(init.Machine):
         self._do("quiet_kernel", level)
 
     def read(self, path: str, limit: int = init.MIB) -> bytes:
-        if path.startswith(f"{init.TPM_SYSFS}/pcr-sha256/") and "no-bank" not in self.failing:
-            return self.pcrs[int(path.rpartition("/")[2])].hex().upper().encode() + b"\n"
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self.files[path]
@@ -209,12 +211,26 @@ class FakeMachine(init.Machine):
 
     def tpm(self, command: bytes) -> bytes:
         self._do("tpm", command)
+        code = struct.unpack_from(">I", command, 6)[0]
+        if code == init.Cc.GET_CAPABILITY:
+            rows = [struct.pack(">HB3s", init.TPM_ALGORITHMS[bank], 3, b"\xff" * 3) for bank in self.banks]
+            return answer(b"\0" + struct.pack(">II", 5, len(rows)) + b"".join(rows))
+        if code == init.Cc.PCR_READ:
+            mask = int.from_bytes(command[17:20], "little") if "sha256" in self.banks else 0
+            values = [struct.pack(">H", 32) + self.pcrs[pcr] for pcr in range(24) if mask >> pcr & 1]
+            selection = struct.pack(">IHB3s", 1, 0x000B, 3, mask.to_bytes(3, "little"))
+            return answer(bytes(4) + selection + struct.pack(">I", len(values)) + b"".join(values))
+        assert code == init.Cc.PCR_EXTEND, hex(code)
         pcr = struct.unpack_from(">I", command, 10)[0]
-        banks = command[10 + 4 + 4 + 9 + 4 :]
-        digest = banks[banks.index(b"\0\x0b") + 2 :][:32]
+        digests = command[10 + 4 + 4 + 9 + 4 :]
+        digest = digests[digests.index(b"\0\x0b") + 2 :][:32]
         if not self.deaf_tpm:
             self.pcrs[pcr] = hashlib.sha256(self.pcrs[pcr] + digest).digest()
-        return struct.pack(">HII", 0x8002, 10, 0)
+        return answer(struct.pack(">IHBH", 0, 0, 1, 0), tag=init.ST_SESSIONS)
+
+    def random(self, size: int) -> bytes:
+        self.now += 0.001
+        return hashlib.shake_256(str(self.now).encode()).digest(size)
 
     def arm_watchdog(self, seconds: int) -> bool:
         self._do("arm_watchdog", seconds)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosinit import init
-from tests.fake import ESP_UUID, gpt, policy_json, signature_list
+from tests.fake import ESP_UUID, FakeMachine, gpt, policy_json, signature_list
 
 SECTORS = 65536
 OTHER_UUID = "99999999-2222-3333-4444-555555555555"
@@ -284,9 +284,12 @@ def test_image_faults(check: str, data: bytes) -> None:
 
 
 def test_tpm_command_bytes() -> None:
-    digests = {"sha256": b"\xaa" * 32}
-    expected = "8002 00000041 00000182 0000000b 00000009 40000009 0000 00 0000 00000001 000b" + "aa" * 32
-    assert init.encode_pcr_extend(init.MEASURED, digests) == bytes.fromhex(expected.replace(" ", ""))
+    k = FakeMachine()
+    k.banks = ["sha256"]
+    init.extend_pcr(k, init.MEASURED, b"word")
+    expected = "8002 00000041 00000182 0000000b 00000009 40000009 0000 00 0000 00000001 000b"
+    digest = hashlib.sha256(b"word").hexdigest()
+    assert [op[1] for op in k.ops if op[0] == "tpm"][-1] == bytes.fromhex(expected.replace(" ", "") + digest)
 
 
 def test_the_root_is_planned() -> None:

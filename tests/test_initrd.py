@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -418,16 +417,3 @@ def test_wrong_usage_says_so(arguments: list[str], message: str) -> None:
         [TREE / "build-initrd.sh", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and message in done.stderr
-
-
-def test_imports_take_no_longer_than_promised(built: Built) -> None:
-    script = """
-import time
-start = time.perf_counter()
-import mosinit
-mosinit.import_ahead()
-print(1000 * (time.perf_counter() - start))
-"""
-    best = min(float(built.run(script)) for _ in range(5))
-    sys.stderr.write(f"imports: {best:.0f} ms\n")
-    assert best < 170
