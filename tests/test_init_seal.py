@@ -224,7 +224,8 @@ def test_a_stale_epoch_stays_closed_with_whatever_header(material: Material, tpm
     tpm.reset()
     k = start_up(tpm)
     # The header of before, whole: seal, approvals and record are those of the first test.
-    refused("EPOCH", lambda: open_secret(k, material, 1))
+    error = refused("EPOCH", lambda: open_secret(k, material, 1))
+    assert error.seen == "epoch 2"
     # Our own check left out, the TPM says the same.
     storage_key = init.read_storage_key(k) or b""
     refused("EPOCH", lambda: init.unseal(
