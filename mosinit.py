@@ -14,6 +14,7 @@ that nobody vouched for.
 from __future__ import annotations
 
 import _thread
+import binascii
 import contextlib
 import ctypes
 import enum
@@ -215,6 +216,18 @@ CHECKS: dict[str, Check] = {
     "GPT-HEADER": Check("the partition table's header is damaged", "write the medium again from its image"),
     "GPT-ENTRY": Check(
         "an entry of the partition table is not valid", "write the medium again from its image"
+    ),
+    "LUKS-HEADER": Check(
+        "the header of an encrypted volume is not one that mosinit makes",
+        "something changed it: restore its backup on live media, or install this machine again",
+    ),
+    "LUKS-TOKEN": Check(
+        "the config volume does not carry exactly the tokens of a provisioned machine",
+        "provision this machine again on live media, with the recovery key",
+    ),
+    "VOLUME-KEY": Check(
+        "an encrypted volume does not open with this machine's key",
+        "use the disk that belongs to this machine, or the recovery key on live media",
     ),
     "STORE-SEAL": Check("the medium's seal is damaged", "write the medium again from its image"),
     "STORE-SIGNATURE": Check(
@@ -681,6 +694,28 @@ class Kernel:
         if len(data) != size:
             raise OSError(errno.EIO, f"only {len(data)} of {size} bytes at {offset}")
         return data
+
+    def open_luks(self, header: bytes, device: str, secret: bytearray, slot: int, name: str | None) -> None:
+        """Open a volume by a detached header and one key slot; without a name, only try the secret."""
+        library = ctypes.CDLL("libcryptsetup.so.12")
+        library.crypt_token_external_disable()
+        os.putenv("DM_DISABLE_UDEV", "1")  # nobody would answer in an initrd
+        file, context = os.memfd_create("luks"), ctypes.c_void_p()
+        try:
+            os.write(file, header)
+            paths = (f"/proc/self/fd/{file}".encode(), device.encode())
+            code = library.crypt_init_data_device(ctypes.byref(context), *paths)
+            code = code or library.crypt_load(context, b"LUKS2", None)
+            if code == 0:
+                # Lent, not copied: its owner wipes it.
+                key = (ctypes.c_char * len(secret)).from_buffer(secret)
+                words = (name.encode() if name else None, slot, key, ctypes.c_size_t(len(secret)), 0)
+                code = library.crypt_activate_by_passphrase(context, *words)
+        finally:
+            library.crypt_free(context)
+            os.close(file)
+        if code < 0:
+            raise OSError(-code, f"cannot open {device} by key slot {slot}: {os.strerror(-code)}")
 
     def close(self, fd: int) -> None:
         """Close a file descriptor."""
@@ -1792,6 +1827,259 @@ def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: byte
         ) from error
 
 
+# --- LUKS2: the header of a volume, taken apart before anything else reads it ------------------------------
+
+# LUKS2 On-Disk Format Specification 1.1, 2: two copies of a binary header with its JSON, then the key slots.
+# The sizes are those that mosinit has volumes made with, the data of a volume begins at LUKS_DATA.
+LUKS_COPY, LUKS_SLOT_BYTES, LUKS_DATA = 64 << 10, 4 * MIB, 5 * MIB
+LUKS_BYTES = 2 * LUKS_COPY + LUKS_SLOT_BYTES
+LUKS_CIPHER = "aes-xts-plain64"
+LUKS_KEY_BYTES = {"plain": 64, "config": 96}  # two keys of AES-256 for XTS; config's has one for HMAC, too
+_LUKS = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s3584s")  # the same, 2.1
+assert _LUKS.size == BLOCK
+
+
+class Tokens(NamedTuple):
+    """What config's header carries for the bring-up: the sealed secret, and what others signed about it."""
+
+    seal_public: bytes
+    seal_private: bytes
+    record: bytes
+    approvals: Mapping[str, bytes]  # PCR 7 in hex to the platform key's signature
+    order_statement: bytes
+    order_signature: bytes
+    order_certificate: bytes
+
+
+class LuksHeader(NamedTuple):
+    """A header with nothing in it but what we allow: only `parse_luks_header` makes one."""
+
+    uuid: str
+    seqid: int
+    text: bytes
+    slots: tuple[int, ...]
+    tokens: Tokens | None
+    key_slots: bytes
+    note: str  # which copy was passed over and why; empty if both agree
+
+
+class _LuksCopy(NamedTuple):
+    seqid: int
+    uuid: str
+    area: bytes
+
+
+def read_luks_header(k: Kernel, fd: int, kind: str) -> LuksHeader:
+    """Read everything in front of a volume's data, once; nothing else of it may be read again."""
+    with refusing("LUKS-HEADER", "a header that can be read"):
+        untrusted = k.read_at(fd, 0, LUKS_BYTES)
+    return parse_luks_header(untrusted, kind)
+
+
+def parse_luks_header(untrusted: bytes, kind: str) -> LuksHeader:
+    """Check a header of a `config` or `plain` volume against the list of what it may say."""
+    if len(untrusted) != LUKS_BYTES:
+        raise Refused("LUKS-HEADER", expected=f"{LUKS_BYTES} bytes", seen=f"{len(untrusted)} bytes")
+    copies = [_parse_luks_copy(untrusted[: 2 * LUKS_COPY], offset) for offset in (0, LUKS_COPY)]
+    copy, note = _choose_luks_copy(*copies)
+    text = copy.area.rstrip(b"\0")
+    # Python would take other encodings, libcryptsetup would stop at a NUL.
+    if not text.isascii() or b"\0" in text or len(text) == len(copy.area):
+        raise Refused("LUKS-HEADER", expected="JSON of ASCII and zeros behind it", seen="other bytes")
+    raw = cast(dict[str, Any], parse_json(text, "LUKS-HEADER"))
+    slots = _check_luks_json(raw, kind)
+    tokens = _parse_tokens(raw["tokens"]) if kind == "config" else None
+    # What libcryptsetup will read is made from what was checked here: two parsers, one reading.
+    text = json.dumps(raw, separators=(",", ":")).encode()
+    return LuksHeader(copy.uuid, copy.seqid, text, slots, tokens, untrusted[2 * LUKS_COPY :], note)
+
+
+def detached_header(header: LuksHeader) -> bytes:
+    """Return the header as libcryptsetup reads it from a file, both copies equal."""
+    copy = _LuksCopy(header.seqid, header.uuid, header.text.ljust(LUKS_COPY - BLOCK, b"\0"))
+    return b"".join(_encode_luks_copy(offset, copy) for offset in (0, LUKS_COPY)) + header.key_slots
+
+
+def _encode_luks_copy(offset: int, copy: _LuksCopy, salt: bytes = b"") -> bytes:
+    magic, uuid = b"SKUL\xba\xbe" if offset else b"LUKS\xba\xbe", copy.uuid.encode()
+    fields = (magic, 2, LUKS_COPY, copy.seqid, b"", b"sha256", salt, uuid, b"", offset, b"")
+    checksum = hashlib.sha256(_LUKS.pack(*fields, b"", b"") + copy.area).digest()
+    return _LUKS.pack(*fields, checksum, b"") + copy.area
+
+
+def _parse_luks_copy(untrusted: bytes, offset: int) -> _LuksCopy | None:
+    """Return one copy; None if its checksum, which cryptsetup writes last, does not hold."""
+    raw = untrusted[offset : offset + LUKS_COPY]
+    fields = _LUKS.unpack_from(raw)
+    if hashlib.sha256(raw[:448] + bytes(64) + raw[512:]).digest() != fields[11][:32]:
+        return None
+    copy = _LuksCopy(fields[3], fields[7].rstrip(b"\0").decode("ascii", "replace"), raw[BLOCK:])
+    ours = _encode_luks_copy(offset, copy, fields[6])
+    if raw != ours or not UUID.fullmatch(copy.uuid):
+        pairs = zip(fields, _LUKS.unpack_from(ours), strict=True)
+        seen = [field for field, wanted in pairs if field != wanted] or [copy.uuid]
+        raise Refused(
+            "LUKS-HEADER", expected="a header as mosinit makes it", seen=f"{str(seen[0])[:60]} at {offset}"
+        )
+    return copy
+
+
+def _choose_luks_copy(first: _LuksCopy | None, second: _LuksCopy | None) -> tuple[_LuksCopy, str]:
+    """Return the copy that counts, and a note if the other one was passed over.
+
+    cryptsetup writes and syncs the first copy, then the second, with one number: a power cut leaves one copy
+    without its checksum or the first copy one ahead, and nothing else.
+    """
+    if first and second and first != second:
+        if (first.seqid, first.uuid) == (second.seqid + 1, second.uuid):
+            return first, "the second copy of the header is older"
+        seen = f"seqid {first.seqid} and {second.seqid}, with different contents"
+        raise Refused("LUKS-HEADER", expected="two copies that agree", seen=seen)
+    if chosen := first or second:
+        return chosen, "" if first and second else "one copy of the header is damaged"
+    raise Refused("LUKS-HEADER", expected="a LUKS2 header", seen="no copy with the right checksum")
+
+
+def _match(value: object, shape: object, path: str) -> None:
+    """Refuse a value that is not of a shape: a mapping with exactly these keys, a pattern, a range, a test
+    or a constant.
+    """
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key in {**shape, **value}:
+            here = f"{path}.{key}"[:100].strip(".")
+            _match(value.get(key, ...), shape.get(key, ...), here)  # what is not there is no JSON
+        return
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and bool(shape.fullmatch(value))
+    elif isinstance(shape, range):
+        fits = type(value) is int and value in shape
+    elif callable(shape):
+        fits = bool(shape(value))
+    else:
+        fits = type(value) is type(shape) and value == shape
+    if not fits:
+        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
+        seen = f"{path}: {'missing' if value is ... else words}"
+        check = "LUKS-TOKEN" if path.startswith("tokens") else "LUKS-HEADER"
+        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
+
+
+def _base64(least: int, most: int) -> Callable[[object], bool]:
+    """Make the test for base64, in its one spelling, of so many bytes."""
+
+    def fits(value: object) -> bool:
+        try:
+            data = binascii.a2b_base64(cast(str, value), strict_mode=True)
+        except (TypeError, ValueError):
+            return False
+        return least <= len(data) <= most and binascii.b2a_base64(data, newline=False).decode() == value
+
+    return fits
+
+
+_SALT = _base64(32, 32)
+_PBKDF2 = {"type": "pbkdf2", "hash": "sha256", "iterations": range(1000, 10_000_001), "salt": _SALT}
+_ARGON2ID = {  # memory in KiB
+    "type": "argon2id", "time": range(1, 21), "memory": range(32, MIB + 1), "cpus": range(1, 5),
+    "salt": _SALT,
+}  # fmt: skip
+_SEGMENT = {
+    "type": "crypt", "offset": str(LUKS_DATA), "size": "dynamic", "iv_tweak": "0", "encryption": LUKS_CIPHER,
+    "sector_size": BLOCK,
+}  # fmt: skip
+_INTEGRITY = {"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"}
+_TOKENS = {
+    "0": {
+        "type": "mosinit-seal", "keyslots": ["0"], "public": _base64(1, 1024), "private": _base64(1, 1024),
+    },
+    "1": {"type": "mosinit-record", "keyslots": [], "certificate": _base64(1, 4096)},
+    "2": {
+        "type": "mosinit-approvals", "keyslots": [],
+        "approvals": lambda value: isinstance(value, list) and 1 <= len(value) <= 16,
+    },
+    "3": {
+        "type": "mosinit-order", "keyslots": [], "statement": _base64(1, 1024),
+        "signature": _base64(1, 1024), "certificate": _base64(1, 16384),
+    },
+}  # fmt: skip
+_APPROVAL = {"pcr7": HEX64, "signature": _base64(256, 256)}
+
+
+def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
+    """Check the JSON of a header, tokens included, and return the numbers of its key slots."""
+    given = raw.get("keyslots") if isinstance(raw, dict) else None
+    slots = given if isinstance(given, dict) else {}
+    if "0" not in slots or len(slots) > 4 or set(slots) - set("01234567"):
+        seen = f"keyslots: {', '.join(slots)[:60] or 'none'}"
+        raise Refused("LUKS-HEADER", expected="key slot 0 and at most three others", seen=seen)
+    segment = {**_SEGMENT, "integrity": _INTEGRITY} if kind == "config" else _SEGMENT
+    digest = {
+        **_PBKDF2, "digest": _base64(32, 32), "segments": ["0"],
+        "keyslots": lambda value: (
+            isinstance(value, list) and len(value) == len(slots) and all(slot in value for slot in slots)
+        ),
+    }  # fmt: skip
+    size = -(-LUKS_KEY_BYTES[kind] * 4000 // BLOCK) * BLOCK
+    shape = {
+        "keyslots": {slot: _slot_shape(value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()},
+        "tokens": _TOKENS if kind == "config" else {},
+        "segments": {"0": segment},
+        "digests": {"0": digest},
+        "config": {"json_size": str(LUKS_COPY - BLOCK), "keyslots_size": str(LUKS_SLOT_BYTES)},
+    }
+    _match(raw, shape, "")
+    free = 2 * LUKS_COPY
+    for start, slot in sorted((int(value["area"]["offset"]), slot) for slot, value in slots.items()):
+        if start % BLOCK or not free <= start <= LUKS_BYTES - size:
+            seen = f"keyslots.{slot}.area.offset: {start}"
+            raise Refused("LUKS-HEADER", expected="key slots apart, in their area", seen=seen)
+        free = start + size
+    return tuple(sorted(int(slot) for slot in slots))
+
+
+def _slot_shape(untrusted: object, key_bytes: int, size: int) -> dict[str, object]:
+    """Return what a key slot must be. How costly it is to try is bounded, or it would hold up the boot."""
+    fields = untrusted if isinstance(untrusted, dict) else {}
+    kdf = fields.get("kdf")
+    argon = isinstance(kdf, dict) and kdf.get("type") == "argon2id"
+    return {
+        "type": "luks2",
+        "key_size": key_bytes,
+        "af": {"type": "luks1", "stripes": 4000, "hash": "sha256"},
+        "area": {
+            "type": "raw", "offset": re.compile("[1-9][0-9]{5,6}"), "size": str(size),
+            "encryption": LUKS_CIPHER, "key_size": 64,
+        },
+        "kdf": _ARGON2ID if argon else _PBKDF2,
+        **({"priority": range(3)} if "priority" in fields else {}),
+    }  # fmt: skip
+
+
+def _parse_tokens(raw: dict[str, Any]) -> Tokens:
+    """Take apart the tokens of config, whose outer shape is checked."""
+    seal, record, approvals, order = raw["0"], raw["1"], raw["2"]["approvals"], raw["3"]
+    for index, approval in enumerate(approvals):
+        _match(approval, _APPROVAL, f"tokens.2.approvals[{index}]")
+    decode = binascii.a2b_base64
+    signatures = {approval["pcr7"]: decode(approval["signature"]) for approval in approvals}
+    if len(signatures) != len(approvals):
+        seen = "tokens.2.approvals: a value of PCR 7 twice"
+        raise Refused("LUKS-TOKEN", expected="one approval for each value", seen=seen)
+    return Tokens(
+        decode(seal["public"]), decode(seal["private"]), decode(record["certificate"]), signatures,
+        *(decode(order[key]) for key in ("statement", "signature", "certificate")),
+    )  # fmt: skip
+
+
+def open_volume(k: Kernel, header: LuksHeader, device: str, secret: bytearray, name: str | None) -> None:
+    """Open a volume by its checked header and key slot 0; without a name, only try the secret.
+
+    The secret stays the caller's, who wipes it.
+    """
+    with refusing("VOLUME-KEY", f"the volume {header.uuid} opened by this machine's key"):
+        k.open_luks(detached_header(header), device, secret, 0, name)
+
+
 # --- TPM: commands of our own, the policy tree, and the fence ----------------------------------------------
 
 TPM_SYSFS = "/sys/class/tpm/tpm0"
@@ -2343,40 +2631,26 @@ def check_tpm(k: Machine, record: MachineRecord, keys: PolicyKeys, epoch: int) -
     return cast(bytes, storage_key)
 
 
-class Seal(NamedTuple):
-    """A sealed secret as its token holds it: TPMT_PUBLIC and TPM2B_PRIVATE, both without their sizes."""
-
-    public: bytes
-    private: bytes
-
-
 def unseal(
-    k: Machine,
-    seal: Seal,
-    storage_key: bytes,
-    keys: PolicyKeys,
-    approval: UkiApproval,
-    platform: Mapping[bytes, bytes],
+    k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval
 ) -> bytearray:
     """Return the sealed secret if the TPM agrees: this UKI before the fence, in a firmware that is approved.
 
-    `platform` has the signature for each approved PCR 7. The caller wipes the secret.
+    The caller wipes it.
     """
     head = _SEALED_HEAD + keys.seal + struct.pack(">HH", 0x0010, 32)
-    if not seal.public.startswith(head) or len(seal.public) != len(head) + 32:
-        raise Refused(
-            "TPM-SEAL", expected="a secret under this system's policy", seen=seal.public.hex()[:200]
-        )
+    if not tokens.seal_public.startswith(head) or len(tokens.seal_public) != len(head) + 32:
+        seen = tokens.seal_public.hex()[:200]
+        raise Refused("TPM-SEAL", expected="a secret under this system's policy", seen=seen)
     with asking_tpm("the TPM to tell its PCRs"):
         pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
-    pcr7, approved = pcrs[PLATFORM_STATE[0]], sorted(value.hex() for value in platform)
-    if pcr7 not in platform:
-        raise Refused(
-            "TPM-POLICY", expected=f"an approved PCR 7: {', '.join(approved)[:300]}", seen=pcr7.hex()
-        )
+    pcr7 = pcrs[PLATFORM_STATE[0]]
+    if pcr7.hex() not in tokens.approvals:
+        expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
+        raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
     words = f"the TPM to open the secret of {pcr7.hex()} (PCR 7), {pcrs[MEASURED].hex()} (PCR 11)"
     with asking_tpm(words), contextlib.ExitStack() as undo:
-        area = _sized(seal.private) + _sized(seal.public)
+        area = _sized(tokens.seal_private) + _sized(tokens.seal_public)
         item = tpm(k, Cc.LOAD, [SRK], area, EMPTY_PASSWORD).number(4)
         undo.callback(flush, k, item)
         session = Session(k, storage_key)
@@ -2389,8 +2663,8 @@ def unseal(
         authorize(k, session.handle, keys.pcr, policy, UNSEAL_REF, approval.unseal)
         satisfy_pcrs(k, session.handle, PLATFORM_STATE)
         policy = keys.platform_policy(pcr7)
-        authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, platform[pcr7])
-        return tpm_in(k, session, Cc.UNSEAL, [item], tpm_name(seal.public))
+        authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, tokens.approvals[pcr7.hex()])
+        return tpm_in(k, session, Cc.UNSEAL, [item], tpm_name(tokens.seal_public))
 
 
 def raise_epoch(k: Machine, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int) -> None:

@@ -55,6 +55,7 @@ LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 
 # Libraries that no DT_NEEDED names because a program opens them by name: soname, and who opens it when.
 DLOPENED = {
+    "libcryptsetup.so.12": "the bring-up, when it opens an encrypted volume",
     "libgcc_s.so.1": "glibc, when a thread is cancelled or exits; without it the process aborts",
 }
 

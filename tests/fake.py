@@ -206,6 +206,9 @@ class FakeMachine(init.Machine):
     def read_at(self, fd: int, offset: int, size: int) -> bytes:
         return list(self.disks.values())[fd - 1000][offset : offset + size]
 
+    def open_luks(self, header: bytes, device: str, secret: bytearray, slot: int, name: str | None) -> None:
+        self._do("open_luks", device, slot, name)
+
     def close(self, fd: int) -> None:
         self._do("close", fd)
 

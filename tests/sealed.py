@@ -33,12 +33,19 @@ def openssl(*words: str | Path, data: bytes = b"") -> bytes:
     return subprocess.run(command, input=data, capture_output=True, check=True, timeout=60).stdout
 
 
+class Seal(NamedTuple):
+    """A sealed object: TPMT_PUBLIC and TPM2B_PRIVATE, both without their sizes."""
+
+    public: bytes
+    private: bytes
+
+
 class Material(NamedTuple):
     """What one provisioned machine consists of, and the keys of its organisation."""
 
     folder: Path
     secret: bytes
-    seal: init.Seal
+    seal: Seal
     keys: init.PolicyKeys
     record: init.MachineRecord
     pcrs: Mapping[init.Pcr, bytes]  # as they are at enter-initrd
@@ -53,10 +60,15 @@ class Material(NamedTuple):
         unseal = self.sign(role, self.keys.unseal_policy(pcr11, epoch) + init.UNSEAL_REF)
         return init.UkiApproval(epoch, unseal, self.sign(role, init.epoch_policy(pcr11) + init.EPOCH_REF))
 
-    def platform(self, pcr7: bytes | None = None, role: str = "platform") -> dict[bytes, bytes]:
+    def tokens(self, seal: Seal | None = None, platform: Mapping[str, bytes] | None = None) -> init.Tokens:
+        """Return what the header of its config volume carries for the TPM."""
+        approvals = self.platform() if platform is None else platform
+        return init.Tokens(*(seal or self.seal), b"", approvals, b"", b"", b"")
+
+    def platform(self, pcr7: bytes | None = None, role: str = "platform") -> dict[str, bytes]:
         """Approve a PCR 7 value, the right one unless told."""
         pcr7 = pcr7 or self.pcrs[init.Pcr(7)]
-        return {pcr7: self.sign(role, self.keys.platform_policy(pcr7) + init.PLATFORM_REF)}
+        return {pcr7.hex(): self.sign(role, self.keys.platform_policy(pcr7) + init.PLATFORM_REF)}
 
 
 def start_up(tpm: Swtpm, *, firmware: bytes = FIRMWARE, uki: bytes = UKI, enter: bool = True) -> TpmMachine:
@@ -140,7 +152,7 @@ def provision(folder: Path, keys_of: Path | None = None) -> Material:
         pcrs = init.read_pcrs(k, (init.Pcr(7), init.MEASURED, *init.EXTRA_PCRS))
         name = bytes.fromhex(tpm.run("tpm2_readpublic", "-c", SRK, "-n", "srk.name").decode().split()[1])
         index = init.tpm_name(init.read_epoch_index(k))
-    seal = init.Seal((folder / "seal.pub").read_bytes()[2:], (folder / "seal.priv").read_bytes()[2:])
+    seal = Seal((folder / "seal.pub").read_bytes()[2:], (folder / "seal.priv").read_bytes()[2:])
     record = init.MachineRecord(PRODUCT, init.secret_proof(secret, PRODUCT), name, index)
     return Material(folder, secret, seal, keys, record, pcrs)
 
@@ -158,14 +170,14 @@ def open_secret(
     material: Material,
     epoch: int = 1,
     *,
-    seal: init.Seal | None = None,
+    seal: Seal | None = None,
     approval: init.UkiApproval | None = None,
-    platform: Mapping[bytes, bytes] | None = None,
+    platform: Mapping[str, bytes] | None = None,
 ) -> bytes:
     """Do what the bring-up does between reading the header and opening the volume."""
     approval = approval or material.approval(epoch)
     storage_key = init.check_tpm(k, material.record, material.keys, epoch)
-    platform = material.platform() if platform is None else platform
-    secret = init.unseal(k, seal or material.seal, storage_key, material.keys, approval, platform)
+    tokens = material.tokens(seal, platform)
+    secret = init.unseal(k, tokens, storage_key, material.keys, approval)
     init.check_secret(material.record, secret)
     return bytes(secret)

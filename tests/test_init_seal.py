@@ -21,6 +21,7 @@ from tests.sealed import (
     SRK,
     UKI,
     Material,
+    Seal,
     authorized,
     copy_of,
     make_epoch_index,
@@ -209,7 +210,7 @@ def test_an_approval_of_another_machine_replayed_for_this_one_does_not_open(
     material: Material, tpm: Swtpm
 ) -> None:
     k = start_up(tpm, firmware=b"changed by an attacker")
-    here, (approved,) = init.read_pcr(k, PCR7), material.platform().values()
+    here, (approved,) = init.read_pcr(k, PCR7).hex(), material.platform().values()
     refused("TPM-APPROVAL", lambda: open_secret(k, material, platform={here: approved}))
 
 
@@ -228,9 +229,8 @@ def test_a_stale_epoch_stays_closed_with_whatever_header(material: Material, tpm
     assert error.seen == "epoch 2"
     # Our own check left out, the TPM says the same.
     storage_key = init.read_storage_key(k) or b""
-    refused("EPOCH", lambda: init.unseal(
-        k, material.seal, storage_key, material.keys, material.approval(1), material.platform()
-    ))  # fmt: skip
+    stale = (material.tokens(), storage_key, material.keys, material.approval(1))
+    refused("EPOCH", lambda: init.unseal(k, *stale))
     # The old approval called a newer one.
     lying = material.approval(1)._replace(epoch=2)
     refused("TPM-APPROVAL", lambda: open_secret(k, material, 2, approval=lying))
@@ -338,7 +338,9 @@ def test_premise_the_tpm_itself_wants_both_approvals(material: Material, tpm: Sw
         if outer:
             tpm.run("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:7,12,13")
             pcr7 = material.pcrs[PCR7]
-            authorize("platform", keys.platform_policy(pcr7), b"mosinit-platform", material.platform()[pcr7])
+            authorize(
+                "platform", keys.platform_policy(pcr7), b"mosinit-platform", material.platform()[pcr7.hex()]
+            )
 
     session(inner=True, outer=True)
     assert tpm.run("tpm2_unseal", "-c", "seal.ctx", "-p", "session:s.ctx") == material.secret
@@ -454,7 +456,7 @@ def test_a_volume_that_an_attacker_sealed_to_the_public_policy_is_refused(
     tpm.run("tpm2_create", "-C", SRK, "-i", "-", "-u", "own.pub", "-r", "own.priv", "-a", SEAL_ATTRIBUTES,
             "-L", "seal.policy", data=os.urandom(32))  # fmt: skip
     tpm.run("tpm2_flushcontext", "-t")
-    own = init.Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
+    own = Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
     refused("VOLUME-IDENTITY", lambda: open_secret(k, material, seal=own))
 
 
@@ -464,7 +466,7 @@ def test_a_secret_of_another_size_is_refused(material: Material, tpm: Swtpm, siz
     tpm.run("tpm2_create", "-C", SRK, "-i", "-", "-u", "own.pub", "-r", "own.priv", "-a", SEAL_ATTRIBUTES,
             "-L", "seal.policy", data=os.urandom(size))  # fmt: skip
     tpm.run("tpm2_flushcontext", "-t")
-    own = init.Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
+    own = Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
     refused("VOLUME-IDENTITY", lambda: open_secret(k, material, seal=own))
 
 
@@ -476,7 +478,7 @@ def test_a_seal_of_other_attributes_is_refused(material: Material, tpm: Swtpm, a
     tpm.run("tpm2_create", "-C", SRK, "-i", "-", "-u", "own.pub", "-r", "own.priv", "-a", attributes,
             "-L", "seal.policy", data=material.secret)  # fmt: skip
     tpm.run("tpm2_flushcontext", "-t")
-    own = init.Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
+    own = Seal((tpm.folder / "own.pub").read_bytes()[2:], (tpm.folder / "own.priv").read_bytes()[2:])
     refused("TPM-SEAL", lambda: open_secret(k, material, seal=own))
 
 
@@ -484,12 +486,12 @@ def test_a_damaged_seal_is_refused(material: Material, tpm: Swtpm) -> None:
     k = start_up(tpm)
     public, private = material.seal
     for broken in (
-        init.Seal(public, private[:-1] + bytes([private[-1] ^ 1])),
-        init.Seal(public, private[:-1]),
-        init.Seal(public, b""),
-        init.Seal(public[:-1] + bytes([public[-1] ^ 1]), private),
-        init.Seal(public + b"\0", private),
-        init.Seal(b"", private),
+        Seal(public, private[:-1] + bytes([private[-1] ^ 1])),
+        Seal(public, private[:-1]),
+        Seal(public, b""),
+        Seal(public[:-1] + bytes([public[-1] ^ 1]), private),
+        Seal(public + b"\0", private),
+        Seal(b"", private),
     ):
         with pytest.raises(init.Refused) as caught:
             open_secret(k, material, seal=broken)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import init, initrd, keys
+from mosinit import init, initrd, keys, luks
 from mosinit.host import Failure, Host
+from tests import volumes
 
 Need = Callable[..., None]
 
@@ -151,7 +152,8 @@ def test_ldd_agrees_on_the_libraries(need: Need, host: Host) -> None:
     need("ldd", "/usr/lib/python3/dist-packages/elftools")
     rust = next(Path(initrd.DIST_PACKAGES).glob("cryptography/hazmat/bindings/_rust*.so"))
     for path in (Path(os.path.realpath("/usr/bin/python3")), rust):
-        shown = host.run(["ldd", path]).decode()
+        opened = [initrd._library(name) for name in initrd.DLOPENED]
+        shown = host.run(["ldd", path, *opened]).decode()
         expected = {Path(word).name for word in re.findall(r"(/\S+) \(0x", shown)}
         found = {Path(name).name for name in initrd.elf_closure([path])}
         assert found == expected | set(initrd.DLOPENED)
@@ -417,3 +419,32 @@ def test_wrong_usage_says_so(arguments: list[str], message: str) -> None:
         [TREE / "build-initrd.sh", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_volume_opens_inside(built: Built, host: Host, need: Need, tmp_path: Path) -> None:
+    need("cryptsetup")
+    header = luks.read_header(host, volumes.plain(host, tmp_path / "volume"), "plain")
+    (built.root / "header").write_bytes(init.detached_header(header))
+    # libcryptsetup wants both at its start; here they are files, as /dev is not mounted.
+    sources = [built.root / "dev" / name for name in ("random", "urandom")]
+    for source in sources:
+        source.write_bytes(os.urandom(4096))
+    script = f"""
+import mosinit, os
+kernel = mosinit.Kernel()
+header = kernel.read("/header", 8 << 20)
+# There is no /proc in here: a file stands where the one in memory would be.
+number = os.memfd_create("luks")
+os.makedirs("/proc/self/fd", exist_ok=True)
+os.rename("/header", f"/proc/self/fd/{{number}}")
+os.close(number)
+kernel.open_luks(header, "/probe", bytearray({volumes.SECRET!r}), 0, None)
+try:
+    kernel.open_luks(header, "/probe", bytearray(32), 0, None)
+except OSError as error:
+    print(error.errno)
+"""
+    assert built.run(script).strip() == "1"
+    shutil.rmtree(built.root / "proc/self")
+    for source in sources:
+        source.unlink()

@@ -20,8 +20,8 @@ CORE = ROOT / "mosinit.py"
 
 # What the bring-up may import. Each further module is in the signed initrd and costs start-up time.
 ALLOWED_IMPORTS = {
-    "__future__", "_thread", "collections", "contextlib", "cryptography", "ctypes", "enum", "errno",
-    "fcntl", "functools", "hashlib", "hmac", "ipaddress", "json", "os", "re", "stat", "struct",
+    "__future__", "_thread", "binascii", "collections", "contextlib", "cryptography", "ctypes", "enum",
+    "errno", "fcntl", "functools", "hashlib", "hmac", "ipaddress", "json", "os", "re", "stat", "struct",
     "subprocess", "sys", "time", "typing", "yaml", "zlib",
 }  # fmt: skip
 IMPORTED_WHERE_USED = {"cryptography", "yaml"}
