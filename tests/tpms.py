@@ -66,8 +66,9 @@ def swtpm(folder: Path) -> Iterator[Swtpm]:
     folder.mkdir(parents=True, exist_ok=True)
     tpm = Swtpm(folder)
     process = subprocess.Popen(
-        ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={folder}", "--server", f"type=unixio,path={tpm.path}",
-         "--ctrl", f"type=unixio,path={tpm.control}", "--flags", "startup-clear"],
+        ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={folder}",
+         "--server", f"type=unixio,path={tpm.path}", "--ctrl", f"type=unixio,path={tpm.control}",
+         "--flags", "startup-clear"],
         stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
