@@ -1111,6 +1111,8 @@ MANIFEST_MEDIA_TYPE = "application/vnd.machine.install.v1+yaml"
 SIGNATURE_MEDIA_TYPE = "application/vnd.machine.signature"
 CERTIFICATE_MEDIA_TYPE = "application/vnd.machine.pubkeycrt"
 LAYER_SIGNATURE_MEDIA_TYPE = "application/vnd.machine.layer-signature.v1+pkcs7"
+EPOCH_MEDIA_TYPE = "application/vnd.machine.epoch.v1+json"
+EPOCH_SIGNATURE_MEDIA_TYPE = "application/vnd.machine.epoch-signature"
 
 
 class Descriptor(NamedTuple):

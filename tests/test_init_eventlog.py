@@ -78,6 +78,7 @@ EVENT = encode_event(EVENTS[1], HEAD)
         (encode_head(HEAD, b"words")[:28] + struct.pack("<I", 99) + encode_head(HEAD)[32:], "another head"),
         (encode_head(HEAD) + EVENT[:8] + struct.pack("<I", 1) + EVENT[12:], "one digest of each kind"),
         (encode_head(HEAD) + EVENT[:8] + struct.pack("<I", 3) + EVENT[12:34] + EVENT[12:], "one digest"),
+        (encode_head(HEAD) + EVENT[:8] + struct.pack("<I", 3) + EVENT[12:], "one digest"),
         (encode_head(HEAD) + EVENT[:12] + b"\x0b\0" + bytes(32) + EVENT[34:], "one digest"),
         (encode_head(HEAD) + encode_event(measured(7, 1, bytes(65537)), HEAD), "cannot have 65537"),
         (encode_log(measured(1, 1, bytes(60000)) for _ in range(18)), "an event log of"),
