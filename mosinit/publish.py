@@ -261,8 +261,9 @@ def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
         if kind not in release:
             raise init.Refused("EPOCH-ORDER", expected=kind, seen=", ".join(release))
         blobs.append(init.read_blob(store, release[kind].digest, release[kind].size, "EPOCH-ORDER"))
-    epoch = init.verify_epoch_order(*blobs, policy.manifest_ca, policy.product)
-    return EpochOrder(epoch, *blobs)
+    statement, signature, certificate = blobs
+    epoch = init.verify_epoch_order(statement, signature, certificate, policy.manifest_ca, policy.product)
+    return EpochOrder(epoch, statement, signature, certificate)
 
 
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
