@@ -101,8 +101,7 @@ def build(
         kernel.version.encode(),
         initrd.path.read_bytes(),
     )
-    epoch = _approved_epoch(host, content) if initrd.mode == "run" else None
-    return _finish(host, content, keyset, out, epoch)
+    return _finish(host, content, keyset, out)
 
 
 def sign(host: Host, unsigned: Path, initrd: Path, keyset: Keyset, out: Path) -> Uki:
@@ -127,7 +126,7 @@ def sign(host: Host, unsigned: Path, initrd: Path, keyset: Keyset, out: Path) ->
         raise Failure(
             f"the kernel of {unsigned} is not the one whose modules are in its initrd ({policy.kernel})"
         )
-    return _finish(host, content, keyset, out, None)
+    return _finish(host, content, keyset, out)
 
 
 def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
@@ -138,18 +137,21 @@ def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
         raise Failure(f"{initrd} was built for another keyset: build it with this one, {keyset.folder}")
 
 
-def _approved_epoch(host: Host, content: Content) -> int:
-    """Return the epoch of a UKI that may open a machine's secrets, as its own initrd has it.
+def _approved_epoch(host: Host, content: Content) -> int | None:
+    """Return the epoch of a UKI that may open a machine's secrets, None for one of another mode.
 
-    Raises `Failure` for an initrd of another mode: only run mode keeps the secrets to itself.
+    The policy in its own initrd decides, whatever is said about it: only run mode keeps the secrets to
+    itself. Raises `Failure` if the command line is not the policy's.
     """
     try:
         fields = json.loads(_policy_files(host, content.initrd)[0])
         mode, cmdline, epoch = fields["mode"], fields["cmdline"], int(fields["epoch"])
     except (KeyError, ValueError, TypeError) as error:
         raise Failure(NOT_OURS) from error
-    if (mode, cmdline) != ("run", content.cmdline.decode()):
-        raise Failure(f"an initrd of mode {mode} for the command line {cmdline!r} is not approved")
+    if mode != "run":
+        return None
+    if cmdline != content.cmdline.decode():
+        raise Failure(f"the initrd of this UKI is for the command line {cmdline!r}: it is not approved")
     return epoch
 
 
@@ -198,8 +200,9 @@ def take_apart(data: bytes, name: str) -> Content:
     return Content(kernel, cmdline.rstrip(b"\0\n "), osrel, uname.rstrip(b"\0\n"), initrd)
 
 
-def _finish(host: Host, content: Content, keyset: Keyset, out: Path, epoch: int | None) -> Uki:
-    """Put a UKI together, see that it is what was meant, and sign it; `epoch` is that of an approved one."""
+def _finish(host: Host, content: Content, keyset: Keyset, out: Path) -> Uki:
+    """Put a UKI together, see that it is what was meant, and sign it; one of run mode is approved, too."""
+    epoch = _approved_epoch(host, content)
     with host.scratch(out) as folder:
         unsigned = folder.absolute() / "unsigned.efi"
         _assemble(host, content.sections(), unsigned)

@@ -203,15 +203,36 @@ def test_the_approval_is_all_that_run_mode_adds(run: uki.Uki, keyset: keys.Keyse
     assert data == approvals.approve_uki(keyset, run.path.read_bytes(), EPOCH)
 
 
-@pytest.mark.parametrize(("mode", "cmdline"), [("live", uki.LIVE_CMDLINE), ("run", "init=/bin/sh --")])
-def test_no_other_mode_is_approved(
-    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset, mode: str, cmdline: str
+def test_the_initrds_own_policy_decides_what_is_approved(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
 ) -> None:
-    """What counts is the policy in the initrd, not what is said about it."""
-    lying = replace(make_initrd(host, tmp_path, mode, keyset), mode="run")
+    lying = replace(make_initrd(host, tmp_path, "live", keyset), mode="run")
+    made = uki.build(host, kernel, lying, keyset, tmp_path / "uki.efi")
+    assert ".pcrsig" not in sections(made.path)
+
+
+def test_another_command_line_is_not_approved(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
+) -> None:
     with pytest.raises(Failure, match="not approved"):
-        uki.build(host, kernel, lying, keyset, tmp_path / "uki.efi", cmdline)
+        run_initrd = make_initrd(host, tmp_path, "run", keyset)
+        uki.build(host, kernel, run_initrd, keyset, tmp_path / "uki.efi", "init=/bin/sh --")
     assert not (tmp_path / "uki.efi").exists()
+
+
+@pytest.mark.parametrize("policy", [b"", b"[]", b"{}", b'{"mode": "run"}'])
+def test_an_initrd_without_our_policy_makes_no_uki(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset, policy: bytes
+) -> None:
+    made = make_initrd(host, tmp_path, "run", keyset)
+    archive = initrd.encode_cpio(
+        [("etc", stat.S_IFDIR | 0o755, b"", (0, 0)), ("etc/mosinit", stat.S_IFDIR | 0o755, b"", (0, 0))]
+        + [(f"etc/mosinit/{name}", stat.S_IFREG | 0o644, policy, (0, 0))
+           for name in ("policy.json", "manifest-ca.pem")]
+    )  # fmt: skip
+    made.path.write_bytes(host.run(["zstd", "-cq"], stdin=initrd.device_nodes() + archive))
+    with pytest.raises(Failure, match="not one of mosinit's"):
+        uki.build(host, kernel, made, keyset, tmp_path / "uki.efi")
 
 
 # --- UKIs that another tool put together ------------------------------------------------------------
