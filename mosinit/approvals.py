@@ -123,9 +123,8 @@ class Variable(NamedTuple):
     content: bytes
 
 
-_VARIABLE = struct.Struct(
-    "<16sQQ"
-)  # UEFI_VARIABLE_DATA: vendor, characters of the name, bytes of the content
+# UEFI_VARIABLE_DATA: vendor, characters of the name, bytes of the content; both follow.
+_VARIABLE = struct.Struct("<16sQQ")
 assert _VARIABLE.size == 32
 
 
