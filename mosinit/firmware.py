@@ -33,6 +33,11 @@ PKCS7_GUID = "4aafd29d-68df-49ee-8aa9-347d375665a7"  # UEFI 2.10, 32.2.4: EFI_CE
 ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 CERTIFICATE_LIMIT = 16 * 1024  # bytes of one certificate on a medium
 
+# What virt-fw-vars writes into dbx, so that it is one: an EFI_CERT_SHA256 list with the hash of nothing.
+EMPTY_DBX = bytes.fromhex(
+    "2616c4c14c509240aca941f9369343284c0000000000000030000000a3a8baa01d04a848bc87c36d121b5e3d"
+) + hashlib.sha256(b"").digest()  # fmt: skip
+
 _LIST = struct.Struct("<16sIII16s")  # type, size of the list, of its header, of an entry; the entry's owner
 assert _LIST.size == 44
 _TIME = struct.Struct("<H5B9x")  # UEFI 2.10, 8.3: EFI_TIME; what is below a second, and where, is zero

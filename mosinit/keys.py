@@ -83,12 +83,6 @@ class Signer(Protocol):
     def sign_pe(self, source: Path, target: Path) -> None:
         """Write `source` with an Authenticode signature to `target`; the same input gives the same bytes."""
 
-    def private_key_path(self) -> Path:
-        """Return a file with the private key, for tools that must have one.
-
-        Raises `Failure` where there is none.
-        """
-
 
 @dataclass(frozen=True)
 class FileSigner:
@@ -129,10 +123,6 @@ class FileSigner:
                  "sbsign", "--key", self.key, "--cert", self.certificate_path, "--output", fresh, source],
                 env=_closed_environment(),
             )  # fmt: skip
-
-    def private_key_path(self) -> Path:
-        """Return the file."""
-        return self.key
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,15 @@ class Bytes(Protocol):
 
 @dataclass(frozen=True)
 class Section:
-    """One section: where its content lies in the PE file, in bytes; `size` is what the firmware measures."""
+    """One section: where its content lies in the PE file, in bytes, and how many it has once loaded.
+
+    What lies in the file is `size`; if `memory` is more, zeros follow.
+    """
 
     name: str
     offset: int
     size: int
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _section(raw: bytes) -> Section:
     if len(raw) < _SECTION.size:
         raise ValueError("a PE file is cut short")
     name, virtual, _, size, offset = _SECTION.unpack(raw)
-    return Section(name.rstrip(b"\0").decode(errors="replace"), offset, min(virtual, size) or size)
+    return Section(name.rstrip(b"\0").decode(errors="replace"), offset, min(virtual, size) or size, virtual)
 
 
 def _signed_size(options: bytes) -> int:

@@ -2,7 +2,8 @@
 
 A release is an OCI image layout whose index.json has one entry, an image index (tag `release`) with
 
-1. the install artefact: signed manifest, signature, product certificate, and a PKCS#7 for each layer,
+1. the install artefact: signed manifest, signature, product certificate, the product key's statement of the
+   epoch with its signature, and a PKCS#7 for each layer,
 2. the image manifest of each target, all layers of it verity layers.
 
 It passes through any registry as one unit, and the same input gives the same bytes.
@@ -17,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
@@ -73,7 +75,7 @@ def publish(
             _sign_target(host, item, manifest.parent, keyset, layout, access) for item in written.targets
         ]
         text = encode_manifest(written, targets)
-        signed = text, keyset.signer("product").sign(text), _pem(keyset, "product")
+        signed = _sign(keyset, text, written.epoch)
         index = _write_release(host, layout, signed, targets)
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
@@ -84,7 +86,7 @@ def publish(
             host.sync_file(target.parent)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
     host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
-    signature = hashlib.sha256(signed[1]).hexdigest()
+    signature = hashlib.sha256(signed[init.SIGNATURE_MEDIA_TYPE]).hexdigest()
     return Published(written.sequence, accepted.sha256, signature, index.digest, names)
 
 
@@ -219,6 +221,11 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
     """
     store = Store(layout)
     manifest: init.Manifest = init.load_manifest(store, policy)
+    order = read_epoch_order(store, policy)
+    if order.epoch != manifest.contents.epoch:
+        raise init.Refused(
+            "EPOCH-ORDER", expected=f"epoch {manifest.contents.epoch}", seen=f"epoch {order.epoch}"
+        )
     if manifest.contents.update_type == "complete":
         init.boot_targets(manifest.contents)
     for target in manifest.contents.targets:
@@ -234,6 +241,29 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
             _check_layer(layout, layer)
             _check_signature(host, store, layer, signature, keyset)
     return manifest
+
+
+class EpochOrder(NamedTuple):
+    """A release's statement that everything below an epoch is unsafe: only `read_epoch_order` makes one."""
+
+    epoch: int
+    statement: bytes
+    signature: bytes
+    certificate: bytes
+
+
+def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
+    """Return the verified epoch order of the release in a store. Raises `Refused`."""
+    release = init.find_release(store)
+    kinds = (init.EPOCH_MEDIA_TYPE, init.EPOCH_SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
+    blobs = []
+    for kind in kinds:
+        if kind not in release:
+            raise init.Refused("EPOCH-ORDER", expected=kind, seen=", ".join(release))
+        blobs.append(init.read_blob(store, release[kind].digest, release[kind].size, "EPOCH-ORDER"))
+    statement, signature, certificate = blobs
+    epoch = init.verify_epoch_order(statement, signature, certificate, policy.manifest_ca, policy.product)
+    return EpochOrder(epoch, statement, signature, certificate)
 
 
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
@@ -341,12 +371,24 @@ def _yaml(value: object) -> Iterator[str]:
 # --- The release --------------------------------------------------------------------------------------
 
 
+def _sign(keyset: Keyset, text: bytes, epoch: int) -> dict[str, bytes]:
+    """Return what the product key has to say of a release, by media type."""
+    sign = keyset.signer("product").sign
+    statement = images.encode(init.epoch_statement(keyset.product, epoch))
+    return {
+        init.MANIFEST_MEDIA_TYPE: text,
+        init.SIGNATURE_MEDIA_TYPE: sign(text),
+        init.CERTIFICATE_MEDIA_TYPE: _pem(keyset, "product"),
+        init.EPOCH_MEDIA_TYPE: statement,
+        init.EPOCH_SIGNATURE_MEDIA_TYPE: sign(statement),
+    }
+
+
 def _write_release(
-    host: Host, layout: images.Layout, signed: tuple[bytes, bytes, bytes], targets: Sequence[SignedTarget]
+    host: Host, layout: images.Layout, signed: Mapping[str, bytes], targets: Sequence[SignedTarget]
 ) -> images.Descriptor:
     """Write artefact, index and index.json; returns the index's descriptor."""
-    kinds = (init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
-    layers = [layout.add_blob(host, blob, kind) for blob, kind in zip(signed, kinds, strict=True)]
+    layers = [layout.add_blob(host, blob, kind) for kind, blob in signed.items()]
     layers += {blob.digest: blob for item in targets for blob in item.signatures}.values()
     config = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
     artefact = {

@@ -9,6 +9,7 @@ behind the initrd tells the bring-up that id.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import shutil
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosinit import __version__, images, init, pe
+from mosinit import __version__, approvals, images, init, pe
 from mosinit import initrd as initrds
 from mosinit.host import Failure, Host
 
@@ -33,15 +34,12 @@ LIVE_CMDLINE = (
     "systemd.import_credentials=no systemd.gpt_auto=no --"
 )
 
-# The sections of ours, those that the stub brings, and what only a UKI of run mode has.
+# The sections of ours and those that the stub brings; a UKI of run mode has its approval too.
 CONTENT = (".osrel", ".cmdline", ".uname", ".linux", ".initrd")
 STUB_SECTIONS = (".text", ".rodata", ".data", ".reloc", ".sdmagic", ".sbat")
-APPROVAL = (".pcrpkey", ".pcrsig")
-
-# The one phase in which a TPM may open something for a UKI: before the fence.
-PHASE = "enter-initrd"
 
 BOOTKIT_TYPE = "application/vnd.machine.bootkit"
+NOT_OURS = "the initrd of this UKI is not one of mosinit's: use one of `mosinit build`"
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def build(
     out: Path,
     cmdline: str = LIVE_CMDLINE,
 ) -> Uki:
-    """Build and sign a UKI; for run mode, with the approval that lets a TPM open its secrets."""
+    """Build and sign a UKI; for run mode, with the approval that lets a TPM open its machine's secrets."""
     content = Content(
         kernel.vmlinuz.read_bytes(),
         cmdline.encode(),
@@ -103,7 +101,7 @@ def build(
         kernel.version.encode(),
         initrd.path.read_bytes(),
     )
-    return _finish(host, content, keyset, out, approve=initrd.mode == "run")
+    return _finish(host, content, keyset, out)
 
 
 def sign(host: Host, unsigned: Path, initrd: Path, keyset: Keyset, out: Path) -> Uki:
@@ -128,7 +126,7 @@ def sign(host: Host, unsigned: Path, initrd: Path, keyset: Keyset, out: Path) ->
         raise Failure(
             f"the kernel of {unsigned} is not the one whose modules are in its initrd ({policy.kernel})"
         )
-    return _finish(host, content, keyset, out, approve=False)
+    return _finish(host, content, keyset, out)
 
 
 def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
@@ -139,18 +137,42 @@ def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
         raise Failure(f"{initrd} was built for another keyset: build it with this one, {keyset.folder}")
 
 
+def _approved_epoch(host: Host, content: Content) -> int | None:
+    """Return the epoch of a UKI that may open a machine's secrets, None for one of another mode.
+
+    The policy in its own initrd decides, whatever is said about it: only run mode keeps the secrets to
+    itself. Raises `Failure` if the command line is not the policy's.
+    """
+    try:
+        fields = json.loads(_policy_files(host, content.initrd)[0])
+        mode, cmdline, epoch = fields["mode"], fields["cmdline"], int(fields["epoch"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise Failure(NOT_OURS) from error
+    if mode != "run":
+        return None
+    if cmdline != content.cmdline.decode():
+        raise Failure(f"the initrd of this UKI is for the command line {cmdline!r}: it is not approved")
+    return epoch
+
+
 def read_policy(host: Host, initrd: bytes) -> init.Policy:
     """Return the policy in one of our initrds. Raises `Failure` if it is not one of ours."""
+    try:
+        policy, authority = _policy_files(host, initrd)
+        return init.parse_policy(policy, b"", authority)
+    except (KeyError, ValueError) as error:
+        raise Failure(NOT_OURS) from error
+
+
+def _policy_files(host: Host, initrd: bytes) -> list[bytes]:
+    """Return the policy and the manifest CA in one of our initrds."""
     try:
         archive = host.run(["zstd", "-dcq"], stdin=initrd)
         # The device nodes are an archive of their own before the files'.
         files = archive[archive.index(b"TRAILER!!!") + 10 :].lstrip(b"\0")
-        policy, authority = _unpack(host, files, "etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem")
-        return init.parse_policy(policy, b"", authority)
-    except (OSError, KeyError, ValueError, Failure) as error:
-        raise Failure(
-            "the initrd of this UKI is not one of mosinit's: use one of `mosinit build`"
-        ) from error
+        return _unpack(host, files, "etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem")
+    except (OSError, ValueError, Failure) as error:
+        raise Failure(NOT_OURS) from error
 
 
 def _unpack(host: Host, archive: bytes, *names: str) -> list[bytes]:
@@ -178,12 +200,18 @@ def take_apart(data: bytes, name: str) -> Content:
     return Content(kernel, cmdline.rstrip(b"\0\n "), osrel, uname.rstrip(b"\0\n"), initrd)
 
 
-def _finish(host: Host, content: Content, keyset: Keyset, out: Path, *, approve: bool) -> Uki:
-    """Put a UKI together, see that it is what was meant, and sign it."""
+def _finish(host: Host, content: Content, keyset: Keyset, out: Path) -> Uki:
+    """Put a UKI together, see that it is what was meant, and sign it; one of run mode is approved, too."""
+    epoch = _approved_epoch(host, content)
     with host.scratch(out) as folder:
-        unsigned = folder / "unsigned.efi"
-        _assemble(host, content, unsigned, folder, keyset if approve else None)
-        _check(unsigned, content.sections(), approve=approve)
+        unsigned = folder.absolute() / "unsigned.efi"
+        _assemble(host, content.sections(), unsigned)
+        if epoch is not None:
+            measured = unsigned.read_bytes()
+            approval = approvals.approve_uki(keyset, measured, epoch)
+            _assemble(host, {**content.sections(), approvals.APPROVAL: approval}, unsigned)
+            if approvals.predict_pcr11(unsigned.read_bytes()) != approvals.predict_pcr11(measured):
+                raise Failure("a UKI is measured otherwise with its approval: use the tools tree's ukify")
         keyset.signer("uki").sign_pe(unsigned, folder / "signed.efi")
         db = [keyset.certificate_path(role) for role in ("uki", "layer")]
         check_signed_binaries(host, [folder / "signed.efi"], db)
@@ -192,32 +220,29 @@ def _finish(host: Host, content: Content, keyset: Keyset, out: Path, *, approve:
     return Uki(out, content.uki_id)
 
 
-def _assemble(host: Host, content: Content, out: Path, folder: Path, approver: Keyset | None) -> None:
-    """Run ukify on exactly these parts; `approver` signs the TPM policy of this UKI."""
+def _assemble(host: Host, sections: Mapping[str, bytes], out: Path) -> None:
+    """Run ukify on exactly these sections, in the folder of `out`, and see that it made just that."""
+    folder = out.parent
     (folder / "ukify.conf").touch()  # named so that no ukify.conf of this machine is read
-    for name, data in content.sections().items():
+    for name, data in sections.items():
         (folder / name[1:]).write_bytes(data)
     command: list[str | Path] = [
-        "ukify", "build", f"--config={folder}/ukify.conf", f"--stub={STUB}", "--efi-arch=x64",
-        f"--linux={folder}/linux", f"--initrd={folder}/initrd", f"--cmdline=@{folder}/cmdline",
-        f"--os-release=@{folder}/osrel", f"--uname={content.uname.decode()}",
-        "--no-sign-kernel", f"--output={out}",
+        "ukify", "build", "--config=ukify.conf", f"--stub={STUB}", "--efi-arch=x64",
+        "--linux=linux", "--initrd=initrd", "--cmdline=@cmdline", "--os-release=@osrel",
+        f"--uname={sections['.uname'].decode()}", "--no-sign-kernel", f"--output={out.name}",
     ]  # fmt: skip
-    if approver:
-        command += [
-            f"--pcr-private-key={approver.signer('pcr').private_key_path()}",
-            f"--pcr-public-key={approver.public_path('pcr')}",
-            "--pcr-banks=sha256", f"--phases={PHASE}",
-        ]  # fmt: skip
-    host.run(command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}, timeout=300)
+    command += [f"--section={name}:@{name[1:]}" for name in sections if name not in CONTENT]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    host.run(command, env=environment, cwd=folder, timeout=300)
+    _check(out, sections)
 
 
-def _check(path: Path, expected: Mapping[str, bytes], *, approve: bool) -> None:
+def _check(path: Path, expected: Mapping[str, bytes]) -> None:
     """See that ukify took the parts as they are and added nothing: the id is over these bytes."""
     data = path.read_bytes()
     image = pe.parse(data)
     changed = [name for name, content in expected.items() if image.section(data, name) != content]
-    known = {*CONTENT, *STUB_SECTIONS, *(APPROVAL if approve else ())}
+    known = {*expected, *STUB_SECTIONS}
     if changed or image.names != known:
         seen = ", ".join(changed or sorted(image.names ^ known))
         raise Failure(f"ukify made another UKI than asked for ({seen}): use the tools tree's ukify")

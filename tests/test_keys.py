@@ -340,12 +340,6 @@ def test_sbverify_accepts_a_signed_pe_and_signing_repeats(
     assert subprocess.run(verify, capture_output=True).returncode != 0
 
 
-def test_a_key_path_exists_for_tools_that_need_one(made: Path, host: Host, need: Need) -> None:
-    need("openssl")
-    path = keys.open_keyset(host, made).signer("pcr").private_key_path()
-    assert openssl("pkey", "-in", path, "-pubout") == (made / "pcr.pub").read_bytes()
-
-
 def test_only_measuring_roles_have_a_bare_public_key(made: Path, host: Host) -> None:
     keyset = keys.open_keyset(host, made)
     assert keyset.public_path("pcr") == made / "pcr.pub"

@@ -136,6 +136,43 @@ def test_openssl_verifies_the_manifest(
     assert not openssl(*check)
 
 
+def test_openssl_verifies_the_epoch_order(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    blobs = parts(images.Layout(tmp_path / "release"))
+    (statement,), (signature,) = blobs[init.EPOCH_MEDIA_TYPE], blobs[init.EPOCH_SIGNATURE_MEDIA_TYPE]
+    assert statement == b'{"epoch":3,"product":"%s","schema":1,"type":"epoch"}' % keyset.product.encode()
+    for name, data in (("text", statement), ("sig", signature)):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "crt").write_bytes(blobs[init.CERTIFICATE_MEDIA_TYPE][0])
+    check = ["pkeyutl", "-verify", "-rawin", "-digest", "sha256", "-certin", "-inkey", str(tmp_path / "crt"),
+             "-sigfile", str(tmp_path / "sig"), "-in", str(tmp_path / "text")]  # fmt: skip
+    assert openssl(*check)
+    (tmp_path / "text").write_bytes(statement.replace(b"3", b"4"))
+    assert not openssl(*check)
+
+
+def test_a_statement_is_no_manifest_and_a_manifest_no_statement(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    """One key signs both: what they say must tell them apart."""
+    publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+    blobs = {kind: found[0] for kind, found in parts(images.Layout(tmp_path / "release")).items()}
+    policy = publish.check_signer(keyset, init.parse_manifest(blobs[init.MANIFEST_MEDIA_TYPE]))
+    statement = blobs[init.EPOCH_MEDIA_TYPE], blobs[init.EPOCH_SIGNATURE_MEDIA_TYPE]
+    manifest = blobs[init.MANIFEST_MEDIA_TYPE], blobs[init.SIGNATURE_MEDIA_TYPE]
+    certificate = blobs[init.CERTIFICATE_MEDIA_TYPE]
+    assert init.verify_manifest(*manifest, certificate, policy).contents.epoch == 3
+    assert init.verify_epoch_order(*statement, certificate, policy.manifest_ca, policy.product) == 3
+    with pytest.raises(init.Refused) as refused:
+        init.verify_manifest(*statement, certificate, policy)
+    assert refused.value.check == "MANIFEST-FORMAT"
+    with pytest.raises(init.Refused) as refused:
+        init.verify_epoch_order(*manifest, certificate, policy.manifest_ca, policy.product)
+    assert refused.value.check == "EPOCH-ORDER"
+
+
 def test_openssl_verifies_each_root_hash_and_veritysetup_each_layer(
     written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
 ) -> None:
@@ -339,6 +376,27 @@ def test_what_a_machine_would_refuse_is_refused_before(
     with pytest.raises(init.Refused) as refused:
         publish.check_release(host, layout, policy, keyset)
     assert refused.value.check == check
+
+
+@pytest.mark.parametrize("fault", ["another epoch", "another product", "unsigned", "absent", "no signature"])
+def test_a_release_without_its_epoch_order_is_refused(
+    fault: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    layout = images.Layout(tmp_path / "release")
+    contents = init.parse_manifest(written.read_bytes(), published=False)
+    policy, sign = publish.check_signer(keyset, contents), keyset.signer("product").sign
+    publish.publish(host, written, keyset, f"oci:{layout.path}")
+    signed = {kind: found[0] for kind, found in parts(layout).items()}
+    product = "00000000-1111-2222-3333-444444444444" if fault == "another product" else keyset.product
+    statement = images.encode(init.epoch_statement(product, 4 if fault == "another epoch" else 3))
+    signed[init.EPOCH_MEDIA_TYPE] = statement
+    signed[init.EPOCH_SIGNATURE_MEDIA_TYPE] = sign(statement + b"\n" if fault == "unsigned" else statement)
+    if fault in ("absent", "no signature"):
+        del signed[init.EPOCH_MEDIA_TYPE if fault == "absent" else init.EPOCH_SIGNATURE_MEDIA_TYPE]
+    publish._write_release(host, layout, signed, [])
+    with pytest.raises(init.Refused) as refused:
+        publish.check_release(host, layout, policy, keyset)
+    assert refused.value.check == "EPOCH-ORDER"
 
 
 # --- The encoding -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import images, init, initrd, keys, pe, uki
+from mosinit import approvals, images, init, initrd, keys, pe, uki
 from mosinit.host import Failure, Host
 from mosinit.hostfs import KernelTree
 
@@ -21,6 +20,7 @@ Need = Callable[..., None]
 
 TREE = Path(__file__).resolve().parent.parent
 VERSION = "6.12.0-test"
+EPOCH = 3
 EFI = Path("/usr/lib/systemd/boot/efi")
 KERNEL = (
     EFI / "addonx64.efi.stub"
@@ -49,7 +49,7 @@ def make_initrd(host: Host, folder: Path, mode: str, keyset: keys.Keyset) -> ini
     policy = initrd.encode_policy(
         mode=mode,
         product=keyset.product,
-        epoch=1,
+        epoch=EPOCH,
         kernel=VERSION,
         cmdline=uki.LIVE_CMDLINE,
         db=[initrd.fingerprint(keyset.certificate(role)) for role in ("uki", "layer")],
@@ -172,39 +172,67 @@ def pcr_11(host: Host, path: Path, phase: str, folder: Path) -> str:
     return value
 
 
-def pcr_policy(value: str) -> str:
-    """Return the digest of PolicyPCR over PCR 11 of the SHA-256 bank alone (TPM 2.0 part 3, 23.7)."""
-    selection = bytes.fromhex("00000001" + "000b" + "03" + "000800")
-    command = bytes.fromhex("0000017f")
-    values = hashlib.sha256(bytes.fromhex(value)).digest()
-    return hashlib.sha256(bytes(32) + command + selection + values).hexdigest()
-
-
-def test_systemd_measure_agrees_on_the_one_approval(
+def test_systemd_measure_agrees_on_what_is_approved(
     run: uki.Uki, host: Host, need: Need, keyset: keys.Keyset, tmp_path: Path
 ) -> None:
     need(MEASURE, "openssl")
-    approvals = json.loads(sections(run.path)[".pcrsig"].rstrip(b"\0"))
-    assert list(approvals) == ["sha256"] and len(approvals["sha256"]) == 1
-    approval = approvals["sha256"][0]
-    assert approval["pcrs"] == [11]
-    assert approval["pol"] == pcr_policy(pcr_11(host, run.path, "enter-initrd", tmp_path))
-    later = pcr_policy(pcr_11(host, run.path, "enter-initrd:leave-initrd", tmp_path))
-    assert approval["pol"] != later
-    (tmp_path / "signature").write_bytes(base64.b64decode(approval["sig"]))
-    verify: list[str | Path] = [
-        "openssl",
-        "dgst",
-        "-sha256",
-        "-verify",
-        keyset.public_path("pcr"),
-        "-signature",
-    ]
-    host.run([*verify, tmp_path / "signature"], stdin=bytes.fromhex(approval["pol"]))
+    pcr11 = bytes.fromhex(pcr_11(host, run.path, "enter-initrd", tmp_path))
+    assert approvals.predict_pcr11(run.path.read_bytes()) == pcr11
+    assert pcr11 != bytes.fromhex(pcr_11(host, run.path, "enter-initrd:leave-initrd", tmp_path))
+    approval, policies = approval_of(run), approvals.policy_keys(keyset)
+    assert approval.epoch == EPOCH
+    signed = (
+        (approval.unseal, policies.unseal_policy(pcr11, EPOCH) + b"mosinit-unseal"),
+        (approval.set_epoch, init.epoch_policy(pcr11) + b"mosinit-epoch"),
+    )
+    verify: list[str | Path] = ["openssl", "dgst", "-sha256", "-verify", keyset.public_path("pcr")]
+    for signature, data in signed:
+        (tmp_path / "signature").write_bytes(signature)
+        host.run([*verify, "-signature", tmp_path / "signature"], stdin=data)
 
 
-def test_the_approval_names_the_pcr_key(run: uki.Uki, keyset: keys.Keyset) -> None:
-    assert sections(run.path)[".pcrpkey"] == keyset.public_path("pcr").read_bytes()
+def approval_of(made: uki.Uki) -> init.UkiApproval:
+    return init.parse_uki_approval(sections(made.path)[".pcrsig"])
+
+
+def test_the_approval_is_all_that_run_mode_adds(run: uki.Uki, keyset: keys.Keyset) -> None:
+    """The stub would measure a .pcrpkey; the keys that approve are in the initrd."""
+    assert set(sections(run.path)) == {*uki.CONTENT, *uki.STUB_SECTIONS, ".pcrsig"}
+    assert uki.kind(run.path.read_bytes(), pe.parse(run.path.read_bytes())) == "UKI"
+    data = sections(run.path)[".pcrsig"]
+    assert data == approvals.approve_uki(keyset, run.path.read_bytes(), EPOCH)
+
+
+def test_the_initrds_own_policy_decides_what_is_approved(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
+) -> None:
+    lying = replace(make_initrd(host, tmp_path, "live", keyset), mode="run")
+    made = uki.build(host, kernel, lying, keyset, tmp_path / "uki.efi")
+    assert ".pcrsig" not in sections(made.path)
+
+
+def test_another_command_line_is_not_approved(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
+) -> None:
+    with pytest.raises(Failure, match="not approved"):
+        run_initrd = make_initrd(host, tmp_path, "run", keyset)
+        uki.build(host, kernel, run_initrd, keyset, tmp_path / "uki.efi", "init=/bin/sh --")
+    assert not (tmp_path / "uki.efi").exists()
+
+
+@pytest.mark.parametrize("policy", [b"", b"[]", b"{}", b'{"mode": "run"}'])
+def test_an_initrd_without_our_policy_makes_no_uki(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset, policy: bytes
+) -> None:
+    made = make_initrd(host, tmp_path, "run", keyset)
+    archive = initrd.encode_cpio(
+        [("etc", stat.S_IFDIR | 0o755, b"", (0, 0)), ("etc/mosinit", stat.S_IFDIR | 0o755, b"", (0, 0))]
+        + [(f"etc/mosinit/{name}", stat.S_IFREG | 0o644, policy, (0, 0))
+           for name in ("policy.json", "manifest-ca.pem")]
+    )  # fmt: skip
+    made.path.write_bytes(host.run(["zstd", "-cq"], stdin=initrd.device_nodes() + archive))
+    with pytest.raises(Failure, match="not one of mosinit's"):
+        uki.build(host, kernel, made, keyset, tmp_path / "uki.efi")
 
 
 # --- UKIs that another tool put together ------------------------------------------------------------

@@ -90,9 +90,7 @@ def second_product(world: World) -> keys.Signer:
     folder.mkdir()
     key = ec.generate_private_key(ec.SECP256R1())
     authority = world.keyset.certificate("manifest-ca")
-    loaded = serialization.load_pem_private_key(
-        world.keyset.signer("manifest-ca").private_key_path().read_bytes(), None
-    )
+    loaded = serialization.load_pem_private_key((world.keyset.folder / "manifest-ca.key").read_bytes(), None)
     assert isinstance(loaded, ec.EllipticCurvePrivateKey)
     ours = world.keyset.certificate("product")
     kept = [each for each in ours.extensions if not isinstance(each.value, x509.SubjectAlternativeName)]
