@@ -2141,7 +2141,7 @@ _SRK_HEAD = struct.pack(
 
 PLATFORM_STATE = (Pcr(7), *EXTRA_PCRS)
 # Approvals of one kind must not pass for another: each kind has its policyRef.
-UNSEAL_REF, EPOCH_REF, PLATFORM_REF = b"mosinit-unseal", b"mosinit-epoch", b"mosinit-platform"
+UKI_REF, PLATFORM_REF = b"mosinit-uki", b"mosinit-platform"
 POLICY_START = bytes(32)
 
 
@@ -2203,29 +2203,28 @@ class PolicyKeys(NamedTuple):
     platform: bytes
 
     @property
-    def epoch_index(self) -> bytes:
-        """The public area (TPMS_NV_PUBLIC) of the epoch index, once it was written."""
-        policy = policy_authorize(tpm_name(self.pcr), EPOCH_REF)
-        return struct.pack(">IHI", EPOCH_INDEX, 0x000B, EPOCH_ATTRIBUTES) + _sized(policy) + b"\0\x08"
-
-    @property
     def seal(self) -> bytes:
-        """The policy that guards the secret of the config volume."""
+        """The policy that guards the secret of the config volume, and what writes the epoch index."""
         return policy_authorize(tpm_name(self.platform), PLATFORM_REF)
 
+    @property
+    def epoch_index(self) -> bytes:
+        """The public area (TPMS_NV_PUBLIC) of the epoch index, once it was written."""
+        return struct.pack(">IHI", EPOCH_INDEX, 0x000B, EPOCH_ATTRIBUTES) + _sized(self.seal) + b"\0\x08"
+
     def unseal_policy(self, pcr11: bytes, epoch: int) -> bytes:
-        """Return what the pcr key signs (with UNSEAL_REF), so that a UKI of this epoch may unseal."""
+        """Return what the pcr key signs (with UKI_REF), so that a UKI of this epoch may unseal."""
         digest = policy_pcr(POLICY_START, {MEASURED: pcr11})
         return policy_command(policy_epoch(digest, tpm_name(self.epoch_index), epoch), Cc.UNSEAL)
 
     def platform_policy(self, pcr7: bytes) -> bytes:
-        """Return what the platform key signs (with PLATFORM_REF), so that this PCR 7 may unseal."""
-        digest = policy_authorize(tpm_name(self.pcr), UNSEAL_REF)
+        """Return what the platform key signs (with PLATFORM_REF): with this PCR 7, what pcr approved."""
+        digest = policy_authorize(tpm_name(self.pcr), UKI_REF)
         return policy_pcr(digest, {PLATFORM_STATE[0]: pcr7, **dict.fromkeys(EXTRA_PCRS, bytes(32))})
 
 
 def epoch_policy(pcr11: bytes) -> bytes:
-    """Return what the pcr key signs (with EPOCH_REF), so that a UKI may raise the TPM's epoch."""
+    """Return what the pcr key signs (with UKI_REF), so that a UKI may raise the TPM's epoch."""
     return policy_command(policy_pcr(POLICY_START, {MEASURED: pcr11}), Cc.NV_SETBITS)
 
 
@@ -2658,7 +2657,7 @@ def read_epoch(k: Kernel) -> int:
     return int.from_bytes(bits, "big")
 
 
-def check_tpm(k: Machine, record: MachineRecord, keys: PolicyKeys, epoch: int) -> bytes:
+def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
     """See that this is the TPM of the machine record, as provisioning left it, at no epoch above ours.
 
     Returns the public area of its storage root key.
@@ -2681,7 +2680,7 @@ def check_tpm(k: Machine, record: MachineRecord, keys: PolicyKeys, epoch: int) -
     demand(k, "TPM-STATE", expected=f"{PROVISIONED!r}", seen=f"{permanent & PROVISIONED!r}")
     with asking_tpm("the epoch index"):
         public = read_epoch_index(k)
-        demand(k, "TPM-INDEX", expected=keys.epoch_index.hex(), seen=public.hex())
+        demand(k, "TPM-INDEX", expected=record.epoch_index.hex(), seen=tpm_name(public).hex())
         bits = read_epoch(k)
     k.report.facts["tpm_epoch"] = bits.bit_length()
     if bits & ~epoch_bits(epoch):
@@ -2692,54 +2691,59 @@ def check_tpm(k: Machine, record: MachineRecord, keys: PolicyKeys, epoch: int) -
     return cast(bytes, storage_key)
 
 
+def satisfy(
+    k: Machine, session: Session, tokens: Tokens, keys: PolicyKeys, approval: UkiApproval, command: Cc
+) -> None:
+    """Bring a session to where seal and epoch index want it: this UKI before the fence, for one command, in a
+    firmware that is approved.
+    """
+    pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
+    pcr7, pcr11 = pcrs[PLATFORM_STATE[0]], pcrs[MEASURED]
+    if pcr7.hex() not in tokens.approvals:
+        expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
+        raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
+    satisfy_pcrs(k, session.handle, [MEASURED])
+    policy, signature = epoch_policy(pcr11), approval.set_epoch
+    if command == Cc.UNSEAL:
+        bits = _sized(_unset_bits(approval.epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
+        tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session.handle], bits, EMPTY_PASSWORD)
+        policy, signature = keys.unseal_policy(pcr11, approval.epoch), approval.unseal
+    tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", command))
+    authorize(k, session.handle, keys.pcr, policy, UKI_REF, signature)
+    satisfy_pcrs(k, session.handle, PLATFORM_STATE)
+    policy, signature = keys.platform_policy(pcr7), tokens.approvals[pcr7.hex()]
+    authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, signature)
+
+
 def unseal(
     k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval
 ) -> bytearray:
-    """Return the sealed secret if the TPM agrees: this UKI before the fence, in a firmware that is approved.
-
-    The caller wipes it.
-    """
+    """Return the sealed secret if the TPM agrees. The caller wipes it."""
     head = _SEALED_HEAD + keys.seal + struct.pack(">HH", 0x0010, 32)
     if not tokens.seal_public.startswith(head) or len(tokens.seal_public) != len(head) + 32:
         seen = tokens.seal_public.hex()[:200]
         raise Refused("TPM-SEAL", expected="a secret under this system's policy", seen=seen)
-    with asking_tpm("the TPM to tell its PCRs"):
-        pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
-    pcr7 = pcrs[PLATFORM_STATE[0]]
-    if pcr7.hex() not in tokens.approvals:
-        expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
-        raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
-    words = f"the TPM to open the secret of {pcr7.hex()} (PCR 7), {pcrs[MEASURED].hex()} (PCR 11)"
-    with asking_tpm(words), contextlib.ExitStack() as undo:
+    with asking_tpm("the TPM to open the secret"), contextlib.ExitStack() as undo:
         area = _sized(tokens.seal_private) + _sized(tokens.seal_public)
         item = tpm(k, Cc.LOAD, [SRK], area, EMPTY_PASSWORD).number(4)
         undo.callback(flush, k, item)
         session = Session(k, storage_key)
         undo.callback(flush, k, session.handle)
-        satisfy_pcrs(k, session.handle, [MEASURED])
-        bits = _sized(_unset_bits(approval.epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
-        tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session.handle], bits, EMPTY_PASSWORD)
-        tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", Cc.UNSEAL))
-        policy = keys.unseal_policy(pcrs[MEASURED], approval.epoch)
-        authorize(k, session.handle, keys.pcr, policy, UNSEAL_REF, approval.unseal)
-        satisfy_pcrs(k, session.handle, PLATFORM_STATE)
-        policy = keys.platform_policy(pcr7)
-        authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, tokens.approvals[pcr7.hex()])
+        satisfy(k, session, tokens, keys, approval, Cc.UNSEAL)
         return tpm_in(k, session, Cc.UNSEAL, [item], tpm_name(tokens.seal_public))
 
 
-def raise_epoch(k: Machine, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int) -> None:
+def raise_epoch(
+    k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int
+) -> None:
     """Set the TPM's epoch bits up to `epoch`, never above this UKI's own, and see that they are set."""
-    bits = epoch_bits(min(epoch, approval.epoch))
-    name = tpm_name(keys.epoch_index)
+    bits, name = epoch_bits(min(epoch, approval.epoch)), tpm_name(keys.epoch_index)
     with asking_tpm(f"the TPM to take epoch {epoch}"):
         if read_epoch(k) & bits == bits:
             return
-        pcr11, session = read_pcr(k, MEASURED), Session(k, storage_key)
+        session = Session(k, storage_key)
         try:
-            satisfy_pcrs(k, session.handle, [MEASURED])
-            tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", Cc.NV_SETBITS))
-            authorize(k, session.handle, keys.pcr, epoch_policy(pcr11), EPOCH_REF, approval.set_epoch)
+            satisfy(k, session, tokens, keys, approval, Cc.NV_SETBITS)
             tpm_in(k, session, Cc.NV_SETBITS, [EPOCH_INDEX, EPOCH_INDEX], name, struct.pack(">Q", bits))
         finally:
             flush(k, session.handle)
@@ -2903,7 +2907,7 @@ def _check_tpm(k: Machine) -> None:
 
 def _check_nothing_extra(k: Machine) -> None:
     """See that the stub took nothing from beside the UKI: no credential, extension, add-on, command line."""
-    signed = ("os-release", "tpm2-pcr-public-key.pem", "tpm2-pcr-signature.json")
+    signed = ("os-release", "tpm2-pcr-signature.json")
     extra = [f"/.extra/{name}" for name in k.names("/.extra") if name not in signed]
     extra += [f"PCR {pcr}" for pcr in EXTRA_PCRS if any(read_pcr(k, pcr))]
     demand(k, "ESP-EXTRA", expected="nothing", seen=", ".join(extra) or "nothing")

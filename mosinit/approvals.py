@@ -105,8 +105,8 @@ def approve_uki(keyset: Keyset, uki: bytes, epoch: int) -> bytes:
     fields = {
         "schema": 1,
         "epoch": epoch,
-        "unseal": sign(policy_keys(keyset).unseal_policy(pcr11, epoch) + init.UNSEAL_REF).hex(),
-        "set_epoch": sign(init.epoch_policy(pcr11) + init.EPOCH_REF).hex(),
+        "unseal": sign(policy_keys(keyset).unseal_policy(pcr11, epoch) + init.UKI_REF).hex(),
+        "set_epoch": sign(init.epoch_policy(pcr11) + init.UKI_REF).hex(),
     }
     section = images.encode(fields)
     init.parse_uki_approval(section)

@@ -57,8 +57,8 @@ class Material(NamedTuple):
     def approval(self, epoch: int = 1, role: str = "pcr") -> init.UkiApproval:
         """Approve the UKI for an epoch."""
         pcr11 = self.pcrs[init.MEASURED]
-        unseal = self.sign(role, self.keys.unseal_policy(pcr11, epoch) + init.UNSEAL_REF)
-        return init.UkiApproval(epoch, unseal, self.sign(role, init.epoch_policy(pcr11) + init.EPOCH_REF))
+        unseal = self.sign(role, self.keys.unseal_policy(pcr11, epoch) + init.UKI_REF)
+        return init.UkiApproval(epoch, unseal, self.sign(role, init.epoch_policy(pcr11) + init.UKI_REF))
 
     def tokens(self, seal: Seal | None = None, platform: Mapping[str, bytes] | None = None) -> init.Tokens:
         """Return what the header of its config volume carries for the TPM."""
@@ -96,7 +96,7 @@ def make_storage_key(tpm: Swtpm) -> None:
     tpm.run("tpm2_flushcontext", "-t")
 
 
-def make_epoch_index(tpm: Swtpm, attributes: str = INDEX_ATTRIBUTES, policy: str = "epoch.policy") -> None:
+def make_epoch_index(tpm: Swtpm, attributes: str = INDEX_ATTRIBUTES, policy: str = "seal.policy") -> None:
     """Define the epoch index and set its first bit."""
     tpm.run("tpm2_nvdefine", "-C", "o", "-s", "8", "-a", attributes, "-L", policy, INDEX)
     tpm.run("tpm2_nvsetbits", "-C", "o", "-i", "1", INDEX)
@@ -138,7 +138,7 @@ def provision(folder: Path, keys_of: Path | None = None) -> Material:
             make_keys(folder, "pcr", "platform", "foreign")
         for path in [*keys_of.glob("*.key"), *keys_of.glob("*.pub")] if keys_of else []:
             shutil.copy(path, folder)
-        authorized(tpm, "pcr", b"mosinit-epoch", "epoch.policy")
+        authorized(tpm, "pcr", b"mosinit-uki", "uki.policy")
         authorized(tpm, "platform", b"mosinit-platform", "seal.policy")
         make_storage_key(tpm)
         make_epoch_index(tpm)
@@ -176,7 +176,7 @@ def open_secret(
 ) -> bytes:
     """Do what the bring-up does between reading the header and opening the volume."""
     approval = approval or material.approval(epoch)
-    storage_key = init.check_tpm(k, material.record, material.keys, epoch)
+    storage_key = init.check_tpm(k, material.record, epoch)
     tokens = material.tokens(seal, platform)
     secret = init.unseal(k, tokens, storage_key, material.keys, approval)
     init.check_secret(material.record, secret)

@@ -369,11 +369,8 @@ def test_what_is_no_pcr_7_is_not_approved(keyset: keys.Keyset, value: bytes) -> 
 # --- Both, and a TPM that opens ---------------------------------------------------------------------
 
 
-def sealed(tpm: Swtpm, policies: init.PolicyKeys, secret: bytes) -> init.Seal:
+def sealed(tpm: Swtpm, policies: init.PolicyKeys, secret: bytes) -> list[bytes]:
     """Do what provisioning does, by tpm2-tools: storage key, epoch index, sealed secret."""
-    (tpm.folder / "epoch.policy").write_bytes(
-        init.policy_authorize(init.tpm_name(policies.pcr), init.EPOCH_REF)
-    )
     (tpm.folder / "seal.policy").write_bytes(policies.seal)
     parent = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt"
     tpm.run("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc256:aes128cfb", "-a", parent, "-c", "srk")
@@ -381,13 +378,13 @@ def sealed(tpm: Swtpm, policies: init.PolicyKeys, secret: bytes) -> init.Seal:
     tpm.run("tpm2_flushcontext", "-t")
     index = f"{init.EPOCH_INDEX:#x}"
     bits = "ownerwrite|policywrite|authread|no_da|nt=bits"
-    tpm.run("tpm2_nvdefine", "-Q", index, "-C", "o", "-s", "8", "-a", bits, "-L", "epoch.policy")
+    tpm.run("tpm2_nvdefine", "-Q", index, "-C", "o", "-s", "8", "-a", bits, "-L", "seal.policy")
     tpm.run("tpm2_nvsetbits", "-Q", index, "-C", "o", "-i", "1")
     mode = "fixedtpm|fixedparent|adminwithpolicy|noda"
     tpm.run("tpm2_create", "-Q", "-C", "0x81000001", "-i", "-", "-L", "seal.policy", "-a", mode,
             "-u", "seal.pub", "-r", "seal.priv", data=secret)  # fmt: skip
     tpm.run("tpm2_flushcontext", "-t")
-    return init.Seal(*((tpm.folder / f"seal.{kind}").read_bytes()[2:] for kind in ("pub", "priv")))
+    return [(tpm.folder / f"seal.{kind}").read_bytes()[2:] for kind in ("pub", "priv")]
 
 
 def extend(tpm: Swtpm, pcr: int, *words: bytes) -> None:
@@ -402,9 +399,10 @@ def test_a_tpm_opens_for_what_was_approved_alone(
     policies, secret = approvals.policy_keys(keyset), b"s" * 32
     approval = init.parse_uki_approval(approvals.approve_uki(keyset, make_pe(UKI), 2))
     pcr7 = approvals.predict_pcr7(trusted)
-    platform = {pcr7: approvals.approve_platform(keyset, pcr7)}
+    platform = {pcr7.hex(): approvals.approve_platform(keyset, pcr7)}
     with swtpm(tmp_path / "tpm") as tpm:
-        seal, machine = sealed(tpm, policies, secret), TpmMachine(tpm)
+        public, private = sealed(tpm, policies, secret)
+        tokens, machine = init.Tokens(public, private, b"", platform, b"", b"", b""), TpmMachine(tpm)
         extend(tpm, 7, *(event.data for event in approvals.platform_events(trusted)))
         extend(tpm, 11, b".linux\0", b"kernel", b".cmdline\0", b"--\0", b".initrd\0", b"initrd")
         extend(tpm, 11, b".sbat\0", b"sbat\0\0")
@@ -412,13 +410,13 @@ def test_a_tpm_opens_for_what_was_approved_alone(
         assert storage_key
 
         def unseal() -> bytearray:
-            return init.unseal(machine, seal, storage_key, policies, approval, platform)
+            return init.unseal(machine, tokens, storage_key, policies, approval)
 
         with pytest.raises(init.Refused, match="TPM-POLICY|TPM-APPROVAL"):
             unseal()
         extend(tpm, 11, init.ENTER_INITRD)
         assert unseal() == secret
-        init.raise_epoch(machine, storage_key, policies, approval, 2)
+        init.raise_epoch(machine, tokens, storage_key, policies, approval, 2)
         assert init.read_epoch(machine) == 0b11
         assert unseal() == secret
         tpm.run("tpm2_nvsetbits", "-Q", f"{init.EPOCH_INDEX:#x}", "-C", "o", "-i", "4")

@@ -91,7 +91,7 @@ def test_the_policies_are_those_of_a_trial_session(material: Material, tpm: Swtp
     assert keys.unseal_policy(pcrs[init.MEASURED], 2) == unseal
     raising = trial(("tpm2_policypcr", "-l", "sha256:11"), ("tpm2_policycommandcode", "TPM2_CC_NV_SetBits"))
     assert init.epoch_policy(pcrs[init.MEASURED]) == raising
-    (tpm.folder / "ref").write_bytes(b"mosinit-unseal")
+    (tpm.folder / "ref").write_bytes(b"mosinit-uki")
     inner = ("tpm2_policyauthorize", "-n", "pcr.name", "-q", "ref")
     assert keys.platform_policy(pcrs[PCR7]) == trial(inner, ("tpm2_policypcr", "-l", "sha256:7,12,13"))
     assert keys.seal == (material.folder / "seal.policy").read_bytes()
@@ -187,9 +187,9 @@ def test_an_approval_for_another_command_does_not_count(material: Material, tpm:
     k = start_up(tpm)
     good = material.approval()
     refused("TPM-APPROVAL", lambda: open_secret(k, material, approval=good._replace(unseal=good.set_epoch)))
-    # The same policy under the policyRef of the other kind.
+    # The same policy under the policyRef of another kind.
     policy = material.keys.unseal_policy(material.pcrs[init.MEASURED], 1)
-    mixed = good._replace(unseal=material.sign("pcr", policy + init.EPOCH_REF))
+    mixed = good._replace(unseal=material.sign("pcr", policy + init.PLATFORM_REF))
     refused("TPM-APPROVAL", lambda: open_secret(k, material, approval=mixed))
 
 
@@ -219,8 +219,8 @@ def test_an_approval_of_another_machine_replayed_for_this_one_does_not_open(
 
 def test_a_stale_epoch_stays_closed_with_whatever_header(material: Material, tpm: Swtpm) -> None:
     k = start_up(tpm)
-    storage_key = init.check_tpm(k, material.record, material.keys, 2)
-    init.raise_epoch(k, storage_key, material.keys, material.approval(2), 2)
+    storage_key = init.check_tpm(k, material.record, 2)
+    init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(2), 2)
     assert init.read_epoch(k) == 0b11
     tpm.reset()
     k = start_up(tpm)
@@ -239,19 +239,34 @@ def test_a_stale_epoch_stays_closed_with_whatever_header(material: Material, tpm
 
 def test_an_epoch_is_never_raised_above_the_uki_s_own(material: Material, tpm: Swtpm) -> None:
     k = start_up(tpm)
-    storage_key = init.check_tpm(k, material.record, material.keys, 3)
-    init.raise_epoch(k, storage_key, material.keys, material.approval(3), 64)
+    storage_key = init.check_tpm(k, material.record, 3)
+    init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(3), 64)
     assert init.read_epoch(k) == 0b111
     k.commands.clear()
-    init.raise_epoch(k, storage_key, material.keys, material.approval(3), 2)
+    init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(3), 2)
     assert k.commands == [init.Cc.NV_READ]
 
 
 def test_after_the_fence_no_epoch_bit_is_set(material: Material, tpm: Swtpm) -> None:
     k = start_up(tpm)
-    storage_key = init.check_tpm(k, material.record, material.keys, 2)
+    storage_key = init.check_tpm(k, material.record, 2)
     init.fence(k)
-    refused("TPM-APPROVAL", lambda: init.raise_epoch(k, storage_key, material.keys, material.approval(2), 2))
+    refused(
+        "TPM-APPROVAL",
+        lambda: init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(2), 2),
+    )
+    assert init.read_epoch(k) == 1
+
+
+def test_in_a_firmware_that_is_not_approved_no_epoch_bit_is_set(material: Material, tpm: Swtpm) -> None:
+    """PCR 11 can be replayed where Secure Boot is off; whoever does that must not be able to use epochs up."""
+    k = start_up(tpm, firmware=b"Secure Boot is off")
+    storage_key = init.check_tpm(k, material.record, 2)
+    here, (approved,) = init.read_pcr(k, PCR7).hex(), material.platform().values()
+    for check, platform in (("TPM-POLICY", material.platform()), ("TPM-APPROVAL", {here: approved})):
+        tokens = material.tokens(None, platform)
+        raising = (tokens, storage_key, material.keys, material.approval(2), 2)
+        refused(check, lambda raising=raising: init.raise_epoch(k, *raising))  # type: ignore[misc]
     assert init.read_epoch(k) == 1
 
 
@@ -334,7 +349,7 @@ def test_premise_the_tpm_itself_wants_both_approvals(material: Material, tpm: Sw
             tpm.run("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:11")
             tpm.run("tpm2_policynv", "-S", "s.ctx", "-i", "mask", INDEX, "bc")
             tpm.run("tpm2_policycommandcode", "-S", "s.ctx", "TPM2_CC_Unseal")
-            authorize("pcr", keys.unseal_policy(pcr11, 1), b"mosinit-unseal", approval.unseal)
+            authorize("pcr", keys.unseal_policy(pcr11, 1), b"mosinit-uki", approval.unseal)
         if outer:
             tpm.run("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:7,12,13")
             pcr7 = material.pcrs[PCR7]
@@ -385,12 +400,12 @@ def test_parts_that_are_missing_or_wrong_are_told_apart(material: Material, tpm:
     tpm.run("tpm2_nvundefine", "-C", "o", *owner, INDEX)
     refused("TPM-INDEX", lambda: open_secret(k, material))
     tpm.run(
-        "tpm2_nvdefine", "-C", "o", *owner, "-s", "8", "-a", INDEX_ATTRIBUTES, "-L", "epoch.policy", INDEX
+        "tpm2_nvdefine", "-C", "o", *owner, "-s", "8", "-a", INDEX_ATTRIBUTES, "-L", "seal.policy", INDEX
     )
     refused("TPM-INDEX", lambda: open_secret(k, material))  # never written: no bit says anything
     tpm.run("tpm2_nvundefine", "-C", "o", *owner, INDEX)
     wider = f"{INDEX_ATTRIBUTES}|authwrite"
-    tpm.run("tpm2_nvdefine", "-C", "o", *owner, "-s", "8", "-a", wider, "-L", "epoch.policy", INDEX)
+    tpm.run("tpm2_nvdefine", "-C", "o", *owner, "-s", "8", "-a", wider, "-L", "seal.policy", INDEX)
     tpm.run("tpm2_nvsetbits", "-C", "o", *owner, "-i", "1", INDEX)
     refused("TPM-INDEX", lambda: open_secret(k, material))
     tpm.run("tpm2_evictcontrol", "-C", "o", *owner, "-c", SRK)
@@ -405,7 +420,7 @@ def test_an_epoch_index_under_another_policy_is_refused(material: Material, tpm:
         "tpm2_loadexternal", "-C", "o", "-G", "rsa", "-u", "foreign.pub", "-c", "k.ctx", "-n", "foreign.name"
     )
     tpm.run("tpm2_flushcontext", "-t")
-    authorized(tpm, "foreign", b"mosinit-epoch", "mine.policy")
+    authorized(tpm, "foreign", b"mosinit-platform", "mine.policy")
     tpm.run(
         "tpm2_nvdefine", "-C", "o", *owner, "-s", "8", "-a", INDEX_ATTRIBUTES, "-L", "mine.policy", INDEX
     )
