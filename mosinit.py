@@ -2694,8 +2694,9 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
 def satisfy(
     k: Machine, session: Session, tokens: Tokens, keys: PolicyKeys, approval: UkiApproval, command: Cc
 ) -> None:
-    """Bring a session to where seal and epoch index want it: this UKI before the fence, for one command, in a
-    firmware that is approved.
+    """Bring a session to where seal and epoch index want it.
+
+    That is: this UKI before the fence, for one command, in a firmware that is approved.
     """
     pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
     pcr7, pcr11 = pcrs[PLATFORM_STATE[0]], pcrs[MEASURED]

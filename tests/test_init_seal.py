@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mosinit import init
-from tests.fake import answer
+from tests.fake import FakeMachine, answer
 from tests.sealed import (
     AUTHS,
     INDEX,
@@ -259,7 +259,7 @@ def test_after_the_fence_no_epoch_bit_is_set(material: Material, tpm: Swtpm) -> 
 
 
 def test_in_a_firmware_that_is_not_approved_no_epoch_bit_is_set(material: Material, tpm: Swtpm) -> None:
-    """PCR 11 can be replayed where Secure Boot is off; whoever does that must not be able to use epochs up."""
+    """PCR 11 can be replayed where Secure Boot is off; who does that must not use epochs up."""
     k = start_up(tpm, firmware=b"Secure Boot is off")
     storage_key = init.check_tpm(k, material.record, 2)
     here, (approved,) = init.read_pcr(k, PCR7).hex(), material.platform().values()
@@ -589,6 +589,60 @@ def test_whatever_the_tpm_answers_is_a_refusal_within_bounds(
         k.tpm = direct  # type: ignore[method-assign]
         tpm.run("tpm2_flushcontext", "-t")
         tpm.run("tpm2_flushcontext", "-l")
+
+
+PROPERTIES = struct.Struct(">BII IIII")
+ONE_PCR = struct.pack(">I", 0) + init.pcr_selection([PCR7]) + struct.pack(">I", 1)
+MALFORMED: list[tuple[Callable[[init.Kernel], object], bytes]] = [
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x201, 0))[:-1]),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x201, 0)) + b"\0"),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x201, 0) + b"\0")),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x201, 0), tag=init.ST_SESSIONS)),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x202, 0))),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 2, 0x200, 0, 0x200, 0))),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 6, 1, 0x200, 0, 0x201, 0))),
+    (init.read_tpm_flags, answer(PROPERTIES.pack(0, 5, 2, 0x200, 0, 0x201, 0))),
+    (lambda k: init.read_pcr(k, PCR7), answer(ONE_PCR + struct.pack(">H", 20) + bytes(20))),
+    (lambda k: init.read_pcr(k, PCR7), answer(ONE_PCR + struct.pack(">H", 32) + bytes(31))),
+    (lambda k: init.read_pcr(k, PCR7), answer(ONE_PCR + struct.pack(">H", 32) + bytes(33))),
+    (lambda k: init.read_pcr(k, PCR12), answer(ONE_PCR + struct.pack(">H", 32) + bytes(32))),
+    (init.read_epoch, answer(struct.pack(">IH", 9, 7) + bytes(7), tag=init.ST_SESSIONS)),
+    (init.read_storage_key, answer(b"\xff\xff")),
+    (init.read_epoch_index, answer(b"")),
+]
+
+
+def test_premise_those_answers_are_taken_when_they_are_whole() -> None:
+    k = FakeMachine()
+    k.tpm = lambda command: answer(PROPERTIES.pack(0, 6, 2, 0x200, 7, 0x201, 2))  # type: ignore[method-assign]
+    assert init.read_tpm_flags(k) == (7, 2)
+    k.tpm = lambda command: answer(ONE_PCR + struct.pack(">H", 32) + bytes(32))  # type: ignore[method-assign]
+    assert init.read_pcr(k, PCR7) == bytes(32)
+
+
+@pytest.mark.parametrize(("ask", "told"), MALFORMED)
+def test_an_answer_is_read_strictly(ask: Callable[[init.Kernel], object], told: bytes) -> None:
+    k = FakeMachine()
+    k.tpm = lambda command: told  # type: ignore[method-assign]
+    with pytest.raises(init.TpmError) as error:
+        ask(k)
+    assert error.value.code == 0
+
+
+def test_an_epoch_that_the_tpm_only_says_it_took_is_refused(material: Material, tpm: Swtpm) -> None:
+    k = start_up(tpm)
+    storage_key, direct = init.check_tpm(k, material.record, 2), k.tpm
+
+    def forgetful(command: bytes) -> bytes:
+        told = direct(command)
+        read = command[6:10] == struct.pack(">I", init.Cc.NV_READ)
+        return (
+            told[:-6] + b"\1" + told[-5:] if read else told
+        )  # the last byte of the index, before the session's
+
+    k.tpm = forgetful  # type: ignore[method-assign]
+    raising = (material.tokens(), storage_key, material.keys, material.approval(2), 2)
+    refused("EPOCH", lambda: init.raise_epoch(k, *raising))
 
 
 def test_a_lockout_of_the_tpm_has_a_name(material: Material, tpm: Swtpm) -> None:
