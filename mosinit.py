@@ -158,6 +158,10 @@ CHECKS: dict[str, Check] = {
         "the store cannot be read as it was sealed",
         "the medium is damaged or was changed: write it again from its image, or use another one",
     ),
+    "STORE-BLOB": Check(
+        "a blob that belongs to the release is missing from the store, or cannot be read",
+        "the store is damaged or was not copied whole: fetch or write it again",
+    ),
     "MANIFEST-ABSENT": Check(
         "the store holds no install manifest",
         "make the medium again with `mosinit build`",
@@ -2057,7 +2061,7 @@ def read_blob(k: Machine, digest: str, size: int, check: str) -> bytes:
     """
     if size > 4 * MIB:
         raise Refused(check, expected="at most 4 MiB", seen=f"{size} bytes")
-    with refusing("STORE-READ", f"blob {digest}"):
+    with refusing("STORE-BLOB", f"blob {digest}"):
         untrusted = k.read(blob_path(digest), 4 * MIB)
     seen = "sha256:" + hashlib.sha256(untrusted).hexdigest()
     if (seen, len(untrusted)) != (digest, size):
@@ -2147,11 +2151,11 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
 
 def open_layer(k: Machine, name: str, layer: Layer, signature_digest: str) -> Verity:
     """Set up loop and dm-verity for one layer of the store; only the salt is taken from the layer itself."""
-    with refusing("STORE-READ", f"blob {signature_digest}"):
+    with refusing("STORE-BLOB", f"blob {signature_digest}"):
         signature = k.read(blob_path(signature_digest), 16384)
     if "sha256:" + hashlib.sha256(signature).hexdigest() != signature_digest:
         raise Refused("LAYER-SIGNATURE", expected=signature_digest, seen=f"another blob for {name}")
-    with refusing("STORE-READ", f"blob {layer.digest}"):
+    with refusing("STORE-BLOB", f"blob {layer.digest}"):
         loop, size = k.attach_loop(blob_path(layer.digest))
     if size != layer.size:
         raise Refused("LAYER-SIZE", expected=f"{layer.size} bytes", seen=f"{size} bytes in {layer.digest}")
