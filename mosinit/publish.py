@@ -269,7 +269,7 @@ def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
     """See what the bring-up sees of a layer before it mounts it: size, superblock, kind of file system."""
     path = layout.blob_path(layer.digest)
-    with init.refusing("STORE-READ", f"blob {layer.digest}"), path.open("rb") as file:
+    with init.refusing("STORE-BLOB", f"blob {layer.digest}"), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size != layer.size:
             raise init.Refused(
@@ -284,7 +284,7 @@ def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
 
 def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, keyset: Keyset) -> None:
     """See that the layer certificate, and so a kernel that finds it in db, accepts a layer's signature."""
-    with init.refusing("STORE-READ", f"blob {digest}"):
+    with init.refusing("STORE-BLOB", f"blob {digest}"):
         store.read(init.blob_path(digest), 16384)
     with host.scratch() as folder:
         (folder / "root-hash").write_text(layer.root_hash)

@@ -343,7 +343,7 @@ def spoil(path: Path, offset: int, content: bytes) -> None:
         ("longer", "LAYER-SIZE"),
         ("superblock", "LAYER-SUPERBLOCK"),
         ("magic", "LAYER-FILESYSTEM"),
-        ("absent", "STORE-READ"),
+        ("absent", "STORE-BLOB"),
         ("signature", "LAYER-SIGNATURE"),
         ("foreign signature", "LAYER-SIGNATURE"),
         ("image", "IMAGE-DIGEST"),
