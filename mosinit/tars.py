@@ -89,12 +89,16 @@ class Leaf:
 
 @dataclass(slots=True, eq=False)
 class Folder:
-    """A folder. Without `meta` the tar passed through it but never listed it."""
+    """A folder. Without `meta` the tar passed through it but never listed it.
+
+    It is `made` if it is listed or something but whiteouts lies in it: a whiteout alone makes no folder.
+    """
 
     meta: Meta | None = None
     children: dict[bytes, Leaf | Folder] = field(default_factory=dict)
     hidden: set[bytes] = field(default_factory=set)
     opaque: bool = False
+    made: bool = False
 
 
 WHITEOUT = Leaf(CHARACTER, Meta(mode=0))
@@ -426,13 +430,14 @@ def _add(reader: _Reader, header: _Header) -> None:
             reader.refuse("is the root but no folder")
         reader.root.meta = _meta(reader, header)
         return
-    parent = _parent(reader, path)
-    if path[-1].startswith(WHITEOUT_PREFIX):
+    whiteout = path[-1].startswith(WHITEOUT_PREFIX)
+    parent = _parent(reader, path, made=not whiteout)
+    if whiteout:
         _add_whiteout(reader, header, parent, path[-1])
     elif header.kind == FOLDER:
         _add_folder(reader, parent, path[-1], _meta(reader, header))
     else:
-        leaf = _linked(reader, header) if header.kind == LINK else _leaf(reader, header)
+        leaf = _linked(reader, header, path) if header.kind == LINK else _leaf(reader, header)
         _put(reader, parent, path[-1], leaf)
 
 
@@ -450,7 +455,7 @@ def _split(reader: _Reader, name: bytes) -> list[bytes]:
     return path
 
 
-def _parent(reader: _Reader, path: list[bytes]) -> Folder:
+def _parent(reader: _Reader, path: list[bytes], *, made: bool = True) -> Folder:
     """Return the folder that an entry lies in, making those on the way that the tar did not list."""
     folder = reader.root
     for name in path[:-1]:
@@ -462,6 +467,7 @@ def _parent(reader: _Reader, path: list[bytes]) -> Folder:
         if not isinstance(child, Folder):
             reader.refuse("goes through a link or file: name the place where it is to be")
         folder = child
+        folder.made |= made
     return folder
 
 
@@ -487,7 +493,7 @@ def _add_folder(reader: _Reader, parent: Folder, name: bytes, meta: Meta) -> Non
         found = parent.children[name] = Folder()
     if not isinstance(found, Folder):
         reader.refuse("is a folder here and something else before")
-    found.meta = meta
+    found.meta, found.made = meta, True
 
 
 def _put(reader: _Reader, parent: Folder, name: bytes, leaf: Leaf) -> None:
@@ -518,17 +524,20 @@ def _leaf(reader: _Reader, header: _Header) -> Leaf:
     return Leaf(header.kind, meta, device=device)
 
 
-def _linked(reader: _Reader, header: _Header) -> Leaf:
+def _linked(reader: _Reader, header: _Header, name: list[bytes]) -> Leaf:
     """Return what a hard link names: of this layer if it is there, or else of those below."""
     path = _split(reader, header.link)
+    # Others remove what has the name before they make the link.
+    if path[: len(name)] == name:
+        reader.refuse("is a hard link to itself or to what it replaces")
     found = _look_up(reader, reader.root, path)
     if found is None and (found := _look_up(reader, reader.image.root, path)) is not None:
         if _covered(reader.root, tuple(path)):
             reader.refuse("is a hard link to a file that this layer removes")
         reader.borrowed.add(found)
     if found is None:
-        name = header.link[:160].decode(errors="backslashreplace")
-        reader.refuse(f"is a hard link to {name!r}, which is no file before it")
+        target = header.link[:160].decode(errors="backslashreplace")
+        reader.refuse(f"is a hard link to {target!r}, which is no file before it")
     return found
 
 
@@ -607,38 +616,75 @@ def _covered(root: Folder, path: tuple[bytes, ...]) -> bool:
     return True
 
 
+# A path linked backwards: a tuple for each of many deep folders would be most of the memory.
+_Trail = tuple["_Trail", bytes] | None
+
+
 def _settle(reader: _Reader, image: Image) -> None:
     """Give folders that the tar passed through their attributes, and keep the whiteouts that hide something.
 
     Overlayfs shows a whiteout as a device where no lower layer has the folder: there are none of those.
     """
     known = image.root is not None
-    waiting: list[tuple[Folder, Leaf | Folder | None, tuple[bytes, ...]]] = [(reader.root, image.root, ())]
+    _open_root(reader, image)
+    waiting: list[tuple[Folder, Leaf | Folder | None, bool, _Trail]] = [
+        (reader.root, image.root, True, None)
+    ]
     while waiting:
-        folder, below, path = waiting.pop()
-        reader.entry = b"/".join(path) or b"/"
+        folder, below, visible, trail = waiting.pop()
         if folder.meta is None:
-            if isinstance(below, Leaf):
-                reader.refuse(
-                    "is a folder only in passing, but a link or file below: name where it is to be"
-                )
-            if not known and path:
-                reader.refuse("is a folder that the tar does not list, and the layer below is not a tar")
-            folder.meta = below.meta if below and below.meta else Meta()
-        under = below if isinstance(below, Folder) and not folder.opaque else None
-        folder.opaque = folder.opaque and (isinstance(below, Folder) or not known)
-        for name in folder.hidden:
-            child = folder.children.get(name)
-            if isinstance(child, Folder):
-                child.opaque = True
-            elif child is None and (not known or (under and name in under.children)):
+            folder.meta = _passed(reader, below, trail, visible=visible, known=known)
+        lower = below.children if isinstance(below, Folder) else {}
+        folder.opaque = folder.opaque and visible and (isinstance(below, Folder) or not known)
+        visible = visible and not folder.opaque
+        for name, child in list(folder.children.items()):
+            hidden, beneath = name in folder.hidden, lower.get(name)
+            if not isinstance(child, Folder):
+                continue
+            if not (child.made or (visible and not hidden and (beneath or not known))):
+                del folder.children[name]
+                continue
+            # A whiteout beside it makes it a new folder, whatever was there.
+            child.opaque |= hidden
+            beneath = None if hidden and isinstance(beneath, Leaf) else beneath
+            waiting.append((child, beneath, visible, (trail, name)))
+        for name in folder.hidden - folder.children.keys():
+            if visible and (name in lower or not known):
                 folder.children[name] = WHITEOUT
-        for name, child in folder.children.items():
-            if isinstance(child, Folder):
-                # A whiteout beside it makes it a new folder, whatever was there.
-                if name in folder.hidden and child.meta is None:
-                    child.meta = Meta()
-                waiting.append((child, under.children.get(name) if under else None, (*path, name)))
+
+
+def _open_root(reader: _Reader, image: Image) -> None:
+    """Say one by one what an opaque root hides: overlayfs does not heed the mark of a layer's root."""
+    if not reader.root.opaque:
+        return
+    if image.root is None:
+        reader.entry = b"/"
+        reader.refuse("hides all that is below, and a layer below is not a tar: name what is to go")
+    reader.root.opaque = False
+    reader.root.hidden |= image.root.children.keys()
+
+
+def _passed(
+    reader: _Reader, below: Leaf | Folder | None, trail: _Trail, *, visible: bool, known: bool
+) -> Meta:
+    """Return the attributes of a folder that the tar does not list: those it has below, hidden or not.
+
+    A private folder must not become open because its path was the shortest way to say something else.
+    """
+    reader.entry = _name(trail)
+    if isinstance(below, Leaf) and visible:
+        reader.refuse("is a folder only in passing, but a link or file below: name where it is to be")
+    if not known and trail:
+        reader.refuse("is a folder that the tar does not list, and the layer below is not a tar")
+    return below.meta if isinstance(below, Folder) and below.meta else Meta()
+
+
+def _name(trail: _Trail) -> bytes:
+    parts = []
+    while trail:
+        trail, part = trail
+        parts.append(part)
+    return b"/".join(reversed(parts)) or b"/"
 
 
 def _merge(below: Folder, layer: Folder) -> None:

@@ -69,6 +69,7 @@ def record(key: str, value: str) -> bytes:
 
 
 END = bytes(1024)
+OPAQUE = "SCHILY.xattr.trusted.overlay.opaque"
 
 Read = Callable[..., tars.Folder]
 
@@ -125,7 +126,8 @@ REFUSED = {
     "hard link ahead": ([link("a", "b"), entry("b")], "no file before it"),
     "hard link through a link": ([symlink("a", "/etc"), link("b", "a/shadow")], "through a link"),
     "hard link to a folder": ([folder("a"), link("b", "a")], "no file before it"),
-    "hard link to itself": ([link("a", "a")], "no file before it"),
+    "hard link to itself": ([link("a", "a")], "to itself"),
+    "hard link to itself, of a file": ([entry("a"), link("a", "./a")], "to itself"),
     "hard link without target": ([link("a", "")], "hard link that is empty"),
     "hard link with data": ([entry("a"), patched(link("b", "a"), 124, b"00000000001\0")], "but has data"),
     "symlink without target": ([symlink("a", "")], "without a target"),
@@ -285,12 +287,9 @@ def test_whiteouts_that_hide_nothing_are_left_out(read: Read) -> None:
         entry("new/.wh.x"), entry("new/.wh..wh..opq"),
     )  # fmt: skip
     found = listed(tree)
-    assert set(found) == {".", "etc", "etc/old", "opq", "new"}
+    assert set(found) == {".", "etc", "etc/old", "opq"}
     assert (found["etc/old"].type, found["etc"].uid) == (tarfile.CHRTYPE, 7)
-    opaque = {
-        name for name, item in found.items() if "SCHILY.xattr.trusted.overlay.opaque" in item.pax_headers
-    }
-    assert opaque == {"opq"}
+    assert [name for name in found if OPAQUE in found[name].pax_headers] == ["opq"]
 
 
 def test_what_a_layer_removed_is_gone_for_those_above(read: Read) -> None:
@@ -302,13 +301,68 @@ def test_what_a_layer_removed_is_gone_for_those_above(read: Read) -> None:
         read(link("d", "b/old"))
 
 
-def test_a_folder_beside_its_whiteout_is_a_new_one(read: Read) -> None:
+def test_a_folder_beside_its_whiteout_shows_nothing_old(read: Read) -> None:
     read(folder("a", uid=7), entry("a/old"), symlink("l", "a"))
     tree = read(entry("a/new"), entry(".wh.a"), entry("l/new"), entry(".wh.l"))
     found = listed(tree)
-    assert (found["a"].uid, set(found)) == (0, {".", "a", "a/new", "l", "l/new"})
-    assert "SCHILY.xattr.trusted.overlay.opaque" in found["a"].pax_headers
-    assert "SCHILY.xattr.trusted.overlay.opaque" not in found["l"].pax_headers
+    assert (found["l"].uid, set(found)) == (0, {".", "a", "a/new", "l", "l/new"})
+    assert OPAQUE in found["a"].pax_headers
+    assert OPAQUE not in found["l"].pax_headers
+
+
+@pytest.mark.parametrize("mark", [".wh.a", "a/.wh.b", "a/.wh..wh..opq", ".wh..wh..opq"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_private_folder_becomes_open_by_being_passed_through(mark: str, order: int, read: Read) -> None:
+    read(folder("a", uid=7, mode=0o700), folder("a/b", uid=8, mode=0o700), entry("a/b/old"))
+    found = listed(read(*[entry("a/b/new"), entry(mark)][::order]))
+    assert [(found[name].uid, found[name].mode) for name in ("a", "a/b")] == [(7, 0o700), (8, 0o700)]
+    assert set(found) == {".", "a", "a/b", "a/b/new"}
+    assert [name for name in found if OPAQUE in found[name].pax_headers]
+    # Who lists the folder says what it is.
+    assert listed(read(entry(mark), folder("a", uid=9), entry("a/b/new")))["a"].uid == 9
+
+
+def test_an_opaque_root_hides_every_name_below(read: Read) -> None:
+    """Overlayfs does not heed the mark of a layer's root."""
+    read(folder("etc", uid=7), entry("etc/shadow"), entry("file"), symlink("lib", "usr"), folder("gone"))
+    found = listed(read(entry(".wh..wh..opq"), entry("etc/new"), folder("lib"), entry("init")))
+    assert set(found) == {".", "etc", "etc/new", "file", "gone", "init", "lib"}
+    assert {name for name, item in found.items() if item.type == tarfile.CHRTYPE} == {"file", "gone"}
+    assert [name for name in found if OPAQUE in found[name].pax_headers] == ["etc"]
+    # What is gone stays gone, and is not hidden twice.
+    assert set(listed(read(entry(".wh..wh..opq"), entry(".wh.file")))) == {".", "etc", "init", "lib"}
+    with pytest.raises(Failure, match="no file before it"):
+        read(link("late", "etc/new"))
+
+
+def test_nothing_can_be_opaque_over_a_layer_of_unknown_names(read: Read, image: tars.Image) -> None:
+    image.forget()
+    with pytest.raises(Failure, match="entry '/' hides all that is below"):
+        read(entry(".wh..wh..opq"), entry("init"))
+    # Below an opaque folder nothing is left to hide: a whiteout would be seen, as a device.
+    found = listed(
+        read(folder("a"), entry("a/.wh..wh..opq"), entry("a/.wh.b"), folder("a/c"), entry("a/c/.wh.d"))
+    )
+    assert set(found) == {".", "a", "a/c"}
+    assert [name for name in found if OPAQUE in found[name].pax_headers] == ["a"]
+
+
+def test_a_whiteout_alone_makes_no_folder(read: Read) -> None:
+    read(folder("old", uid=7), entry("old/x"), folder("bare"))
+    found = listed(
+        read(entry("new/deep/.wh.x"), entry("new/.wh..wh..opq"), entry("old/.wh.x"), entry("bare/in/.wh.x"))
+    )
+    assert set(found) == {".", "old", "old/x", "bare"}
+    found = listed(read(entry("old/.wh.y"), entry(".wh.old"), entry("in/.wh.x"), entry("in/real")))
+    assert set(found) == {".", "old", "in", "in/real"}
+    assert found["old"].type == tarfile.CHRTYPE
+
+
+def test_a_link_to_what_it_replaces_is_refused(read: Read) -> None:
+    read(folder("d"), entry("d/a", content=b"abc"))
+    for name, target in (("d/a", "/d/a"), ("d", "d/a")):
+        with pytest.raises(Failure, match="to itself or to what it replaces"):
+            read(link(name, target))
 
 
 def test_a_folder_passed_through_keeps_what_it_is_below(read: Read) -> None:
