@@ -33,6 +33,17 @@ CHUNK = 1 << 20
 WHITEOUT_PREFIX, OPAQUE_MARK = b".wh.", b".wh..wh..opq"  # OCI image specification 1.1, layer.md
 OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")  # Documentation/filesystems/overlayfs.rst
 XATTR_PREFIX = b"SCHILY.xattr."
+
+# GNU tar manual, "Storing Sparse Files": each format has these records, and no reader needs fewer.
+SPARSE_PREFIX = b"GNU.sparse."
+_NAME, _SIZE, _COUNT, _MAP = (SPARSE_PREFIX + key for key in (b"name", b"size", b"numblocks", b"map"))
+_OFFSET, _BYTES = SPARSE_PREFIX + b"offset", SPARSE_PREFIX + b"numbytes"
+_MAJOR, _MINOR, _REAL_SIZE = (SPARSE_PREFIX + key for key in (b"major", b"minor", b"realsize"))
+SPARSE_0_0 = {_SIZE, _COUNT, _OFFSET, _BYTES}
+SPARSE_0_1 = {_NAME, _SIZE, _COUNT, _MAP}
+SPARSE_1_0 = {_NAME, _MAJOR, _MINOR, _REAL_SIZE}
+GNU_MAGIC = b"ustar  \0"
+
 # erofs and the kernel know these. Others, such as those of macOS, have no place on Linux and are left out.
 XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 XATTR_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
@@ -240,7 +251,7 @@ class _Reader:
         if block[257:263] == b"ustar\0":
             prefix = block[345:476] if block[508:512] == b"tar\0" else block[345:500]
             name = b"/".join(filter(None, (prefix.partition(b"\0")[0], name)))
-        elif block[257:265] not in (b"ustar  \0", bytes(8)):
+        elif block[257:265] not in (GNU_MAGIC, bytes(8)):
             self.refuse("is followed by a header of an unknown tar format")
         if kind not in b"LKxg":
             self.entry = name
@@ -278,8 +289,7 @@ class _Reader:
                 self.refuse("is followed by a damaged extended header")
             records.append((key, value))
             at = stop
-        repeated = {b"GNU.sparse.offset", b"GNU.sparse.numbytes"}
-        keys = [key for key, _ in records if key not in repeated]
+        keys = [key for key, _ in records if key not in (_OFFSET, _BYTES)]
         if len(keys) != len(set(keys)):
             self.refuse("is followed by an extended header that says one thing twice")
         return records
@@ -287,19 +297,20 @@ class _Reader:
     def _check_global(self, data: bytes) -> None:
         """Global headers may comment (git does), but set nothing: some readers heed them and some do not."""
         for key, _ in self._records(data):
-            if key in _KNOWN or key.startswith((XATTR_PREFIX, b"GNU.sparse.")):
+            if key in _KNOWN or key.startswith((XATTR_PREFIX, SPARSE_PREFIX)):
                 self.refuse(f"is followed by a global header that sets {key.decode(errors='replace')}")
 
     def _apply(self, header: _Header, extended: dict[bytes, bytes]) -> None:
         """Put what extended headers say into the entry."""
         found = {key: value for key, value in header.records if value}
+        # GNU tar stores a sparse file under a name of its own making, and its own in a record.
+        if _NAME in found:
+            found[b"path"] = found[_NAME]
         for kind, key, name in ((b"L", b"path", "name"), (b"K", b"linkpath", "link")):
             if kind in extended and key in found:
                 self.refuse(f"or its successor has two values for its {name}")
             if kind in extended:
                 found[key] = extended[kind].partition(b"\0")[0]
-        if b"GNU.sparse.name" in found:
-            found[b"path"] = found[b"GNU.sparse.name"]
         header.name = found.get(b"path", header.name)
         self.entry = header.name
         header.link = found.get(b"linkpath", header.link)
@@ -331,15 +342,21 @@ class _Reader:
         start, stored = header.data, header.size
         if start + stored > self.end:
             self.refuse("has more data than the tar: it is cut short")
-        found = dict(header.records)
+        sparse = [(key, value) for key, value in header.records if key.startswith(SPARSE_PREFIX)]
+        found = dict(sparse)
         if header.kind == b"S":
             size, pairs, skipped = self._old_sparse(header)
-        elif found.get(b"GNU.sparse.major"):
-            if (found[b"GNU.sparse.major"], found.get(b"GNU.sparse.minor")) != (b"1", b"0"):
-                self.refuse("is a sparse file of an unknown format")
-            size, (pairs, skipped) = self._real_size(found), self._sparse_map(start, stored)
-        elif any(key.startswith(b"GNU.sparse.") for key in found):
-            size, pairs, skipped = self._real_size(found), self._pax_sparse(header.records), 0
+        elif not all(found.values()):
+            self.refuse("is a sparse file of no known format")
+        elif found.keys() == SPARSE_1_0 and (found[_MAJOR], found[_MINOR]) == (b"1", b"0"):
+            size, (pairs, skipped) = (
+                self._decimal(found[_REAL_SIZE], "size"),
+                self._sparse_map(start, stored),
+            )
+        elif found.keys() in (SPARSE_0_0, SPARSE_0_1):
+            size, pairs, skipped = self._decimal(found[_SIZE], "size"), self._pax_sparse(sparse), 0
+        elif sparse:
+            self.refuse("is a sparse file of no known format")
         else:
             size, pairs, skipped = stored, [(0, stored)], 0
         start += skipped
@@ -362,20 +379,25 @@ class _Reader:
             self.refuse("is a sparse file whose pieces are not what is stored")
         return Content(self.path, size, tuple(pieces))
 
-    def _real_size(self, found: dict[bytes, bytes]) -> int:
-        return self._decimal(found.get(b"GNU.sparse.realsize", found.get(b"GNU.sparse.size", b"")), "size")
-
     def _old_sparse(self, header: _Header) -> tuple[int, list[tuple[int, int]], int]:
         """GNU's first format: four pieces in the header, 21 in each block that follows."""
+        if header.block[257:265] != GNU_MAGIC:
+            self.refuse("is a sparse file in a header of another format")
+        if any(key == b"size" for key, _ in header.records):
+            self.refuse("is sparse in two ways")
         block, at, count, more = header.block, 386, 4, header.block[482]
-        size, pairs, skipped = self._number(block[483:495], "size"), list[tuple[int, int]](), 0
+        size, pairs, skipped, ended = self._number(block[483:495], "size"), list[tuple[int, int]](), 0, False
         while True:
             for index in range(count):
                 raw = block[at + 24 * index : at + 24 * index + 24]
-                if raw[0] and len(pairs) > self.image.limits.extension // 8:
+                # Some readers stop at the first that is empty, some at the first that has no length.
+                if bool(raw[0]) != bool(raw[12]) or (ended and raw[0]):
+                    self.refuse("is a sparse file with a piece behind the last")
+                if ended := not raw[0]:
+                    continue
+                if len(pairs) > self.image.limits.extension // 8:
                     self.refuse("is a sparse file of too many pieces")
-                if raw[0]:
-                    pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
+                pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
             if not more:
                 return size, pairs, skipped
             block, at, count = self.take(header.data + skipped, RECORD), 0, 21
@@ -383,13 +405,17 @@ class _Reader:
 
     def _pax_sparse(self, records: list[tuple[bytes, bytes]]) -> list[tuple[int, int]]:
         """Formats 0.0 (a record for each number) and 0.1 (one record with all)."""
-        numbers = [value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
-        for key, value in records:
-            if key == b"GNU.sparse.map":
-                numbers = value.split(b",")
+        found = dict(records)
+        if _MAP in found:
+            numbers = found[_MAP].split(b",")
+        else:
+            pieces = [(key, value) for key, value in records if key in (_OFFSET, _BYTES)]
+            if [key for key, _ in pieces] != [_OFFSET, _BYTES] * (len(pieces) // 2):
+                self.refuse("is a sparse file whose pieces are out of order")
+            numbers = [value for _, value in pieces]
+        if len(numbers) != 2 * self._decimal(found[_COUNT], "count"):
+            self.refuse("is a sparse file with other than its count of pieces")
         values = [self._decimal(value, "piece") for value in numbers]
-        if len(values) % 2:
-            self.refuse("is a sparse file with half a piece")
         return list(zip(values[::2], values[1::2], strict=True))
 
     def _sparse_map(self, start: int, stored: int) -> tuple[list[tuple[int, int]], int]:
@@ -420,6 +446,9 @@ def _add(reader: _Reader, header: _Header) -> None:
         reader.refuse(f"is of type {header.kind!r}, which no layer has")
     if header.kind not in (FILE, b"S") and header.size:
         reader.refuse("is no file but has data")
+    sparse = any(key.startswith(SPARSE_PREFIX) for key, _ in header.records)
+    if sparse and header.kind != FILE:
+        reader.refuse("is sparse but no file" if header.kind != b"S" else "is sparse in two ways")
     path = _split(reader, header.name)
     if header.kind != FOLDER and header.name.endswith((b"/", b"/.")):
         reader.refuse("is named like a folder but is none")
@@ -472,7 +501,8 @@ def _parent(reader: _Reader, path: list[bytes], *, made: bool = True) -> Folder:
 
 
 def _add_whiteout(reader: _Reader, header: _Header, parent: Folder, name: bytes) -> None:
-    if header.kind != FILE or header.size:
+    sparse = any(key.startswith(SPARSE_PREFIX) for key, _ in header.records)
+    if header.kind != FILE or header.size or sparse:
         reader.refuse("is a whiteout but no empty file")
     hidden = name.removeprefix(WHITEOUT_PREFIX)
     if name == OPAQUE_MARK:

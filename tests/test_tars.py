@@ -68,6 +68,12 @@ def record(key: str, value: str) -> bytes:
     return b"%d" % (len(rest) + 2) + rest
 
 
+def sparse(*more: tuple[str, str], **fields: str) -> bytes:
+    """Return an extended header of GNU's, to lie before a file; `more` is for what comes twice."""
+    found = [*fields.items(), *more]
+    return extended(b"x", b"".join(record(f"GNU.sparse.{key}", value) for key, value in found))
+
+
 END = bytes(1024)
 OPAQUE = "SCHILY.xattr.trusted.overlay.opaque"
 
@@ -107,6 +113,13 @@ def listed(tree: tars.Folder) -> dict[str, tarfile.TarInfo]:
 
 WHOLE = entry("file", content=b"content")
 LARGE = "f" * 200
+POINT_ONE = {"name": "a", "size": "9", "numblocks": "1", "map": "0,7"}
+# Two pieces of a byte: bytes 386 to 482 have four, 482 says whether more follow, 483 has the size.
+OLD_SPARSE = patched(
+    patched(patched(entry("a", content=b"xy"), 156, b"S"), 257, b"ustar  \0"),
+    386,
+    b"".join(b"%011o\0" % number for number in (1, 1, 4, 1)) + bytes(49) + b"%011o\0" % 5,
+)
 
 REFUSED = {
     "dots": ([entry("a/../../etc/passwd")], r"`\.\.`"),
@@ -175,21 +188,87 @@ REFUSED = {
     "global name": ([extended(b"g", record("path", "abcdef")), WHOLE], "global header that sets path"),
     "extended header of nothing": ([WHOLE, extended(b"x", record("path", "abcdef"))], "without an entry"),
     "sparse out of itself": (
-        [extended(b"x", record("GNU.sparse.map", "0,9") + record("GNU.sparse.size", "5")), WHOLE],
+        [sparse(map="0,9", size="5", numblocks="1", name="a"), WHOLE],
         "overlap or leave",
     ),
     "sparse of other bytes": (
-        [extended(b"x", record("GNU.sparse.map", "0,5") + record("GNU.sparse.size", "50")), WHOLE],
+        [sparse(map="0,5", size="50", numblocks="1", name="a"), WHOLE],
         "not what is stored",
     ),
     "half a piece": (
-        [extended(b"x", record("GNU.sparse.map", "0,7,9") + record("GNU.sparse.size", "50")), WHOLE],
-        "half a piece",
+        [sparse(map="0,7,9", size="50", numblocks="1", name="a"), WHOLE],
+        "other than its count",
     ),
     "sparse bomb": (
-        [extended(b"x", record("GNU.sparse.map", "0,7") + record("GNU.sparse.size", "9" * 18)), WHOLE],
+        [sparse(map="0,7", size="9" * 18, numblocks="1", name="a"), WHOLE],
         "unpack to more than",
     ),
+    "sparse.name of a link": ([sparse(name="b"), symlink("a", "t")], "sparse but no file"),
+    "sparse.name of a folder": ([sparse(name="b"), folder("a")], "sparse but no file"),
+    "sparse.name of a hard link": ([entry("f"), sparse(name="b"), link("a", "f")], "sparse but no file"),
+    "sparse.name of a pipe": ([sparse(name="b"), entry("a", tarfile.FIFOTYPE)], "sparse but no file"),
+    "sparse whiteout": (
+        [sparse(map="0,0", size="0", numblocks="1", name=".wh.a"), entry("a")],
+        "no empty file",
+    ),
+    "sparse in two ways": (
+        [sparse(**POINT_ONE), patched(OLD_SPARSE, 124, b"00000000007\0")],
+        "sparse in two ways",
+    ),
+    "sparse.name alone": ([sparse(name="b"), WHOLE], "no known format"),
+    "realsize alone": ([sparse(realsize="7"), WHOLE], "no known format"),
+    "realsize of nothing": ([sparse(realsize="30"), entry("a")], "no known format"),
+    "two sizes": ([sparse(**POINT_ONE, realsize="20"), WHOLE], "no known format"),
+    "two maps": ([sparse(**POINT_ONE, offset="2", numbytes="7"), WHOLE], "no known format"),
+    "format 0.1 without its name": ([sparse(map="0,7", size="9", numblocks="1"), WHOLE], "no known format"),
+    "format 0.1 without a count": ([sparse(map="0,7", size="9", name="a"), WHOLE], "no known format"),
+    "format 0.0 without a count": ([sparse(size="9", offset="0", numbytes="7"), WHOLE], "no known format"),
+    "format 0.0 without pieces": ([sparse(size="9", numblocks="0"), entry("a")], "no known format"),
+    "format 1.0 without a size": ([sparse(major="1", minor="0", name="a"), WHOLE], "no known format"),
+    "format 1.0 without a name": ([sparse(major="1", minor="0", realsize="9"), WHOLE], "no known format"),
+    "format 1.1": ([sparse(major="1", minor="1", name="a", realsize="9"), WHOLE], "no known format"),
+    "format 0.1 by number": ([sparse(**POINT_ONE, major="0", minor="1"), WHOLE], "no known format"),
+    "sparse and more": ([sparse(**POINT_ONE, other="1"), WHOLE], "no known format"),
+    "format taken back": ([sparse(major="", minor="", name="a", realsize="9"), WHOLE], "no known format"),
+    "sparse size taken back": ([sparse(**POINT_ONE, realsize=""), WHOLE], "no known format"),
+    "sparse name taken back": ([sparse(**{**POINT_ONE, "name": ""}), WHOLE], "no known format"),
+    "false count, map": ([sparse(**{**POINT_ONE, "numblocks": "7"}), WHOLE], "other than its count"),
+    "false count, pieces": (
+        [sparse(size="9", numblocks="2", offset="0", numbytes="7"), WHOLE],
+        "other than its count",
+    ),
+    "numbytes before offset": (
+        [sparse(size="9", numblocks="1", numbytes="7", offset="0"), WHOLE],
+        "out of order",
+    ),
+    "two offsets": (
+        [
+            sparse(
+                ("offset", "1"),
+                ("offset", "1"),
+                ("numbytes", "1"),
+                ("numbytes", "1"),
+                size="9",
+                numblocks="2",
+            ),
+            WHOLE,
+        ],
+        "out of order",
+    ),
+    "two names of one sparse file": (
+        [extended(b"L", b"abc\0"), sparse(**POINT_ONE), WHOLE],
+        "two values for its name",
+    ),
+    "old sparse, another format": ([patched(OLD_SPARSE, 257, b"ustar\00000")], "another format"),
+    "old sparse, another size": (
+        [extended(b"x", record("size", "00000000512")), OLD_SPARSE],
+        "sparse in two ways",
+    ),
+    "old sparse, a piece behind the last": (
+        [patched(OLD_SPARSE, 458, b"%011o\0%011o\0" % (5, 0))],
+        "behind",
+    ),
+    "old sparse, half a piece": ([patched(OLD_SPARSE, 410, bytes(12))], "behind"),
 }
 
 
@@ -394,6 +473,42 @@ def test_over_a_layer_of_unknown_names_nothing_is_guessed(read: Read, image: tar
         read(link("a", "b"))
 
 
+MAP = b"2\n1\n1\n4\n1\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [OLD_SPARSE],
+        [
+            sparse(
+                ("offset", "1"),
+                ("numbytes", "1"),
+                ("offset", "4"),
+                ("numbytes", "1"),
+                size="5",
+                numblocks="2",
+            ),
+            entry("a", content=b"xy"),
+        ],
+        [
+            sparse(name="a", size="5", numblocks="2", map="1,1,4,1"),
+            entry("GNUSparseFile.0/a", content=b"xy"),
+        ],
+        [
+            sparse(major="1", minor="0", name="a", realsize="5"),
+            entry("GNUSparseFile.0/a", content=MAP + bytes(512 - len(MAP)) + b"xy"),
+        ],
+    ],
+    ids=["old", "0.0", "0.1", "1.0"],
+)
+def test_each_form_of_sparse_files_is_the_same_file(raw: list[bytes], read: Read) -> None:
+    leaf = read(*raw).children[b"a"]
+    assert isinstance(leaf, tars.Leaf)
+    assert leaf.content
+    assert (leaf.content.size, [piece[:2] for piece in leaf.content.pieces]) == (5, [(1, 1), (4, 1)])
+
+
 def test_a_tar_that_shrinks_meanwhile_is_no_endless_file(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(entry("a", content=bytes(5000)) + END)
     tree = tars.read_layer(tmp_path / "tar", "x", tars.Image())
@@ -457,7 +572,7 @@ SAMPLE = b"".join([
     folder("usr"), entry("usr/" + LARGE, content=b"c" * 600), link("usr/l", "usr/" + LARGE),
     symlink("s", LARGE), xattr("x", "user.a", "v"), device("null", 1, 3), entry(".wh.gone"),
     entry("usr/.wh..wh..opq"),
-    extended(b"x", record("GNU.sparse.map", "0,3,9,4") + record("GNU.sparse.size", "50")), WHOLE, END,
+    sparse(map="0,3,9,4", size="50", numblocks="2", name="sparse"), WHOLE, OLD_SPARSE, END,
 ])  # fmt: skip
 
 
