@@ -29,6 +29,8 @@ ID_MAX = (1 << 32) - 2  # -1 means "no change" to chown
 MAJOR_MAX, MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1  # linux/kdev_t.h
 SECONDS_MAX = 1 << 40
 CHUNK = 1 << 20
+# Bytes of memory, measured with Python 3.13: an attribute besides its text, a piece, a name of several.
+XATTR_COST, PIECE_COST, NAME_COST = 200, 192, 192
 
 WHITEOUT_PREFIX, OPAQUE_MARK = b".wh.", b".wh..wh..opq"  # OCI image specification 1.1, layer.md
 OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")  # Documentation/filesystems/overlayfs.rst
@@ -61,10 +63,12 @@ class Limits:
     """
 
     entries: int = 1_000_000
-    content: int = 64 << 30  # bytes, unpacked and with holes filled
-    metadata: int = 256 << 20  # bytes of names, link targets, extended attributes, sparse maps
+    headers: int = 4_000_000  # records of 512 bytes, extended headers and what makes no file included
+    content: int = 64 << 30  # bytes of the layers' tars, unpacked, and of holes
+    metadata: int = 256 << 20  # bytes of memory for names, link targets, extended attributes, sparse maps
     extension: int = 1 << 20  # bytes of one extended header, as in Go's archive/tar
     xattrs: int = 64 << 10  # bytes of one entry's extended attributes; linux/limits.h, XATTR_LIST_MAX
+    padding: int = 1 << 20  # bytes of zeros behind the end of a tar; GNU tar fills up to 10 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +125,28 @@ class Image:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.root: Folder | None = Folder(Meta())
-        self.entries = self.content = self.metadata = 0
+        self.entries = self.headers = self.content = self.metadata = 0
+        # Of files with several names, all that the layers gave them; some may be gone.
+        self.names: dict[Leaf, set[bytes]] = {}
 
     def forget(self) -> None:
         """Lie on a layer whose names we do not know."""
         self.root = None
 
-    def spend(self, *, entries: int = 0, content: int = 0, metadata: int = 0) -> str:
+    def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> str:
         """Count what an entry costs and return which limit is passed, or nothing."""
         self.entries += entries
+        self.headers += headers
         self.content += content
         self.metadata += metadata
         if self.entries > self.limits.entries:
             return f"is one too many: an image has at most {self.limits.entries} files and folders"
+        if self.headers > self.limits.headers:
+            return f"makes headers of the image more than {self.limits.headers} records of {RECORD} bytes"
         if self.content > self.limits.content:
             return f"makes the image unpack to more than {self.limits.content} bytes"
         if self.metadata > self.limits.metadata:
-            return f"makes names and attributes of the image more than {self.limits.metadata} bytes"
+            return f"makes names and attributes of the image take more than {self.limits.metadata} bytes"
         return ""
 
 
@@ -148,6 +157,9 @@ def read_layer(tar: Path, label: str, image: Image) -> Folder:
     """
     with tar.open("rb") as file:
         reader = _Reader(file, tar, label, image)
+        # All of it, whatever it says of itself: zeros are unpacked and read too.
+        if problem := image.spend(content=reader.end):
+            raise Failure(f"{label} {problem}")
         reader.read()
     _take_links(reader, image)
     _settle(reader, image)
@@ -182,7 +194,12 @@ class _Reader:
         self.end = path.stat().st_size
         self.entry = b""
         self.root = Folder()
-        self.borrowed: set[Leaf] = set()
+        self.borrowed: dict[Leaf, None] = {}
+
+    def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> None:
+        problem = self.image.spend(entries=entries, headers=headers, content=content, metadata=metadata)
+        if problem:
+            self.refuse(problem)
 
     def refuse(self, reason: str) -> NoReturn:
         name = self.entry[:160].decode(errors="backslashreplace")
@@ -203,6 +220,7 @@ class _Reader:
         while True:
             block = self.take(position, RECORD)
             position += RECORD
+            self.spend(headers=1)
             if not any(block):
                 if extended or records:
                     self.refuse("is followed by an extended header without an entry")
@@ -214,6 +232,7 @@ class _Reader:
             if header.size > self.image.limits.extension:
                 self.refuse(f"has an extended header of {header.size} bytes")
             data = self.take(position, header.size)
+            self.spend(headers=-(-header.size // RECORD))
             position += -(-header.size // RECORD) * RECORD
             if header.kind in extended:
                 self.refuse("has two extended headers of one kind")
@@ -236,6 +255,8 @@ class _Reader:
         return data
 
     def _check_end(self, position: int) -> None:
+        if self.end - position > self.image.limits.padding:
+            self.refuse(f"is the last, but more than {self.image.limits.padding} bytes of zeros follow")
         self.file.seek(position)
         while chunk := self.file.read(CHUNK):
             if chunk.count(0) != len(chunk):
@@ -366,8 +387,8 @@ class _Reader:
 
     def _pieces(self, size: int, pairs: list[tuple[int, int]], start: int, stored: int) -> Content:
         """Check that the pieces of a file ascend, lie in it, and use up what is stored."""
-        if problem := self.image.spend(content=size, metadata=24 * len(pairs)):
-            self.refuse(problem)
+        # What is stored was counted with the tar.
+        self.spend(content=max(0, size - stored), metadata=PIECE_COST * len(pairs))
         pieces, last, at = [], 0, start
         for position, length in pairs:
             if position < last or position + length > size:
@@ -400,6 +421,7 @@ class _Reader:
                 pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
             if not more:
                 return size, pairs, skipped
+            self.spend(headers=1)
             block, at, count = self.take(header.data + skipped, RECORD), 0, 21
             more, skipped = block[504], skipped + RECORD
 
@@ -452,8 +474,7 @@ def _add(reader: _Reader, header: _Header) -> None:
     path = _split(reader, header.name)
     if header.kind != FOLDER and header.name.endswith((b"/", b"/.")):
         reader.refuse("is named like a folder but is none")
-    if problem := reader.image.spend(metadata=len(header.name) + len(header.link)):
-        reader.refuse(problem)
+    reader.spend(metadata=len(header.name) + len(header.link))
     if not path:
         if header.kind != FOLDER:
             reader.refuse("is the root but no folder")
@@ -490,8 +511,7 @@ def _parent(reader: _Reader, path: list[bytes], *, made: bool = True) -> Folder:
     for name in path[:-1]:
         child = folder.children.get(name)
         if child is None:
-            if problem := reader.image.spend(entries=1, metadata=len(name)):
-                reader.refuse(problem)
+            reader.spend(entries=1, metadata=len(name))
             child = folder.children[name] = Folder()
         if not isinstance(child, Folder):
             reader.refuse("goes through a link or file: name the place where it is to be")
@@ -510,16 +530,14 @@ def _add_whiteout(reader: _Reader, header: _Header, parent: Folder, name: bytes)
     elif hidden in (b"", b".", b"..") or hidden.startswith(WHITEOUT_PREFIX):
         reader.refuse("is no whiteout of anything: pack the layer with another tool")
     else:
-        if problem := reader.image.spend(entries=1):
-            reader.refuse(problem)
+        reader.spend(entries=1)
         parent.hidden.add(hidden)
 
 
 def _add_folder(reader: _Reader, parent: Folder, name: bytes, meta: Meta) -> None:
     found = parent.children.get(name)
     if found is None:
-        if problem := reader.image.spend(entries=1):
-            reader.refuse(problem)
+        reader.spend(entries=1)
         found = parent.children[name] = Folder()
     if not isinstance(found, Folder):
         reader.refuse("is a folder here and something else before")
@@ -530,8 +548,7 @@ def _put(reader: _Reader, parent: Folder, name: bytes, leaf: Leaf) -> None:
     """Give a leaf a name; of two with one name the later counts, as for tar."""
     if isinstance(parent.children.get(name), Folder):
         reader.refuse("is a folder before and something else here")
-    if problem := reader.image.spend(entries=1):
-        reader.refuse(problem)
+    reader.spend(entries=1)
     parent.children[name] = leaf
 
 
@@ -562,12 +579,16 @@ def _linked(reader: _Reader, header: _Header, name: list[bytes]) -> Leaf:
         reader.refuse("is a hard link to itself or to what it replaces")
     found = _look_up(reader, reader.root, path)
     if found is None and (found := _look_up(reader, reader.image.root, path)) is not None:
-        if _covered(reader.root, tuple(path)):
+        if _covered(reader.root, path):
             reader.refuse("is a hard link to a file that this layer removes")
-        reader.borrowed.add(found)
+        reader.borrowed[found] = None
     if found is None:
         target = header.link[:160].decode(errors="backslashreplace")
         reader.refuse(f"is a hard link to {target!r}, which is no file before it")
+    names = reader.image.names.setdefault(found, set())
+    for new in {b"/".join(path), b"/".join(name)} - names:
+        reader.spend(metadata=len(new) + NAME_COST)
+        names.add(new)
     return found
 
 
@@ -596,11 +617,10 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
             if b"\0" in name or len(name) > NAME_MAX:
                 reader.refuse("has an attribute whose name Linux does not allow")
             xattrs.append((name, value))
-    cost = sum(len(name) + len(value) for name, value in xattrs)
-    if cost > reader.image.limits.xattrs:
+    size = sum(len(name) + len(value) for name, value in xattrs)
+    if size > reader.image.limits.xattrs:
         reader.refuse(f"has more than {reader.image.limits.xattrs} bytes of attributes")
-    if problem := reader.image.spend(metadata=cost):
-        reader.refuse(problem)
+    reader.spend(metadata=size + XATTR_COST * len(xattrs))
     numbers = header.numbers
     mode = numbers["mode"] & 0o7777
     return Meta(mode, numbers["uid"], numbers["gid"], header.mtime, tuple(sorted(xattrs)))
@@ -611,13 +631,22 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
 
 def walk(root: Folder) -> Iterator[tuple[tuple[bytes, ...], Leaf | Folder]]:
     """Yield every path of a tree with what is there: sorted, folders before what is in them."""
-    waiting: list[tuple[tuple[bytes, ...], Leaf | Folder]] = [((), root)]
-    while waiting:
-        path, found = waiting.pop()
-        yield path, found
+    yield (), root
+    path: list[bytes] = []
+    levels = [(root, iter(sorted(root.children)))]
+    while levels:
+        folder, names = levels[-1]
+        if (name := next(names, None)) is None:
+            levels.pop()
+            del path[-1:]
+            continue
+        found = folder.children[name]
+        path.append(name)
+        yield tuple(path), found
         if isinstance(found, Folder):
-            names = sorted(found.children, reverse=True)
-            waiting += [((*path, name), found.children[name]) for name in names]
+            levels.append((found, iter(sorted(found.children))))
+        else:
+            path.pop()
 
 
 def _take_links(reader: _Reader, image: Image) -> None:
@@ -626,15 +655,27 @@ def _take_links(reader: _Reader, image: Image) -> None:
         return
     for leaf in reader.borrowed:
         size = leaf.content.size if leaf.content else 0
-        if problem := image.spend(content=size):
-            reader.refuse(problem)
-    for path, found in walk(image.root):
-        if isinstance(found, Leaf) and found in reader.borrowed and not _covered(reader.root, path):
-            reader.entry = b"/".join(path)
-            _put(reader, _parent(reader, list(path)), path[-1], found)
+        reader.spend(content=size)
+        names = image.names[leaf]
+        names -= {
+            name for name in names if not _is(image.root, name, leaf) and not _is(reader.root, name, leaf)
+        }
+        for name in sorted(names):
+            path = name.split(b"/")
+            if _is(image.root, name, leaf) and not _covered(reader.root, path):
+                reader.entry = name
+                _put(reader, _parent(reader, path), path[-1], leaf)
 
 
-def _covered(root: Folder, path: tuple[bytes, ...]) -> bool:
+def _is(root: Folder, name: bytes, leaf: Leaf) -> bool:
+    """Say whether a file has this name."""
+    found: Leaf | Folder | None = root
+    for part in name.split(b"/"):
+        found = found.children.get(part) if isinstance(found, Folder) else None
+    return found is leaf
+
+
+def _covered(root: Folder, path: list[bytes]) -> bool:
     """Say whether a layer hides what is below at a path."""
     folder: Leaf | Folder = root
     for name in path:
@@ -742,8 +783,15 @@ def _merge(below: Folder, layer: Folder) -> None:
 
 def count(root: Folder) -> int:
     """Return how many inodes a tree has."""
-    found = [node for _, node in walk(root)]
-    return len(set(found)) + max(0, found.count(WHITEOUT) - 1)
+    folders, leaves, whiteouts = 0, set[Leaf](), 0
+    for _, found in walk(root):
+        if isinstance(found, Folder):
+            folders += 1
+        elif found is WHITEOUT:
+            whiteouts += 1
+        else:
+            leaves.add(found)
+    return folders + len(leaves) + whiteouts
 
 
 def size_of(root: Folder) -> int:
@@ -769,7 +817,7 @@ def write_tree(root: Folder, out: IO[bytes], advance: Callable[[int], None] = la
             content = found.content
             size = content.size if content else 0
             out.write(_encode(name, found.kind, found.meta, found.target, found.device, size))
-            if content:
+            if content and size:
                 _copy(content, out, advance)
                 out.write(bytes(-size % RECORD))
     out.write(bytes(2 * RECORD))
