@@ -195,6 +195,7 @@ class _Reader:
         self.entry = b""
         self.root = Folder()
         self.borrowed: dict[Leaf, None] = {}
+        self.pax = False
 
     def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> None:
         problem = self.image.spend(entries=entries, headers=headers, content=content, metadata=metadata)
@@ -234,6 +235,7 @@ class _Reader:
             data = self.take(position, header.size)
             self.spend(headers=-(-header.size // RECORD))
             position += -(-header.size // RECORD) * RECORD
+            self.pax |= header.kind in b"xg"
             if header.kind in extended:
                 self.refuse("has two extended headers of one kind")
             if header.kind == b"g":
@@ -388,7 +390,7 @@ class _Reader:
     def _pieces(self, size: int, pairs: list[tuple[int, int]], start: int, stored: int) -> Content:
         """Check that the pieces of a file ascend, lie in it, and use up what is stored."""
         # What is stored was counted with the tar.
-        self.spend(content=max(0, size - stored), metadata=PIECE_COST * len(pairs))
+        self.spend(content=max(0, size - stored), metadata=PIECE_COST * max(0, len(pairs) - 1))
         pieces, last, at = [], 0, start
         for position, length in pairs:
             if position < last or position + length > size:
@@ -466,8 +468,13 @@ def _add(reader: _Reader, header: _Header) -> None:
     """Put an entry into the tree, or refuse what has no one meaning."""
     if header.kind not in (FILE, LINK, SYMLINK, CHARACTER, BLOCK, FOLDER, FIFO, b"S"):
         reader.refuse(f"is of type {header.kind!r}, which no layer has")
+    # Nobody takes what is behind a folder for its data, nor behind a hard link, but for POSIX's own pax.
+    if header.kind == FOLDER or (header.kind == LINK and not reader.pax):
+        header.size = 0
     if header.kind not in (FILE, b"S") and header.size:
-        reader.refuse("is no file but has data")
+        reader.refuse(
+            "is no file but has a size: readers disagree on what is its data and what the next entry"
+        )
     sparse = any(key.startswith(SPARSE_PREFIX) for key, _ in header.records)
     if sparse and header.kind != FILE:
         reader.refuse("is sparse but no file" if header.kind != b"S" else "is sparse in two ways")
@@ -614,8 +621,7 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
                 f"has the attribute {name.decode(errors='backslashreplace')}, which is overlayfs's own"
             )
         if name in XATTR_NAMES or (name.startswith(XATTR_SPACES) and name not in XATTR_SPACES):
-            if b"\0" in name or len(name) > NAME_MAX:
-                reader.refuse("has an attribute whose name Linux does not allow")
+            _check_xattr(reader, header.kind, name, value)
             xattrs.append((name, value))
     size = sum(len(name) + len(value) for name, value in xattrs)
     if size > reader.image.limits.xattrs:
@@ -624,6 +630,44 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
     numbers = header.numbers
     mode = numbers["mode"] & 0o7777
     return Meta(mode, numbers["uid"], numbers["gid"], header.mtime, tuple(sorted(xattrs)))
+
+
+# linux/capability.h, struct vfs_ns_cap_data: flags and revision 2, two sets; revision 3 has a user too.
+_CAPABILITY = re.compile(rb"[\x00\x01]\x00\x00(?:\x02.{16}|\x03.{16}(?!\xff{4}).{4})", re.DOTALL)
+# linux/posix_acl.h, tags: owner, users, group, groups, mask, the rest. Users and groups want a mask.
+_ACL = re.compile(rb"\x01(?:\x04\x10?|\x02*\x04\x08*\x10)\x20")
+_ACL_VERSION, _ACL_ENTRY = b"\2\0\0\0", struct.Struct("<HHI")  # linux/posix_acl_xattr.h: tag, mode, id
+
+
+def _check_xattr(reader: _Reader, kind: bytes, name: bytes, value: bytes) -> None:
+    """Refuse an attribute that Linux would let nobody set: erofs would show it, and what then depends."""
+    if b"\0" in name or len(name) > NAME_MAX:
+        taken = False
+    elif name.startswith(b"user."):
+        taken = kind in (FILE, b"S", FOLDER)
+    elif name == b"security.capability":
+        taken = bool(_CAPABILITY.fullmatch(value))
+    elif name in XATTR_NAMES:
+        taken = kind == FOLDER or (kind != SYMLINK and name == XATTR_NAMES[0])
+        taken = taken and _is_acl(value)
+    else:
+        taken = True
+    if not taken:
+        shown = name[:80].decode(errors="backslashreplace")
+        reader.refuse(f"has the attribute {shown}, which Linux does not take of such a file or value")
+
+
+def _is_acl(value: bytes) -> bool:
+    if value[:4] != _ACL_VERSION or len(value) % _ACL_ENTRY.size != 4:
+        return False
+    entries = list(_ACL_ENTRY.iter_unpack(value[4:]))
+    tags = bytes(min(tag, 255) for tag, _, _ in entries)
+    named = [owner for tag, _, owner in entries if tag in (2, 8)]
+    return (
+        bool(_ACL.fullmatch(tags))
+        and all(mode <= 7 for _, mode, _ in entries)
+        and max(named, default=0) <= ID_MAX
+    )
 
 
 # --- What lies below ----------------------------------------------------------------------------------

@@ -323,3 +323,16 @@ def test_what_umoci_hides_the_kernel_hides(case: str, host: Host, tmp_path: Path
     assert {path: replace(seen, mtime=0) for path, seen in ours.items()} == {
         path: replace(seen, mtime=0) for path, seen in theirs.items()
     }
+
+
+def test_sizes_of_what_has_no_data_mean_nothing(host: Host, tmp_path: Path) -> None:
+    """Premise: umoci, too, goes on with the next record."""
+    entries = [folder(b"./"), folder(b"d"), Entry(b"f", content=b"x"), link(b"l", b"f"), Entry(b"g")]
+    tar = bytearray(pack(entries, tarfile.GNU_FORMAT))
+    for name in (b"d/", b"l"):
+        at = next(at for at in range(0, len(tar), 512) if tar[at : at + 100].rstrip(b"\0") == name)
+        tar[at + 124 : at + 136] = b"%011o\0" % 512
+        total = sum(tar[at : at + 148]) + 8 * 32 + sum(tar[at + 156 : at + 512])
+        tar[at + 148 : at + 156] = b"%06o\0 " % total
+    ours, theirs = both(host, tmp_path, [bytes(tar)], [bytes(tar)])
+    assert set(ours) == set(theirs) == {b".", b"d", b"f", b"g", b"l"}
