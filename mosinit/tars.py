@@ -468,8 +468,9 @@ def _add(reader: _Reader, header: _Header) -> None:
     """Put an entry into the tree, or refuse what has no one meaning."""
     if header.kind not in (FILE, LINK, SYMLINK, CHARACTER, BLOCK, FOLDER, FIFO, b"S"):
         reader.refuse(f"is of type {header.kind!r}, which no layer has")
-    # Nobody takes what is behind a folder for its data, nor behind a hard link, but for POSIX's own pax.
-    if header.kind == FOLDER or (header.kind == LINK and not reader.pax):
+    # Measured: where no pax says otherwise, no reader takes what is behind a folder or hard link for its data.
+    told = any(key == b"size" for key, _ in header.records)
+    if (header.kind == FOLDER and not told) or (header.kind == LINK and not reader.pax):
         header.size = 0
     if header.kind not in (FILE, b"S") and header.size:
         reader.refuse(
