@@ -468,7 +468,7 @@ def _add(reader: _Reader, header: _Header) -> None:
     """Put an entry into the tree, or refuse what has no one meaning."""
     if header.kind not in (FILE, LINK, SYMLINK, CHARACTER, BLOCK, FOLDER, FIFO, b"S"):
         reader.refuse(f"is of type {header.kind!r}, which no layer has")
-    # Measured: where no pax says otherwise, no reader takes what is behind a folder or hard link for its data.
+    # Measured: where no pax says otherwise, no reader takes what follows a folder or hard link for its data.
     told = any(key == b"size" for key, _ in header.records)
     if (header.kind == FOLDER and not told) or (header.kind == LINK and not reader.pax):
         header.size = 0
@@ -515,10 +515,17 @@ def _split(reader: _Reader, name: bytes) -> list[bytes]:
 
 def _parent(reader: _Reader, path: list[bytes], *, made: bool = True) -> Folder:
     """Return the folder that an entry lies in, making those on the way that the tar did not list."""
-    folder = reader.root
+    folder, below = reader.root, reader.image.root
     for name in path[:-1]:
         child = folder.children.get(name)
+        seen = below.children.get(name) if below and not (folder.opaque or name in folder.hidden) else None
+        below = seen if isinstance(seen, Folder) else None
         if child is None:
+            # Now, as the tar has it so far: who unpacks in order follows the link, whatever comes later.
+            if isinstance(seen, Leaf):
+                reader.refuse(
+                    "goes through a link or file of a lower layer: name the place where it is to be"
+                )
             reader.spend(entries=1, metadata=len(name))
             child = folder.children[name] = Folder()
         if not isinstance(child, Folder):
@@ -749,7 +756,7 @@ def _settle(reader: _Reader, image: Image) -> None:
     while waiting:
         folder, below, visible, trail = waiting.pop()
         if folder.meta is None:
-            folder.meta = _passed(reader, below, trail, visible=visible, known=known)
+            folder.meta = _passed(reader, below, trail, known=known)
         lower = below.children if isinstance(below, Folder) else {}
         folder.opaque = folder.opaque and visible and (isinstance(below, Folder) or not known)
         visible = visible and not folder.opaque
@@ -762,7 +769,6 @@ def _settle(reader: _Reader, image: Image) -> None:
                 continue
             # A whiteout beside it makes it a new folder, whatever was there.
             child.opaque |= hidden
-            beneath = None if hidden and isinstance(beneath, Leaf) else beneath
             waiting.append((child, beneath, visible, (trail, name)))
         for name in folder.hidden - folder.children.keys():
             if visible and (name in lower or not known):
@@ -780,16 +786,12 @@ def _open_root(reader: _Reader, image: Image) -> None:
     reader.root.hidden |= image.root.children.keys()
 
 
-def _passed(
-    reader: _Reader, below: Leaf | Folder | None, trail: _Trail, *, visible: bool, known: bool
-) -> Meta:
+def _passed(reader: _Reader, below: Leaf | Folder | None, trail: _Trail, *, known: bool) -> Meta:
     """Return the attributes of a folder that the tar does not list: those it has below, hidden or not.
 
     A private folder must not become open because its path was the shortest way to say something else.
     """
     reader.entry = _name(trail)
-    if isinstance(below, Leaf) and visible:
-        reader.refuse("is a folder only in passing, but a link or file below: name where it is to be")
     if not known and trail:
         reader.refuse("is a folder that the tar does not list, and the layer below is not a tar")
     return below.meta if isinstance(below, Folder) and below.meta else Meta()

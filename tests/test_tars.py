@@ -595,7 +595,7 @@ def test_what_a_layer_removed_is_gone_for_those_above(read: Read) -> None:
 
 def test_a_folder_beside_its_whiteout_shows_nothing_old(read: Read) -> None:
     read(folder("a", uid=7), entry("a/old"), symlink("l", "a"))
-    tree = read(entry("a/new"), entry(".wh.a"), entry("l/new"), entry(".wh.l"))
+    tree = read(entry("a/new"), entry(".wh.a"), entry(".wh.l"), entry("l/new"))
     found = listed(tree)
     assert (found["l"].uid, set(found)) == (0, {".", "a", "a/new", "l", "l/new"})
     assert OPAQUE in found["a"].pax_headers
@@ -661,10 +661,25 @@ def test_a_folder_passed_through_keeps_what_it_is_below(read: Read) -> None:
     read(folder("a", uid=7, mtime=5), symlink("lib", "usr/lib"), folder("usr/lib"))
     found = listed(read(entry("a/b")))["a"]
     assert (found.uid, found.mtime) == (7, 5)
-    with pytest.raises(Failure, match="'lib' is a folder only in passing"):
+    with pytest.raises(Failure, match="'lib/x.so' goes through a link or file of a lower layer"):
         read(entry("lib/x.so"))
     # Who lists the folder means it, as for every other reader.
     assert read(folder("lib"), entry("lib/x.so"))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [folder("lib"), entry(".wh.lib"), entry("lib/.wh..wh..opq"), entry(".wh..wh..opq")],
+    ids=range(4),
+)
+@pytest.mark.parametrize("first", [entry("lib/x.so"), entry("lib/.wh.x")], ids=range(2))
+def test_what_goes_through_a_lower_link_is_not_mended_later(first: bytes, later: bytes, read: Read) -> None:
+    """Who unpacks in order has followed the link by then."""
+    read(symlink("lib", "usr/lib"), folder("usr/lib"))
+    with pytest.raises(Failure, match=r"'lib/.*' goes through a link or file of a lower layer"):
+        read(first, later)
+    if later != entry("lib/.wh..wh..opq"):
+        assert read(later, first)
 
 
 def test_a_link_to_a_lower_file_brings_all_its_names(read: Read) -> None:
