@@ -399,7 +399,11 @@ def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLa
         raise Failure(f"{job.label} has no diff_id: the image needs a config that lists its layers")
     tar = _unpack(job, path, stack)
     tree = tars.read_layer(tar, job.label, stack)
-    return add_tree(host, tree, job.diff_id, job.work.with_suffix(".erofs"), layout, job.label)
+    converted = add_tree(host, tree, job.diff_id, job.work.with_suffix(".erofs"), layout, job.label)
+    # A hard link of a later layer may ask for any file of this one; of a layer without content, for nothing.
+    if tar != path and not tars.size_of(tree):
+        tar.unlink()
+    return converted
 
 
 def _check_filesystem(path: Path, label: str) -> None:
@@ -410,15 +414,18 @@ def _check_filesystem(path: Path, label: str) -> None:
 
 def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
     """Return the bare tar of a layer, after a check that it is the one that the config lists."""
-    packing, target = PACKINGS[job.layer.media_type], job.work.with_suffix(".tar")
+    packing = PACKINGS[job.layer.media_type]
+    target = job.work.with_name(f"{path.name}.tar")
     # skopeo calls the bare tars of a docker archive gzip: the digest knows better.
     if job.layer.digest == job.diff_id:
         return path
     if not packing:
         raise Failure(f"{job.label} is not its diff_id {job.diff_id}")
+    # An image may list a layer more than once.
+    if target.is_file() and digest_file(target)[0] == job.diff_id:
+        return target
     hasher = hashlib.sha256()
-    # Headers and padding come on top of what the files may have.
-    left = 2 * stack.limits.content - stack.content
+    left = stack.limits.content - stack.content
     with (
         job.host.progress(f"{job.label}: unpacking", job.layer.size) as advance,
         path.open("rb") as packed,
