@@ -89,6 +89,14 @@ def keys_show(host: Host, values: argparse.Namespace) -> Result:
     return _keyset(keys.open_keyset(host, values.folder))
 
 
+def keys_export(host: Host, values: argparse.Namespace) -> Result:
+    """Write a keyset's public parts."""
+    from mosinit import keys
+
+    made = keys.export(host, values.folder, values.out)
+    return outcome({"organisation": made.folder, "name": made.name, "product": made.product})
+
+
 def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
@@ -286,6 +294,16 @@ VERBS = (
         "mosinit keys show ./keys",
         keys_show,
         (positional("folder", "the keyset", type=Path, metavar="DIR"),),
+    ),
+    Verb(
+        "keys export",
+        "writes the public parts of a keyset to a folder, for the machines to be provisioned",
+        "mosinit keys export ./keys --out ./organisation",
+        keys_export,
+        (
+            positional("folder", "the keyset", type=Path, metavar="DIR"),
+            folder("--out", "the folder to make", "ORG", required=True),
+        ),
     ),
     Verb(
         "build",
