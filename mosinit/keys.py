@@ -115,7 +115,7 @@ class FileSigner:
             ["openssl", "smime", "-sign", "-binary", "-noattr", *bare, "-md", "sha256",
              "-outform", "DER", "-signer", self.certificate_path, "-inkey", self.key],
             stdin=data,
-            env=_closed_environment(),
+            env=closed_environment(),
         )  # fmt: skip
 
     def sign_pe(self, source: Path, target: Path) -> None:
@@ -126,7 +126,7 @@ class FileSigner:
             self.host.run(
                 ["faketime", "-f", frozen,
                  "sbsign", "--key", self.key, "--cert", self.certificate_path, "--output", fresh, source],
-                env=_closed_environment(),
+                env=closed_environment(),
             )  # fmt: skip
 
     def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
@@ -437,6 +437,6 @@ def _write(host: Host, path: Path, content: bytes, mode: int) -> None:
         fresh.write_bytes(content)
 
 
-def _closed_environment() -> dict[str, str]:
+def closed_environment() -> dict[str, str]:
     """Return the whole environment of the programs that hold a private key."""
     return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
