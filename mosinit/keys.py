@@ -88,6 +88,9 @@ class Signer(Protocol):
     def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
         """Sign a certificate that this role issues."""
 
+    def open_cms(self, message: bytes) -> bytes:
+        """Decrypt a message (CMS, DER) that was encrypted for this role's certificate."""
+
 
 @dataclass(frozen=True)
 class FileSigner:
@@ -132,6 +135,14 @@ class FileSigner:
     def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
         """Sign it with the hash that the key's size asks for."""
         return builder.sign(_read_key(self.key), _digest(self.certificate.public_key()))
+
+    def open_cms(self, message: bytes) -> bytes:
+        """Decrypt the message; `Failure` if it is for another key, or was changed."""
+        return self.host.run(
+            ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER",
+             "-recip", self.certificate_path, "-inkey", self.key],
+            stdin=message, env=closed_environment(), timeout=60,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
