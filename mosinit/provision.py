@@ -169,17 +169,23 @@ def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
         banks = init.active_banks(machine)
     if "sha256" not in banks:
         raise init.Refused("TPM-BANK", expected="a SHA-256 bank", seen=", ".join(banks) or "none")
+    flags = _check_usable(machine)
+    if flags & PASSWORDS:
+        expected = "a TPM that nobody provisioned (or --again with the organisation's consent)"
+        raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+    machine.find_storage_key()
+    _check_epoch(machine, policy, epoch)
+
+
+def _check_usable(machine: Tpm) -> init.Permanent:
+    """Return what of provisioning a TPM has, if it can be worked with."""
     flags, startup = machine.flags()
     if startup & 6 != 6:
         expected = "the hierarchies of owner and endorsement to be enabled"
         raise init.Refused("TPM-STATE", expected=expected, seen=f"hierarchies {startup & 7:#x}")
     if flags & init.Permanent.IN_LOCKOUT:
         raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
-    if flags & PASSWORDS:
-        expected = "a TPM that nobody provisioned (or --again with the organisation's consent)"
-        raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
-    machine.find_storage_key()
-    _check_epoch(machine, policy, epoch)
+    return flags
 
 
 def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
@@ -251,12 +257,17 @@ def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secr
     with host.scratch() as scratch:
         (scratch / "request.cnf").write_text(config)
         with_tpm = {**keys.closed_environment(), "TPM2OPENSSL_TCTI": tcti, "TSS2_LOG": "all+NONE"}
-        return host.run(
-            ["openssl", "req", "-new", "-sha256", "-outform", "DER", "-config", scratch / "request.cnf",
-             "-provider", "tpm2", "-provider", "default",
-             "-key", folder / "sudi.key", "-passin", f"file:{folder / 'sudi.auth'}"],
-            env=with_tpm, timeout=120,
-        )  # fmt: skip
+        words: list[str | Path] = [
+            "openssl", "req", "-new", "-sha256", "-outform", "DER", "-config", scratch / "request.cnf",
+            "-provider", "tpm2", "-provider", "default",
+            "-key", folder / "sudi.key", "-passin", f"file:{folder / 'sudi.auth'}",
+        ]  # fmt: skip
+        try:
+            return host.run(words, env=with_tpm, timeout=120)
+        except Failure as error:
+            raise Failure(
+                f"the TPM did not sign the request ({error}): run the same command again"
+            ) from error
 
 
 def encrypt_recovery(
@@ -341,9 +352,7 @@ def start_over(
 
 
 def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
-    flags, _ = machine.flags()
-    if flags & init.Permanent.IN_LOCKOUT:
-        raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
+    _check_usable(machine)
     try:
         own = {init.tpm_name(area) for area in machine.storage_keys(recovery.auths)}
     except WrongAuth as error:
@@ -378,7 +387,7 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
     taken = exchange.parse_answer(exchange.read_file(answer, exchange.DOCUMENT_BYTES), str(answer))
     record = verify_answer(folder, state, organisation, policy, taken)
     with open_tpm(tcti) as machine:
-        _check_same_tpm(machine, state, taken)
+        _check_same_tpm(machine, state, policy, taken)
         if not (folder / "seal.json").exists() or (folder / "auths.json").exists():
             auths = _read_auths(folder)
             _begin_closing(host, folder, machine)
@@ -448,8 +457,8 @@ def verify_approvals(
             ) from error
 
 
-def _check_same_tpm(machine: Tpm, state: State, answer: exchange.Answer) -> None:
-    """See that this is the TPM of the request, in a firmware that the answer approves."""
+def _check_same_tpm(machine: Tpm, state: State, policy: init.PolicyKeys, answer: exchange.Answer) -> None:
+    """See that this is the TPM as the request left it, in a firmware that the answer approves."""
     with init.asking_tpm("the storage root key"):
         seen = init.read_storage_key(machine)
         pcr7 = init.read_pcr(machine, init.PLATFORM_STATE[0])
@@ -457,6 +466,12 @@ def _check_same_tpm(machine: Tpm, state: State, answer: exchange.Answer) -> None
         name = init.tpm_name(seen).hex() if seen else "none"
         expected = f"storage key {init.tpm_name(state.storage_key).hex()}"
         raise init.Refused("TPM-IDENTITY", expected=expected, seen=name)
+    index = machine.find_epoch_index(policy)
+    if index != state.epoch_index:
+        raise init.Refused(
+            "TPM-INDEX", expected=state.epoch_index.hex(), seen=index.hex() if index else "none"
+        )
+    _check_epoch(machine, policy, state.epoch)
     if pcr7 not in answer.approvals:
         approved = ", ".join(value.hex() for value in answer.approvals)
         raise init.Refused("TPM-POLICY", expected=f"an approved PCR 7: {approved[:300]}", seen=pcr7.hex())
@@ -467,9 +482,7 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
 
     Trying a password would tell it as well, but one wrong lockout password locks the TPM for a day.
     """
-    flags, _ = machine.flags()
-    if flags & init.Permanent.IN_LOCKOUT:
-        raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
+    flags = _check_usable(machine)
     if (folder / "closing").exists():
         return
     if flags & PASSWORDS:

@@ -478,6 +478,21 @@ def other_tpm(site: Site) -> None:
     site.start()
 
 
+def lost_index(site: Site) -> None:
+    site.enroll()
+    site.tpm.run("tpm2_nvundefine", "-C", "o", hex(init.EPOCH_INDEX))
+
+
+def disabled_since(site: Site) -> None:
+    site.enroll()
+    disable_endorsement(site)
+
+
+def raised_epoch(site: Site) -> None:
+    site.enroll()
+    site.tpm.run("tpm2_nvsetbits", "-C", "o", "-i", "3", hex(init.EPOCH_INDEX))
+
+
 def other_ca(site: Site) -> None:
     other = site.other
     site.enroll()
@@ -505,6 +520,9 @@ def broken_order(site: Site) -> None:
         (foreign_approval, "TPM-APPROVAL"),
         (other_firmware, "TPM-POLICY.*an approved PCR 7"),
         (other_tpm, "TPM-IDENTITY.*seen none"),
+        (lost_index, "TPM-INDEX.*seen none"),
+        (raised_epoch, "EPOCH.*seen epoch 2"),
+        (disabled_since, "TPM-STATE.*seen hierarchies 0x3"),
         (other_ca, "RECORD-FORMAT|RECORD-SIGNATURE"),
         (broken_order, "EPOCH-ORDER"),
     ],
