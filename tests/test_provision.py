@@ -501,6 +501,16 @@ def other_ca(site: Site) -> None:
     change_answer(site, certificate=records.issue(other, key, record))
 
 
+def other_secret(site: Site) -> None:
+    """All is this machine's own but the secret."""
+    site.enroll()
+    words = json.loads((site.state / "machine.json").read_text())
+    names = [init.tpm_name(bytes.fromhex(words[name])) for name in ("storage_key", "epoch_index")]
+    record = records.encode_record(site.keyset.product, bytes(32), *names)
+    key = records.parse_point(_sudi(site), records.SUDI_HEAD)
+    change_answer(site, certificate=records.issue(site.keyset, key, record))
+
+
 def _sudi(site: Site) -> bytes:
     return bytes.fromhex(json.loads((site.state / "machine.json").read_text())["sudi"])
 
@@ -517,6 +527,7 @@ def broken_order(site: Site) -> None:
     ("spoil", "says"),
     [
         (other_machine, "TPM-IDENTITY.*the answer to this machine's request"),
+        (other_secret, "TPM-IDENTITY.*the answer to this machine's request"),
         (foreign_approval, "TPM-APPROVAL"),
         (other_firmware, "TPM-POLICY.*an approved PCR 7"),
         (other_tpm, "TPM-IDENTITY.*seen none"),
