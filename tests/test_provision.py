@@ -619,6 +619,15 @@ def consent_for_another(site: Site, serial: str) -> None:
     )
 
 
+def record_of_another(site: Site, serial: str) -> None:
+    """Consent and record agree, but not about this TPM."""
+    path = site.folder / "auths.json"
+    words = json.loads(path.read_text())
+    words["storage_key"] = "00" * 34
+    path.write_text(json.dumps(words))
+    consent_for_another(site, serial)
+
+
 def wrong_passwords(site: Site, serial: str) -> None:
     path = site.folder / "auths.json"
     words = json.loads(path.read_text())
@@ -635,6 +644,7 @@ def open_passwords(site: Site, serial: str) -> None:
     [
         (other_consent, "RECORD-SIGNATURE.*a consent that the SUDI CA signed"),
         (consent_for_another, "TPM-IDENTITY.*a consent for"),
+        (record_of_another, "TPM-IDENTITY.*expected storage key 00"),
         (wrong_passwords, "owner password"),
         (open_passwords, "chmod 600"),
     ],
