@@ -107,7 +107,8 @@ def platform_approvals() -> Approvals:
 
     def read_log(keyset: Keyset, log: bytes, pcr7: bytes) -> dict[str, object]:
         certificates = firmware.certificates_of_keyset(keyset.folder)
-        return approvals.read_platform_log(log, pcr7, certificates).describe()
+        seen = approvals.read_platform_log(log, pcr7, certificates).describe()
+        return {name: value for name, value in seen.items() if name != "pcr7"}
 
     return Approvals(read_log, approvals.approve_platform)
 
