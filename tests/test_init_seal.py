@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,26 @@ def test_pcrs_and_banks_are_those_of_tpm2_tools(tpm: Swtpm) -> None:
     tpm.run("tpm2_pcrallocate", "-P", "", "sha1:none+sha256:all+sha384:none+sha512:none")
     tpm.reset()
     assert init.active_banks(k) == ["sha256"]
+
+
+def test_the_structures_are_those_of_tpm2_pytss(material: Material, tpm: Swtpm) -> None:
+    """Each area that the core makes or takes apart is read by another library, and comes out the same."""
+    types = pytest.importorskip("tpm2_pytss.types")
+    k = start_up(tpm)
+
+    def read(kind: str, data: bytes) -> Any:
+        structure, used = getattr(types, kind).unmarshal(data)
+        assert (used, bytes(structure.marshal())) == (len(data), data)
+        return structure
+
+    storage_key, index = init.read_storage_key(k) or b"", init.read_epoch_index(k)
+    for area in (material.keys.pcr, material.keys.platform, storage_key, material.seal.public):
+        assert bytes(read("TPMT_PUBLIC", area).get_name()) == init.tpm_name(area)
+    assert bytes(read("TPMS_NV_PUBLIC", index).get_name()) == init.tpm_name(index)
+    selection = read("TPML_PCR_SELECTION", init.pcr_selection([PCR7, PCR12, PCR13]))
+    assert selection == types.TPML_PCR_SELECTION.parse("sha256:7,12,13")
+    session = read("TPMT_SYM_DEF", init.SALTED_POLICY[1:7])
+    assert (session.algorithm, session.keyBits.sym, session.mode.sym) == (0x0006, 128, 0x0043)
 
 
 # --- It opens ----------------------------------------------------------------------------------------
