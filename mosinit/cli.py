@@ -107,14 +107,15 @@ def run_tool(host: Host, values: argparse.Namespace) -> Result:
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
     """Sign and publish a manifest."""
-    from mosinit import keys, registry
+    from mosinit import images, keys, registry
     from mosinit import publish as publisher
 
     publisher.parse_destination(values.to)
     keyset = keys.open_keyset(host, values.keys)
     sources = [target.source for target in publisher.read_written(values.manifest).targets]
     access = registry.open_access(values.tls_ca, values.login, values.timeout, values.to, sources)
-    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access))
+    cache = images.open_cache(host)
+    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access, cache))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -22,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from mosinit import init, tars
+from mosinit import host as seam
+from mosinit import init, kept, tars, tools
 from mosinit.host import Failure, Host
 
 LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
@@ -138,6 +140,15 @@ class Layout:
                 fresh.write_bytes(content)
         return descriptor
 
+    def take_file(self, host: Host, path: Path, layer: Descriptor) -> None:
+        """Make a file on the same disk, just made and of this digest, a blob: it is moved, not copied."""
+        target = self.blob_path(layer.digest)
+        self._prepare(host)
+        path.chmod(0o644)
+        host.sync_file(path)
+        path.rename(target)
+        host.sync_file(target.parent)
+
     def _prepare(self, host: Host) -> None:
         (self.path / "blobs/sha256").mkdir(parents=True, exist_ok=True)
         marker = self.path / "oci-layout"
@@ -202,9 +213,9 @@ def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
 # --- Sources ------------------------------------------------------------------------------------------
 
 
-def convert(host: Host, source: str, layout: Layout) -> ConvertedImage:
+def convert(host: Host, source: str, layout: Layout, cache: kept.Cache | None = None) -> ConvertedImage:
     """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG],
-    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME.
+    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME. What `cache` has is not made again.
 
     Raises `Failure` or `Refused` for an image that is not what its digests say, or of a kind that cannot be
     converted.
@@ -213,7 +224,7 @@ def convert(host: Host, source: str, layout: Layout) -> ConvertedImage:
     kind, _, name = source.partition(":")
     if kind == "oci":
         folder_name, tag = _split_tag(name)
-        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout)
+        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout, cache)
     if kind not in ("docker", "docker-archive"):
         raise Failure(
             f"{source} is no image: name it oci:DIR[:TAG], docker-archive:FILE or docker://REGISTRY/NAME"
@@ -228,7 +239,7 @@ def convert(host: Host, source: str, layout: Layout) -> ConvertedImage:
              "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
             timeout=3600,
         )  # fmt: skip
-        return _convert(host, Source(Layout(folder / "image"), source), "", layout)
+        return _convert(host, Source(Layout(folder / "image"), source), "", layout, cache)
 
 
 @dataclass(frozen=True)
@@ -260,7 +271,9 @@ def _split_tag(name: str) -> tuple[str, str]:
     return (folder, tag) if folder and "/" not in tag else (name, "")
 
 
-def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedImage:
+def _convert(
+    host: Host, source: Source, tag: str, layout: Layout, cache: kept.Cache | None
+) -> ConvertedImage:
     descriptor = _find_image(source, tag)
     document, raw = source.document(descriptor)
     if descriptor.media_type not in MANIFEST_TYPES:
@@ -278,11 +291,11 @@ def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedI
     _refuse_elsewhere(source, raw)
     converted, roots = [], []
     with host.scratch(near=layout.path) as folder:
-        stack = tars.Image()
+        below = Below(cache)
         for number, (item, diff_id) in enumerate(zip(descriptors, expected, strict=True), 1):
             label = f"{source.name}: layer {number} of {len(descriptors)}"
             job = LayerJob(host, source.layout, item, diff_id, label, folder / str(number))
-            layer = _convert_layer(job, stack, layout)
+            layer = _convert_layer(job, below, layout)
             converted.append(layer.descriptor if layer else item)
             roots += [layer] if layer else []
     if tuple(converted) == descriptors:
@@ -378,10 +391,49 @@ class LayerJob:
     label: str
     work: Path
 
+    @property
+    def path(self) -> Path:
+        """The layer as it is packed."""
+        return self.source.blob_path(self.layer.digest)
 
-def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLayer | None:
+
+class Below:
+    """What lies below the layer in hand. Of layers that were kept it is read when another needs it, not
+    before.
+    """
+
+    def __init__(self, cache: kept.Cache | None) -> None:
+        self.cache = cache
+        self._image = tars.Image()
+        self._unread: list[LayerJob | None] = []
+        self._chain: list[tuple[str, str, str | None]] = []
+
+    def key(self, job: LayerJob) -> str:
+        """Name what becomes of the next layer: it depends on its tar and on all that lies below.
+
+        Both its digests count: only that a packed layer unpacks to its diff_id makes it the same.
+        """
+        self._chain.append((job.layer.media_type, job.layer.digest, job.diff_id))
+        return self.cache.key(self._chain) if self.cache else ""
+
+    def later(self, job: LayerJob | None) -> None:
+        """Lie on a layer that is read when it is needed, or (None) on one whose names nobody knows."""
+        self._unread.append(job)
+
+    def read(self) -> tars.Image:
+        """Return the layers below as they look together."""
+        for job in self._unread:
+            if job is None:
+                self._image.forget()
+            else:
+                tars.read_layer(_unpack(job, job.path, self._image), job.label, self._image)
+        self._unread.clear()
+        return self._image
+
+
+def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer | None:
     """Add a layer to the layout; None for a UKI, which is no file system."""
-    layer, host = job.layer, job.host
+    layer, host, key = job.layer, job.host, below.key(job)
     path = job.source.check_blob(layer)
     roots = {layer.annotations[name] for name in init.ROOT_HASH_ANNOTATIONS if name in layer.annotations}
     if layer.media_type == init.UKI_MEDIA_TYPE or roots:
@@ -389,7 +441,7 @@ def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLa
             check_layer(host, path, root_hash)
         if roots:
             _check_filesystem(path, job.label)
-            stack.forget()
+            below.later(None)
         layout.add_blob(host, path, layer.media_type)
         return VerityLayer(layer, min(roots)) if roots else None
     if layer.media_type not in PACKINGS:
@@ -397,9 +449,27 @@ def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLa
         raise Failure(f"{job.label} is {layer.media_type}, which mosinit cannot convert{hint}")
     if job.diff_id is None:
         raise Failure(f"{job.label} has no diff_id: the image needs a config that lists its layers")
-    tar = _unpack(job, path, stack)
-    tree = tars.read_layer(tar, job.label, stack)
-    return add_tree(host, tree, job.diff_id, job.work.with_suffix(".erofs"), layout, job.label)
+    work = job.work.with_suffix(".erofs")
+    if below.cache and (found := below.cache.fetch(key, work)):
+        host.say(f"{job.label}: converted before")
+        below.later(job)
+        return _take_layer(host, work, layout, found)
+    stack = below.read()
+    tree = tars.read_layer(_unpack(job, path, stack), job.label, stack)
+    made = add_tree(host, tree, job.diff_id, work, layout, job.label)
+    if below.cache:
+        blob = made.descriptor
+        below.cache.keep(
+            host, key, layout.blob_path(blob.digest), kept.Kept(blob.digest, blob.size, made.root_hash)
+        )
+    return made
+
+
+def _take_layer(host: Host, work: Path, layout: Layout, layer: kept.Kept) -> VerityLayer:
+    """Move a verity layer file into the layout."""
+    descriptor = Descriptor(EROFS_TYPE, layer.digest, layer.size, annotations={ROOT_HASH: layer.root_hash})
+    layout.take_file(host, work, descriptor)
+    return VerityLayer(descriptor, layer.root_hash)
 
 
 def _check_filesystem(path: Path, label: str) -> None:
@@ -507,9 +577,28 @@ def add_tree(
     _pad(work)
     digest = digest_file(work)[0].removeprefix("sha256:")
     root_hash = append_verity(host, work, salt=digest, name=digest)
-    descriptor = layout.add_blob(host, work, EROFS_TYPE, annotations={ROOT_HASH: root_hash})
-    work.unlink()
-    return VerityLayer(descriptor, root_hash)
+    return _take_layer(host, work, layout, kept.Kept(*digest_file(work), root_hash))
+
+
+def open_cache(host: Host) -> kept.Cache | None:
+    """Return the user's cache of converted layers, or None if there can be none."""
+    folder = kept.open_folder(host, tools.cache() / "layers")
+    try:
+        return kept.Cache(folder, _maker(host)) if folder else None
+    except Failure:
+        return None  # whoever converts will say what is missing
+
+
+def _maker(host: Host) -> str:
+    """Name what converts: our code, its programs, and the libraries that those load (the compressors)."""
+    files = [str(module.__file__) for module in (init, kept, seam, tars)] + [__file__]
+    for name in ("mkfs.erofs", "veritysetup"):
+        program = shutil.which(name)
+        if program is None:
+            raise Failure(f"{name} is missing: run mosinit in its tools tree")
+        listed = host.run(["ldd", program]).decode()
+        files += [program, *re.findall(r"(/\S+) \(0x", listed)]
+    return digest_bytes(encode([digest_file(Path(name))[0] for name in files]))[0]
 
 
 def _check_count(path: Path, expected: int, label: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, registry
+from mosinit import images, init, kept, registry
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset
 
@@ -49,35 +49,39 @@ class SignedTarget:
 
 
 def publish(
-    host: Host, manifest: Path, keyset: Keyset, destination: str, access: registry.Access | None = None
+    host: Host,
+    manifest: Path,
+    keyset: Keyset,
+    destination: str,
+    access: registry.Access | None = None,
+    cache: kept.Cache | None = None,
 ) -> Published:
     """Convert, sign and write the release that a person's manifest describes to `oci:DIR` or
     `docker://HOST[:PORT]/NAME:TAG`.
 
-    A relative source is one beside the manifest. An earlier release there is replaced when the new one is
-    whole. Raises `Refused` (the machine's own checks) or `Failure`.
+    A relative source is one beside the manifest. Layers that `cache` has are not converted again.
+    An earlier release there is replaced when the new one is whole. Raises `Refused` (the machine's own
+    checks) or `Failure`.
     """
-    access = access or registry.Access()
+    sources = Sources(manifest.parent, access or registry.Access(), cache)
     target = parse_destination(destination)
     written = read_written(manifest)
     policy = check_signer(keyset, written)
     if isinstance(target, registry.Reference):
-        registry.probe(host, access, target)
+        registry.probe(host, sources.access, target)
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
         near = target
         near.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=near) as scratch:
         layout = images.Layout(scratch / "release")
-        targets = [
-            _sign_target(host, item, manifest.parent, keyset, layout, access) for item in written.targets
-        ]
+        targets = [_sign_target(host, item, sources, keyset, layout) for item in written.targets]
         text = encode_manifest(written, targets)
         signed = text, keyset.signer("product").sign(text), _pem(keyset, "product")
         index = _write_release(host, layout, signed, targets)
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
-            registry.push(host, access, layout.path, TAG, target, index.digest)
+            registry.push(host, sources.access, layout.path, TAG, target, index.digest)
         else:
             layout.path.chmod(0o755)
             _replace_folder(layout.path, target, scratch / "old")
@@ -154,15 +158,19 @@ def _pem(keyset: Keyset, role: str) -> bytes:
     return keyset.certificate(role).public_bytes(serialization.Encoding.PEM)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where images come from: relative ones from a folder, others from registries; layers from a cache."""
+
+    beside: Path
+    access: registry.Access
+    cache: kept.Cache | None
+
+
 def _sign_target(
-    host: Host,
-    target: init.Target,
-    beside: Path,
-    keyset: Keyset,
-    layout: images.Layout,
-    access: registry.Access,
+    host: Host, target: init.Target, sources: Sources, keyset: Keyset, layout: images.Layout
 ) -> SignedTarget:
-    image = _convert(host, target.source, beside, layout, access)
+    image = _convert(host, target.source, sources, layout)
     signer = keyset.signer("layer")
     signatures = [
         # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
@@ -172,16 +180,14 @@ def _sign_target(
     return SignedTarget(target, image, tuple(signatures))
 
 
-def _convert(
-    host: Host, source: str, beside: Path, layout: images.Layout, access: registry.Access
-) -> images.ConvertedImage:
+def _convert(host: Host, source: str, sources: Sources, layout: images.Layout) -> images.ConvertedImage:
     kind, _, name = source.partition(":")
     if kind in ("oci", "docker-archive"):
-        return images.convert(host, f"{kind}:{beside.absolute() / name}", layout)
+        return images.convert(host, f"{kind}:{sources.beside.absolute() / name}", layout, sources.cache)
     with host.scratch(near=layout.path) as folder:
-        fetched = registry.fetch(host, access, source, folder)
+        fetched = registry.fetch(host, sources.access, source, folder)
         try:
-            return images.convert(host, f"oci:{fetched}", layout)
+            return images.convert(host, f"oci:{fetched}", layout, sources.cache)
         except Failure as failure:
             # A person knows the name of the image, and nothing of a folder that is gone by then.
             raise Failure(str(failure).replace(str(fetched), source)) from failure

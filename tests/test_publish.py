@@ -443,3 +443,15 @@ def test_a_layout_of_somebodys_images_is_never_replaced(
         with pytest.raises(Failure, match="no release"):
             publish.publish(host, written, keyset, f"oci:{path}")
     assert {path: sorted(path.rglob("*")) for path in sources} == before
+
+
+def test_a_release_of_kept_layers_is_the_same(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = images.open_cache(host)
+    assert cache
+    for name, kept_before in (("plain", None), ("one", 0), ("two", 2)):
+        with_cache = cache if kept_before is not None else None
+        publish.publish(host, written, keyset, f"oci:{tmp_path}/{name}", cache=with_cache)
+        assert capsys.readouterr().err.count("converted before") == (kept_before or 0)
+    assert snapshot(tmp_path / "plain") == snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
