@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,12 @@ def told(errors: bytes) -> str:
     return (causes or lines[-1:] or ["no message"])[0][:500]
 
 
+def amount(done: int, total: int, seconds: float) -> str:
+    """Say how much of something is done, and how fast it was."""
+    mib = [value / init.MIB for value in (min(done, total), total, done / max(seconds, 0.001))]
+    return f"{mib[0]:.1f} of {mib[1]:.1f} MiB, {mib[2]:.1f} MiB/s"
+
+
 class FullDisk(Failure):
     """A folder whose disk is full, and what failed because of that."""
 
@@ -56,6 +63,8 @@ class FullDisk(Failure):
 
 class Host(init.Kernel):
     """The core's seam plus processes, temporary folders and messages to the person."""
+
+    plain_seconds = 10.0  # between lines of progress where there is no terminal
 
     def say(self, text: str) -> None:
         """Print one line of progress to standard error; standard output is for results."""
@@ -102,10 +111,12 @@ class Host(init.Kernel):
         env: Mapping[str, str] | None = None,
         timeout: float,
         idle: float,
+        advance: Callable[[int], None] = lambda written: None,
     ) -> bytes:
         """Run a program like `run`, and end it when it has moved next to nothing for `idle` seconds.
 
-        Programs that wait for somebody on the network wait for ever where that one says nothing.
+        Programs that wait for somebody on the network wait for ever where that one says nothing. `advance`
+        is told how many bytes more it has written, to files and the network together.
         """
         name = os.path.basename(str(command[0]))
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -120,7 +131,7 @@ class Host(init.Kernel):
             except FileNotFoundError as error:
                 raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
             try:
-                status = _wait_while_moving(process, name, timeout, idle)
+                status = _wait_while_moving(process, name, timeout, idle, advance)
             finally:
                 process.kill()
                 process.wait()
@@ -170,28 +181,43 @@ class Host(init.Kernel):
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how a long step advances: a bar on a terminal, one line elsewhere. Call what is yielded with
-        how many bytes more are done.
+        """Show how a long step advances: a bar on a terminal, a line now and then elsewhere. Call what is
+        yielded with how many bytes more are done.
         """
         if not sys.stderr.isatty():
-            self.say(label)
-            yield lambda done: None
+            yield self._plain_progress(label, total)
             return
         try:
             from rich import console, progress
         except ImportError:
-            self.say(label)
-            yield lambda done: None
+            yield self._plain_progress(label, total)
             return
         columns = (
             progress.TextColumn("mosinit: {task.description}", markup=False),
             progress.BarColumn(),
             progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )
         with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
+
+    def _plain_progress(self, label: str, total: int) -> Callable[[int], None]:
+        """Say what begins, and how far it is whenever some time has passed."""
+        self.say(label)
+        begun = shown = time.monotonic()
+        all_done = 0
+
+        def advance(done: int) -> None:
+            nonlocal all_done, shown
+            all_done += done
+            now = time.monotonic()
+            if now - shown >= self.plain_seconds:
+                shown = now
+                self.say(f"{label}: {amount(all_done, total, now - begun)}")
+
+        return advance
 
     def call(
         self,
@@ -278,26 +304,36 @@ class Host(init.Kernel):
         os.chdir("/")
 
 
-def _wait_while_moving(process: subprocess.Popen[bytes], name: str, timeout: float, idle: float) -> int:
+def _wait_while_moving(
+    process: subprocess.Popen[bytes], name: str, timeout: float, idle: float, advance: Callable[[int], None]
+) -> int:
     """Return the exit status. Raises `Failure` when time is up or nothing moves."""
     begun = since = time.monotonic()
-    seen = 0
-    while True:
-        try:
-            return process.wait(min(0.5, idle / 4))
-        except subprocess.TimeoutExpired:
-            moved, now = _bytes_moved(process.pid), time.monotonic()
-        if moved - seen >= MOVING_BYTES:
-            seen, since = moved, now
-        if now - since > idle:
-            raise Failure(f"{name} did not move for {idle:g} s")
-        if now - begun > timeout:
-            raise Failure(f"{name} did not end within {timeout:.0f} s")
+    seen = told_of = 0
+    over = os.pidfd_open(process.pid)
+    try:
+        while True:
+            ended = select.select([over], [], [], min(0.5, idle / 4))[0]
+            # Of a process that has ended the counts are there until it is waited for.
+            (read, written), now = _bytes_moved(process.pid), time.monotonic()
+            advance(max(0, written - told_of))
+            told_of = max(written, told_of)
+            if ended:
+                return process.wait()
+            if read + written - seen >= MOVING_BYTES:
+                seen, since = read + written, now
+            if now - since > idle:
+                raise Failure(f"{name} did not move for {idle:g} s")
+            if now - begun > timeout:
+                raise Failure(f"{name} did not end within {timeout:.0f} s")
+    finally:
+        os.close(over)
 
 
-def _bytes_moved(pid: int) -> int:
+def _bytes_moved(pid: int) -> tuple[int, int]:
     """Count what a process read and wrote so far, files and network together (proc(5), /proc/PID/io)."""
     with contextlib.suppress(OSError, ProcessLookupError):
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
-    return 0
+        found = {name: int(value) for name, value in (line.split(": ") for line in lines)}
+        return found["rchar"], found["wchar"]
+    return 0, 0

@@ -14,14 +14,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 
 from mosinit import init
-from mosinit.host import Failure, Host, Usage
+from mosinit.host import Failure, Host, Usage, amount
 
 LOGIN_VARIABLE = "MOSINIT_REGISTRY_LOGIN"
 DOCKER_HUB = "docker.io"  # what containers' tools mean by a name without a host
@@ -183,7 +184,13 @@ class Connection:
         # The name of this option has no prefix where there is one side alone.
         return [*words, f"{prefix}authfile={self.folder}/auth.json"] if self.secrets else words
 
-    def skopeo(self, *words: str, longest: float = LONGEST_SECONDS, largest: int | None = None) -> bytes:
+    def skopeo(
+        self,
+        *words: str,
+        longest: float = LONGEST_SECONDS,
+        largest: int | None = None,
+        advance: Callable[[int], None] = lambda written: None,
+    ) -> bytes:
         """Run skopeo, which may write files of at most `largest` bytes; its faults are told in our words."""
         limit = [] if largest is None else ["prlimit", f"--fsize={largest}"]
         env = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
@@ -193,6 +200,7 @@ class Connection:
                 env=env | {"LC_ALL": "C.UTF-8"},
                 timeout=longest,
                 idle=self.access.idle,
+                advance=advance,
             )
         except Failure as failure:
             raise Failure(self.explain(str(failure))) from None
@@ -280,6 +288,25 @@ def read_document(connection: Connection, reference: Reference) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def _moving(host: Host, label: str, done: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes of all skopeo has passed on, and say in the end how many those were.
+
+    It tells nobody; but what it writes is what it sends or keeps, a few per mille of TLS and HTTP included.
+    """
+    begun, moved = time.monotonic(), 0
+    with host.progress(label, size) as show:
+
+        def advance(written: int) -> None:
+            nonlocal moved
+            show(min(written, max(0, size - moved)))
+            moved += written
+
+        yield advance
+        show(max(0, size - moved))  # what was there already
+    host.say(f"{done} {amount(moved, size, time.monotonic() - begun)}")
+
+
 def digest_of(data: bytes) -> str:
     """Return the digest of a document."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -295,7 +322,6 @@ def fetch(host: Host, access: Access, source: str, folder: Path) -> Path:
     no layer can be larger than it is announced. Raises `Failure`, `Usage`.
     """
     reference = parse_reference(source)
-    host.say(f"fetching {reference}")
     with connected(host, access, reference) as connection:
         digest, data = _find_image(connection)
         sizes = _sizes(connection, data)
@@ -304,11 +330,12 @@ def fetch(host: Host, access: Access, source: str, folder: Path) -> Path:
             need = f"it needs {sum(sizes) >> 20} MiB, {folder} has {free >> 20} MiB free: make room"
             raise Failure(f"cannot fetch {reference}: {need}")
         target = folder / "image"
-        connection.skopeo(
-            "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", *connection.words("src"),
-            str(reference.at(digest)), f"oci:{target}",
-            largest=max(sizes, default=0) + init.MIB,
-        )  # fmt: skip
+        with _moving(host, f"fetching {reference}", "fetched", sum(sizes)) as advance:
+            connection.skopeo(
+                "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", *connection.words("src"),
+                str(reference.at(digest)), f"oci:{target}",
+                largest=max(sizes, default=0) + init.MIB, advance=advance,
+            )  # fmt: skip
     return target
 
 
@@ -375,11 +402,13 @@ def push(host: Host, access: Access, layout: Path, tag: str, destination: Refere
     Blobs that the registry has are not sent. The tag moves last: whoever looks sees the old release or the
     new one. Raises `Failure`.
     """
-    host.say(f"sending the release to {destination}, without what is there already")
+    size = sum(path.stat().st_size for path in (layout / "blobs/sha256").iterdir())
+    label = f"sending the release to {destination}, without what is there already"
     with connected(host, access, destination) as connection:
-        connection.skopeo(
-            "copy", "--quiet", "--all", "--preserve-digests", *connection.words("dest"),
-            f"oci:{layout}:{tag}", str(destination),
-        )  # fmt: skip
+        with _moving(host, label, "sent", size) as advance:
+            connection.skopeo(
+                "copy", "--quiet", "--all", "--preserve-digests", *connection.words("dest"),
+                f"oci:{layout}:{tag}", str(destination), advance=advance,
+            )  # fmt: skip
         if digest_of(read_document(connection, destination)) != digest:
             raise Failure(connection.explain("digest did not match"))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +86,7 @@ class Command:
         self.folder, self.keyset, self.capsys = folder, keyset, capsys
         # What skopeo must notice itself takes it a second or two, on a busy machine more.
         self.words: list[str] = ["--timeout", "8"]
+        self.out = ""
 
     def patience(self, fault: str) -> None:
         """Give up soon on a registry that says nothing: nobody waits for the end of that."""
@@ -104,6 +109,7 @@ class Command:
         status = cli.main(words, tuple(_outside(verb) for verb in table))
         shown = self.capsys.readouterr()
         assert PASSWORD not in shown.out + shown.err
+        self.out = shown.out
         return status, shown.err
 
     def _words(self, to: str, source: str) -> list[str]:
@@ -172,6 +178,74 @@ def test_layers_that_are_there_are_not_sent_again(
     assert sent() == first  # the same release: nothing at all
     assert command(to, sequence=2)[0] == 0
     assert first > sent() - first == 2  # the manifest and its signature
+
+
+class Watched(Host):
+    """A host that says at once how far it is."""
+
+    plain_seconds = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_push_tells_how_far_it_is(
+    real: registries.Real, keyset: keys.Keyset, host: Host, tmp_path: Path, authority: registries.Authority
+) -> None:
+    tar = make_tar({"random": os.urandom(6 << 20)})
+    plain(host, tmp_path / "hostfs", tar, tar=tar)
+    manifest, to = tmp_path / "manifest.yaml", f"docker://{real.address}/acme/release:1"
+    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
+    sent = []
+    for sequence in (1, 2):
+        manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=sequence))
+        watched = Watched()
+        publish.publish(watched, manifest, keyset, to, access)
+        told = [line for line in watched.said if line.startswith(("sending", "sent"))]
+        assert told[0] == f"sending the release to {to}, without what is there already"
+        # Lines on the way, and one at the end: done, of all, how fast.
+        assert len(told) >= 3
+        found = [re.search(r"(\d+\.\d) of (6\.\d) MiB, \d+\.\d MiB/s$", line) for line in told[1:]]
+        assert all(found)
+        assert told[-1].startswith("sent ")
+        sent.append(float(found[-1][1]) if found[-1] else -1)
+    assert sent[0] >= 6
+    assert sent[1] < 0.5  # the layer is there already
+
+
+def test_progress_and_the_result_as_json_go_different_ways(
+    command: Command, real: registries.Real, source: images.Layout
+) -> None:
+    command.words.append("--json")
+    status, said = command(f"docker://{real.address}/acme/release:1")
+    assert (status, json.loads(command.out)["sequence"]) == (0, 1)
+    assert re.search(r"^mosinit: sent \d+\.\d of \d+\.\d MiB, ", said, re.MULTILINE)
+
+
+BAR = "from mosinit.host import Host\nwith Host().progress('sending', 8 << 20) as advance: advance(8 << 20)"
+
+
+def test_on_a_terminal_there_is_a_bar() -> None:
+    pytest.importorskip("rich")
+    ours, theirs = pty.openpty()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(cli.__file__).parent.parent),
+        "TERM": "xterm",
+        "COLUMNS": "120",
+    }
+    try:
+        subprocess.run([sys.executable, "-c", BAR], stderr=theirs, check=True, env=env)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "mosinit: sending" in shown
+    assert "8.0/8.0 MiB" in shown
 
 
 def test_a_source_comes_from_a_registry(
