@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -45,6 +46,12 @@ def told(errors: bytes) -> str:
     lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("E: ")]
     return (causes or lines[-1:] or ["no message"])[0][:500]
+
+
+def logged(message: str) -> str:
+    """Return the words of a message that a program wrote as a log's entry (`level=fatal msg="…"`)."""
+    found = re.search(r'msg="((?:[^"\\]|\\.)*)"', message)
+    return found[1].replace('\\"', '"') if found else message
 
 
 def amount(done: int, total: int, seconds: float) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from cryptography import x509
 
 from mosinit import init
-from mosinit.host import Failure, Host, Usage, amount
+from mosinit.host import Failure, Host, Usage, amount, logged
 
 LOGIN_VARIABLE = "MOSINIT_REGISTRY_LOGIN"
 DOCKER_HUB = "docker.io"  # what containers' tools mean by a name without a host
@@ -32,10 +32,14 @@ DOCUMENT_SECONDS = 300.0  # for a document of at most 4 MiB, however slowly it t
 
 # What skopeo may see of our environment: where people keep their logins, and how the network is reached.
 ENVIRONMENT = {
-    "DOCKER_CONFIG", "HOME", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "PATH", "REGISTRY_AUTH_FILE",
-    "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "https_proxy",
-    "http_proxy", "no_proxy",
+    "DOCKER_CONFIG", "HOME", "HTTPS_PROXY", "NO_PROXY", "PATH", "REGISTRY_AUTH_FILE", "SSL_CERT_DIR",
+    "SSL_CERT_FILE", "TMPDIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "https_proxy", "no_proxy",
 }  # fmt: skip
+
+# Registries name other places for tokens and uploads, and skopeo takes the login there. One behind a proxy
+# that it does not know of names http://, where anybody on the way reads it. So plain HTTP has to pass a port
+# at which nobody can listen. (Go takes this computer itself, and what NO_PROXY lists, past any proxy.)
+NO_PLAIN_HTTP = {"HTTP_PROXY": "http://127.0.0.1:0"}
 
 _REFERENCE = re.compile(
     r"docker://(?:(?P<host>(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)/)?"
@@ -197,7 +201,7 @@ class Connection:
         try:
             return self.host.run_moving(
                 [*limit, "skopeo", *words],
-                env=env | {"LC_ALL": "C.UTF-8"},
+                env=env | NO_PLAIN_HTTP | {"LC_ALL": "C.UTF-8"},
                 timeout=longest,
                 idle=self.access.idle,
                 advance=advance,
@@ -216,14 +220,14 @@ class Connection:
         for words, remedy in REMEDIES:
             if re.search(words, plain, re.IGNORECASE):
                 return f"cannot use {self.reference}: {remedy.format(host=self.reference.host)}"
-        found = re.search(r'msg="((?:[^"\\]|\\.)*)"', message)
-        text = found[1].replace('\\"', '"') if found else message
-        shown = "".join(c if c.isprintable() else "?" for c in text)
+        shown = "".join(c if c.isprintable() else "?" for c in logged(message))
         return f"cannot use {self.reference}: {shown[-400:]}; look into the registry's log"
 
 
 # What skopeo's messages mean, most telling first; {host} is the registry.
 REMEDIES = (
+    (r"proxyconnect tcp: dial tcp 127\.0\.0\.1:0",
+     "{host} names a place without TLS (http://): let it know its own address, or what stands before it"),
     (r"certificate has expired or is not yet valid",
      "the certificate of {host} is not valid at this time: renew it, or set this computer's clock"),
     (r"signed by unknown authority",
@@ -410,5 +414,12 @@ def push(host: Host, access: Access, layout: Path, tag: str, destination: Refere
                 "copy", "--quiet", "--all", "--preserve-digests", *connection.words("dest"),
                 f"oci:{layout}:{tag}", str(destination), advance=advance,
             )  # fmt: skip
-        if digest_of(read_document(connection, destination)) != digest:
+        try:
+            kept = read_document(connection, destination)
+        except Failure as failure:
+            if "does not have it" not in str(failure):
+                raise
+            lost = f"{destination.host} took the release and does not have it: look at the registry"
+            raise Failure(f"cannot use {destination}: {lost}") from None
+        if digest_of(kept) != digest:
             raise Failure(connection.explain("digest did not match"))

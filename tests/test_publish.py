@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,32 +191,35 @@ def test_skopeo_copies_a_release_unchanged(
 
 
 def with_dates(
-    keyset: keys.Keyset, folder: Path, begin: datetime.timedelta, end: datetime.timedelta
+    keyset: keys.Keyset, folder: Path, role: str, begin: datetime.timedelta, end: datetime.timedelta
 ) -> keys.Keyset:
-    """Copy a keyset and give its product certificate other dates, relative to now."""
+    """Copy a keyset and give one of its certificates other dates, relative to now."""
     shutil.copytree(keyset.folder, folder)
-    issuer = serialization.load_pem_private_key((folder / "manifest-ca.key").read_bytes(), None)
-    assert isinstance(issuer, ec.EllipticCurvePrivateKey)
-    old = keyset.certificate("product")
+    signer = "manifest-ca" if role == "product" else role
+    issuer = serialization.load_pem_private_key((folder / f"{signer}.key").read_bytes(), None)
+    assert isinstance(issuer, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
+    old = keyset.certificate(role)
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), old.serial_number)
     builder = builder.not_valid_before(now + begin).not_valid_after(now + end)
     for extension in old.extensions:
         builder = builder.add_extension(extension.value, extension.critical)
     certificate = builder.sign(issuer, hashes.SHA384())
-    (folder / "product.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / f"{role}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return keys.open_keyset(Host(), folder)
 
 
 @pytest.mark.parametrize(("begin", "end", "fine"), [(-9, -1, False), (1, 9, False), (-1, 1, True)])
+@pytest.mark.parametrize("role", ["product", "manifest-ca", "layer"])
 def test_a_certificate_out_of_its_dates_publishes_nothing(
-    begin: int, end: int, fine: bool, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
-) -> None:
-    odd = with_dates(keyset, tmp_path / "keys", begin * DAY, end * DAY)
+    role: str, begin: int, end: int, fine: bool, written: Path, keyset: keys.Keyset, host: Host,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    odd = with_dates(keyset, tmp_path / "keys", role, begin * DAY, end * DAY)
     if fine:
         publish.publish(host, written, odd, f"oci:{tmp_path}/release")
         return
-    with pytest.raises(Failure, match="the product certificate is valid from"):
+    with pytest.raises(Failure, match=f"the {role} certificate is valid from .*: renew it"):
         publish.publish(host, written, odd, f"oci:{tmp_path}/release")
     assert not (tmp_path / "release").exists()
 

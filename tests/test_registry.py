@@ -20,7 +20,10 @@ from mosinit import cli, images, keys, publish, registry
 from mosinit.host import Host, Usage
 from tests import registries
 from tests.registries import PASSWORD, USER
+from tests.test_bad_input import full
 from tests.test_images import make_tar, plain
+
+__all__ = ["full"]  # a fixture
 
 Need = Callable[..., None]
 TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
@@ -398,8 +401,15 @@ def test_a_source_whose_registry_misbehaves(
         ("500", "blob", "a fault of its own"),
         ("500", "upload", "a fault of its own"),
         ("500", "put", "a fault of its own"),
+        ("nothing", "ping", "does not answer"),
+        ("nothing", "manifest", "does not answer"),
+        ("nothing", "blob", "does not answer"),
         ("nothing", "upload", "does not answer"),
         ("nothing", "put", "does not answer"),
+        ("half a body", "manifest", "broke off in the middle"),
+        ("half a body", "upload", "does not answer as registries do"),
+        ("endless body", "manifest", "sends more than it announced"),
+        ("endless body", "put", "something else than its digest says"),
         ("half a body", "put", "something else than its digest says"),
         ("endless body", "upload", "does not answer as registries do"),
     ],
@@ -417,6 +427,46 @@ def test_a_destination_that_misbehaves_keeps_its_old_release(
     assert (status, bad.manifests["1"]) == (1, old)
     assert re.search(says, the_error(said))
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("what", ["token", "upload", "manifest", "blob"])
+def test_a_registry_that_names_a_place_without_tls(
+    what: str, command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    """As one does that knows nothing of what stands before it. The login must not go there, nor anything."""
+    to, nowhere = f"docker://{bad.address}/acme/release:1", "http://192.0.2.1/v2/x"
+    assert command(to)[0] == 0
+    old = bad.manifests["1"]
+
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if what == "token" and kind == "ping":
+            handler.answer(401, b"{}", WWW_Authenticate=f'Bearer realm="{nowhere}",service="x"')
+        elif what == "upload" and handler.command == "POST":
+            handler.answer(202, Location=nowhere, Range="0-0")
+        elif what == kind:
+            handler.answer(307, Location=nowhere)
+        else:
+            return False
+        return True
+
+    bad.fault = fault
+    status, said = command(to, sequence=2)
+    assert (status, bad.manifests["1"]) == (1, old)
+    assert "names a place without TLS (http://): let it know its own address" in the_error(said)
+
+
+def test_a_registry_that_forgets_at_once_is_noticed(
+    command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if kind == "put":
+            handler.answer(201, Docker_Content_Digest=digest_of(handler.body()))
+        return kind == "put"
+
+    bad.fault = fault
+    status, said = command(f"docker://{bad.address}/acme/release:1")
+    assert status == 1
+    assert f"{bad.address} took the release and does not have it" in the_error(said)
 
 
 def test_a_registry_that_keeps_something_else_is_noticed(
@@ -461,6 +511,29 @@ def test_a_redirect_without_end(
     status, said = command(f"oci:{tmp_path}/release", source=reference)
     assert status == 1
     assert "elsewhere without end" in the_error(said)
+
+
+# --- A full disk --------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_on_the_way_to_a_registry(
+    command: Command, bad: registries.Registry, source: images.Layout, full: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TMPDIR", str(full))
+    status, said = command(f"docker://{bad.address}/acme/release:1")
+    assert (status, bad.manifests, files(full)) == (1, {}, [])
+    assert "make room" in the_error(said)
+
+
+def test_an_image_that_does_not_fit_is_not_fetched(
+    command: Command, bad: registries.Registry, source: images.Layout, full: Path
+) -> None:
+    reference = serve(bad, source)
+    status, said = command(f"oci:{full}/release", source=reference)
+    assert (status, files(full)) == (1, [])
+    assert "make room" in the_error(said)
+    assert [path for _, path, _ in bad.seen if "/blobs/" in path] == []
 
 
 # --- TLS ----------------------------------------------------------------------------------------------
