@@ -25,7 +25,7 @@ from typing import IO
 
 from mosinit import host as seam
 from mosinit import init, kept, tars, tools
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, logged
 
 LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
 INDEX_DEPTH = 3
@@ -221,6 +221,18 @@ def convert(host: Host, source: str, layout: Layout, cache: kept.Cache | None = 
     converted.
     """
     host.say(f"converting {source}")
+    try:
+        return _convert_source(host, source, layout, cache)
+    except init.Refused as refused:
+        if refused.check != "IMAGE-FORMAT":
+            raise
+        # What a machine's owner is told of that check is no help to whoever brings the image.
+        raise Failure(
+            f"{source} is no image that can be used ({refused}): make or fetch it again"
+        ) from refused
+
+
+def _convert_source(host: Host, source: str, layout: Layout, cache: kept.Cache | None) -> ConvertedImage:
     kind, _, name = source.partition(":")
     if kind == "oci":
         folder_name, tag = _split_tag(name)
@@ -234,11 +246,15 @@ def convert(host: Host, source: str, layout: Layout, cache: kept.Cache | None = 
             f"{name.partition(':')[0]} is no file: name an archive that docker or podman saved, without `:`"
         )
     with host.scratch(near=layout.path) as folder:
-        host.run(
-            ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
-             "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
-            timeout=3600,
-        )  # fmt: skip
+        try:
+            host.run(
+                ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
+                 "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
+                timeout=3600,
+            )  # fmt: skip
+        except Failure as failure:
+            reason = logged(str(failure))[:300]
+            raise Failure(f"cannot use {source}: {reason}; save it again, or check its name") from failure
         return _convert(host, Source(Layout(folder / "image"), source), "", layout, cache)
 
 
