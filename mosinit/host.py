@@ -60,6 +60,15 @@ def amount(done: int, total: int, seconds: float) -> str:
     return f"{mib[0]:.1f} of {mib[1]:.1f} MiB, {mib[2]:.1f} MiB/s"
 
 
+def closed_environment(**more: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the whole environment of a program whose output is signed, or that sees a secret.
+
+    SOURCE_DATE_EPOCH, TZ and whatever else a person's shell has would change what it makes.
+    """
+    path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+    return {"PATH": path, "LC_ALL": "C.UTF-8", "TZ": "UTC"} | {name: str(more[name]) for name in more}
+
+
 class FullDisk(Failure):
     """A folder whose disk is full, and what failed because of that."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosinit import tools
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, closed_environment
 
 # What mkosi itself writes, and the image that only wraps a UKI.
 NOT_INPUTS = {
@@ -152,14 +152,21 @@ def _mkosi(host: Host, image: str, words: list[str], folder: Path) -> Path:
         ["mkosi", "--directory", source, *words, "--output-directory", output, "--workspace-directory", work,
          "--package-cache-dir", packages, "--force", "build"],
         timeout=1800,
+        env=_environment(),
     )  # fmt: skip
     return output / "hostfs" if image == "hostfs" else output / image / "usr/lib/modules"
+
+
+def _environment() -> dict[str, str]:
+    """Let mkosi see the way to the network, and nothing that would change what it builds."""
+    ways = ("HOME", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+    return closed_environment(**{name: os.environ[name] for name in ways if name in os.environ})
 
 
 def _write_sources(host: Host, source: Path) -> None:
     """Let mkosi fetch Debian packages where this host does; other distributions keep mkosi's own choice."""
     target = source / "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
-    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"]))["Images"][-1]
+    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"], env=_environment()))["Images"][-1]
     if image["Distribution"] != "debian" or target.exists():
         return
     stanzas = []

@@ -25,7 +25,7 @@ from typing import IO
 
 from mosinit import host as seam
 from mosinit import init, kept, tars, tools
-from mosinit.host import Failure, Host, logged
+from mosinit.host import Failure, Host, closed_environment, logged
 
 LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
 INDEX_DEPTH = 3
@@ -529,7 +529,7 @@ def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
 def _chunks(job: LayerJob, packing: str, packed: IO[bytes]) -> Iterator[bytes]:
     """Yield the bare tar of a packed layer piece by piece."""
     if packing == "zstd":
-        with job.host.pipe(["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed) as plain:
+        with job.host.pipe(["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed, env=closed_environment()) as plain:
             yield from iter(lambda: plain.read(CHUNK), b"")
         return
     try:
@@ -583,7 +583,7 @@ def add_tree(
     """
     words = _erofs_words(uuid_of(identity.removeprefix("sha256:")), COMPRESSION)
     # mkfs.erofs keeps what it has read of a pipe in TMPDIR, and /tmp may be memory.
-    environment = {**os.environ, "TMPDIR": str(work.parent)}
+    environment = closed_environment(TMPDIR=work.parent)
     with (
         host.progress(f"{label}: making its file system", tars.size_of(tree)) as advance,
         host.pipe([*words, work], env=environment) as out,
@@ -612,7 +612,7 @@ def _maker(host: Host) -> str:
         program = shutil.which(name)
         if program is None:
             raise Failure(f"{name} is missing: run mosinit in its tools tree")
-        listed = host.run(["ldd", program]).decode()
+        listed = host.run(["ldd", program], env=closed_environment()).decode()
         files += [program, *re.findall(r"(/\S+) \(0x", listed)]
     return digest_bytes(encode([digest_file(Path(name))[0] for name in files]))[0]
 
@@ -637,7 +637,7 @@ def uuid_of(digest: str) -> str:
 def make_erofs(host: Host, tar: Path, target: Path, options: Iterable[str] = ()) -> None:
     """Make an erofs image of a tar that we wrote ourselves; the same tar gives the same bytes."""
     identity = uuid_of(digest_file(tar)[0].removeprefix("sha256:"))
-    host.run([*_erofs_words(identity, options), target, tar], timeout=3600)
+    host.run([*_erofs_words(identity, options), target, tar], timeout=3600, env=closed_environment())
     _pad(target)
 
 
@@ -660,6 +660,7 @@ def append_verity(host: Host, path: Path, *, salt: str, name: str) -> str:
             ["veritysetup", "format", *_verity_words(size), f"--salt={salt}", f"--uuid={uuid_of(name)}",
              f"--root-hash-file={folder}/root-hash", path, path],
             timeout=3600,
+            env=closed_environment(),
         )  # fmt: skip
         root_hash = (folder / "root-hash").read_text().strip()
     if init.verity_data_blocks(path.stat().st_size) != size // init.BLOCK:
@@ -680,6 +681,7 @@ def check_layer(host: Host, path: Path, root_hash: str) -> None:
     host.run(
         ["veritysetup", "verify", f"--hash-offset={blocks * init.BLOCK}", path, path, root_hash],
         timeout=3600,
+        env=closed_environment(),
     )
 
 

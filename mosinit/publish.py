@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, kept, registry
-from mosinit.host import Failure, Host, Usage
+from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset
 
 TAG = "release"
@@ -270,6 +270,7 @@ def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, k
                  "-in", store.real_path(init.blob_path(digest)), "-content", folder / "root-hash",
                  "-nointern", "-noverify", "-certfile", keyset.certificate_path("layer")],
                 timeout=60,
+                env=closed_environment(),
             )  # fmt: skip
         except Failure as failure:
             raise init.Refused(

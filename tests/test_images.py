@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -13,6 +14,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -83,6 +85,59 @@ def fits(path: Path, root_hash: str) -> bool:
     size = str(init.verity_data_blocks(path.stat().st_size) * init.BLOCK)
     command = ["veritysetup", "verify", "--hash-offset", size, str(path), str(path), root_hash]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+# --- The environment ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SOURCE_DATE_EPOCH", "1650000000"), ("SOURCE_DATE_EPOCH", "junk"), ("ZSTD_CLEVEL", "x"), ("TZ", "Asia/Tokyo")],
+)  # fmt: skip
+def test_the_environment_of_whoever_publishes_changes_nothing(
+    name: str, value: str, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number in (1600000000, 1700000000):
+            entry = tarfile.TarInfo(f"of-{number}")
+            entry.mtime = number
+            archive.addfile(entry)
+    tar = buffer.getvalue()
+    source = plain(host, tmp_path / "source", tar=tar, content=tar)
+    one = images.convert(host, f"oci:{source}", images.Layout(tmp_path / "one"))
+    (tmp_path / "tree.tar").write_bytes(tar)
+    images.make_erofs(host, tmp_path / "tree.tar", tmp_path / "one.erofs")
+    monkeypatch.setenv(name, value)
+    two = images.convert(host, f"oci:{source}", images.Layout(tmp_path / "two"))
+    images.make_erofs(host, tmp_path / "tree.tar", tmp_path / "two.erofs")
+    assert one == two
+    assert (tmp_path / "one.erofs").read_bytes() == (tmp_path / "two.erofs").read_bytes()
+
+
+def test_programs_see_nothing_of_the_environment(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody thinks of today: OPENSSL_CONF, LD_LIBRARY_PATH, a variable of a later release."""
+    monkeypatch.setenv("MOSINIT_STRANGER", "1")
+    seen: list[object] = []
+
+    class Recorder(Host):
+        def run(self, command: object, **options: object) -> bytes:
+            seen.append((command, options.get("env")))
+            return super().run(command, **options)  # type: ignore[arg-type]
+
+        def pipe(self, command: object, **options: object) -> contextlib.AbstractContextManager[IO[bytes]]:
+            seen.append((command, options.get("env")))
+            return super().pipe(command, **options)  # type: ignore[arg-type]
+
+    packed = subprocess.run(["zstd", "-qc"], input=TREE, capture_output=True, check=True).stdout
+    source = plain(host, tmp_path / "source", packed, f"{TAR}+zstd")
+    images.convert(Recorder(), f"oci:{source}", images.Layout(tmp_path / "out"))
+    assert len(seen) >= 3
+    for command, environment in seen:  # type: ignore[misc]
+        assert isinstance(environment, dict), command
+        assert set(environment) <= {"PATH", "LC_ALL", "TZ", "TMPDIR"}, command
 
 
 # --- Layouts ------------------------------------------------------------------------------------------
