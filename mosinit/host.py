@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import os
 import re
-import select
 import shutil
 import subprocess
 import sys
@@ -119,43 +118,6 @@ class Host(init.Kernel):
         if done.returncode != 0:
             raise Failure(f"{name} failed with status {done.returncode}: {told(done.stderr)}")
         return done.stdout
-
-    def run_moving(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        env: Mapping[str, str] | None = None,
-        timeout: float,
-        idle: float,
-        advance: Callable[[int], None] = lambda written: None,
-    ) -> bytes:
-        """Run a program like `run`, and end it when it has moved next to nothing for `idle` seconds.
-
-        Programs that wait for somebody on the network wait for ever where that one says nothing. `advance`
-        is told how many bytes more it has written, to files and the network together.
-        """
-        name = os.path.basename(str(command[0]))
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            try:
-                process = subprocess.Popen(
-                    [str(word) for word in command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=errors,
-                    env=None if env is None else dict(env),
-                )
-            except FileNotFoundError as error:
-                raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
-            try:
-                status = _wait_while_moving(process, name, timeout, idle, advance)
-            finally:
-                process.kill()
-                process.wait()
-            output.seek(0)
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 65536))
-            if status != 0:
-                raise Failure(f"{name} failed with status {status}: {told(errors.read())}")
-            return output.read()
 
     @contextlib.contextmanager
     def pipe(
@@ -318,38 +280,3 @@ class Host(init.Kernel):
             raise init.os_error("pivot_root", new)
         self.unmount(".", lazy=True)
         os.chdir("/")
-
-
-def _wait_while_moving(
-    process: subprocess.Popen[bytes], name: str, timeout: float, idle: float, advance: Callable[[int], None]
-) -> int:
-    """Return the exit status. Raises `Failure` when time is up or nothing moves."""
-    begun = since = time.monotonic()
-    seen = told_of = 0
-    over = os.pidfd_open(process.pid)
-    try:
-        while True:
-            ended = select.select([over], [], [], min(0.5, idle / 4))[0]
-            # Of a process that has ended the counts are there until it is waited for.
-            (read, written), now = _bytes_moved(process.pid), time.monotonic()
-            advance(max(0, written - told_of))
-            told_of = max(written, told_of)
-            if ended:
-                return process.wait()
-            if read + written - seen >= MOVING_BYTES:
-                seen, since = read + written, now
-            if now - since > idle:
-                raise Failure(f"{name} did not move for {idle:g} s")
-            if now - begun > timeout:
-                raise Failure(f"{name} did not end within {timeout:.0f} s")
-    finally:
-        os.close(over)
-
-
-def _bytes_moved(pid: int) -> tuple[int, int]:
-    """Count what a process read and wrote so far, files and network together (proc(5), /proc/PID/io)."""
-    with contextlib.suppress(OSError, ProcessLookupError):
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        found = {name: int(value) for name, value in (line.split(": ") for line in lines)}
-        return found["rchar"], found["wchar"]
-    return 0, 0

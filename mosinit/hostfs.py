@@ -166,7 +166,9 @@ def _environment() -> dict[str, str]:
 def _write_sources(host: Host, source: Path) -> None:
     """Let mkosi fetch Debian packages where this host does; other distributions keep mkosi's own choice."""
     target = source / "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
-    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"], env=_environment()))["Images"][-1]
+    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"], env=_environment()))[
+        "Images"
+    ][-1]
     if image["Distribution"] != "debian" or target.exists():
         return
     stanzas = []

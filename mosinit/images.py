@@ -18,7 +18,7 @@ import struct
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -205,6 +205,16 @@ def digest_file(path: Path) -> tuple[str, int]:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}", file.tell()
 
 
+def listed(layout: Layout, descriptor: Descriptor, key: str = "") -> tuple[Descriptor, ...]:
+    """Return what an index lists, or the blobs of an image manifest of a layout."""
+    document = layout.read_blob(descriptor)
+    if key:
+        return _descriptors(document, key)
+    raw, layers = init.parse_descriptors(document, "layers", "IMAGE-FORMAT")
+    config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
+    return tuple(Descriptor(*item) for item in (config, *layers))
+
+
 def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
     _, parsed = init.parse_descriptors(document, key, "IMAGE-FORMAT")
     return tuple(Descriptor(*item) for item in parsed)
@@ -265,20 +275,18 @@ class Source:
     layout: Layout
     name: str
 
-    def document(self, descriptor: Descriptor) -> tuple[bytes, dict[str, object]]:
-        """Read an index or image manifest that is only one of them, and what its descriptor says it is."""
-        text = self.layout.read_blob(descriptor)
-        raw = init.parse_json(text, "IMAGE-FORMAT")
-        if not isinstance(raw, dict):
-            raise Failure(f"{self.name}: {descriptor.digest} is no OCI document")
-        # What one program takes for an index and another for an image is two things under one digest.
-        if raw.get("mediaType", descriptor.media_type) != descriptor.media_type:
-            raise Failure(
-                f"{self.name}: {descriptor.digest} is listed as {descriptor.media_type} and says another"
-            )
-        if "manifests" in raw and "layers" in raw:
-            raise Failure(f"{self.name}: {descriptor.digest} is both an index and an image")
-        return text, raw
+
+def check_document(name: str, descriptor: Descriptor, text: bytes) -> dict[str, object]:
+    """Return an index or image manifest that is only one of them, and what its descriptor says it is."""
+    raw = init.parse_json(text, "IMAGE-FORMAT")
+    if not isinstance(raw, dict):
+        raise Failure(f"{name}: {descriptor.digest} is no OCI document: name another image")
+    # What one program takes for an index and another for an image is two things under one digest.
+    if raw.get("mediaType", descriptor.media_type) != descriptor.media_type:
+        raise Failure(f"{name}: {descriptor.digest} is listed as {descriptor.media_type} and says another")
+    if "manifests" in raw and "layers" in raw:
+        raise Failure(f"{name}: {descriptor.digest} is both an index and an image")
+    return raw
 
 
 def _split_tag(name: str) -> tuple[str, str]:
@@ -291,9 +299,8 @@ def _convert(
     host: Host, source: Source, tag: str, layout: Layout, cache: kept.Cache | None
 ) -> ConvertedImage:
     descriptor = _find_image(source, tag)
-    document, raw = source.document(descriptor)
-    if descriptor.media_type not in MANIFEST_TYPES:
-        raise Failure(f"{source.name}: {descriptor.digest} is {descriptor.media_type}, not an image")
+    document = source.layout.read_blob(descriptor)
+    raw = check_document(source.name, descriptor, document)
     descriptors = _descriptors(document, "layers")
     if len(descriptors) > LAYER_LIMIT:
         raise Failure(
@@ -347,26 +354,38 @@ def _find_image(source: Source, tag: str) -> Descriptor:
     if len(found) != 1:
         tags = ", ".join(sorted(item.annotations.get(REF_NAME, "(no tag)") for item in listed)[:20])
         raise Failure(f"{path} has {len(found)} images{f' tagged {tag}' if tag else ''}: name one of {tags}")
-    image = found[0]
+    return find_image(source.name, found[0], source.layout.read_blob)
+
+
+def find_image(name: str, listed: Descriptor, read: Callable[[Descriptor], bytes]) -> Descriptor:
+    """Return the image manifest that a tag leads to, in a folder or a registry; of several platforms,
+    linux/amd64. `read` returns a document that has its digest and size.
+    """
+    image = listed
     # index.json, its entry, and what buildx lays between: nothing in use is deeper.
     for _ in range(INDEX_DEPTH):
-        if image.media_type not in INDEX_TYPES:
+        document = read(image)
+        raw = check_document(name, image, document)
+        if image.media_type in MANIFEST_TYPES:
             return image
-        document, raw = source.document(image)
+        if image.media_type not in INDEX_TYPES:
+            raise Failure(f"{name}: {image.digest} is {image.media_type[:100]}, not an image: name another")
         parsed = _descriptors(document, "manifests")
         entries = raw["manifests"]
         assert isinstance(entries, list)  # _descriptors checked it
-        ours = [
-            item
-            for item, entry in zip(parsed, entries, strict=True)
-            if _platform(entry) == ("linux", "amd64") or item.media_type in INDEX_TYPES
-        ]
+        ours = [item for item, entry in zip(parsed, entries, strict=True) if _is_ours(item, entry)]
         if len(ours) != 1:
-            raise Failure(f"{path} has {len(ours)} images for linux/amd64: name one that has exactly one")
+            raise Failure(f"{name} has {len(ours)} images for linux/amd64: name one that has exactly one")
         image = ours[0]
     raise Failure(
-        f"{path} has indexes in indexes, more than {INDEX_DEPTH} deep: name the image by its own tag"
+        f"{name} has indexes in indexes, more than {INDEX_DEPTH} deep: name the image by its own tag"
     )
+
+
+def _is_ours(item: Descriptor, entry: dict[str, object]) -> bool:
+    """Say whether an entry of an index leads to an image for linux/amd64; an index need not say for what."""
+    unsaid = entry.get("platform") is None and item.media_type in INDEX_TYPES
+    return unsaid or _platform(entry) == ("linux", "amd64")
 
 
 def _platform(entry: dict[str, object]) -> tuple[object, object]:
@@ -529,7 +548,9 @@ def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
 def _chunks(job: LayerJob, packing: str, packed: IO[bytes]) -> Iterator[bytes]:
     """Yield the bare tar of a packed layer piece by piece."""
     if packing == "zstd":
-        with job.host.pipe(["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed, env=closed_environment()) as plain:
+        with job.host.pipe(
+            ["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed, env=closed_environment()
+        ) as plain:
             yield from iter(lambda: plain.read(CHUNK), b"")
         return
     try:

@@ -438,7 +438,10 @@ def weigh(host: Host, root: Path, packed: int) -> tuple[Part, ...]:
         if path.is_file() and not path.is_symlink():
             for place, data in _members(f"/{path.relative_to(root)}", path):
                 content[part_of(place)] += data
-    alone = {name: len(host.run(["zstd", "-9", "-cq"], stdin=bytes(data), env=closed_environment())) for name, data in content.items()}
+    alone = {
+        name: len(host.run(["zstd", "-9", "-cq"], stdin=bytes(data), env=closed_environment()))
+        for name, data in content.items()
+    }
     scale = packed / sum(alone.values())
     return tuple(Part(name, len(content[name]), round(alone[name] * scale)) for name in PARTS)
 

@@ -60,8 +60,8 @@ ROLES: Mapping[str, Role] = {
     "sudi-ca": Role("issues machine identities and machine records", "ECDSA P-384", ca=True),
 }
 
-# The time that Authenticode signatures carry: firmware does not look at it, and a constant keeps two builds of
-# the same input equal.
+# The time that Authenticode signatures carry: firmware does not look at it, and a constant keeps two builds
+# of the same input equal.
 SIGNING_TIME = 1735689600  # 2025-01-01T00:00:00Z
 
 

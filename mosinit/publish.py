@@ -68,7 +68,7 @@ def publish(
     written = read_written(manifest)
     policy = check_signer(keyset, written)
     if isinstance(target, registry.Reference):
-        registry.probe(host, sources.access, target)
+        registry.probe(sources.access, target)
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
         near = target
@@ -81,7 +81,7 @@ def publish(
         index = _write_release(host, layout, signed, targets)
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
-            registry.push(host, sources.access, layout.path, TAG, target, index.digest)
+            registry.push(host, sources.access, layout, target)
         else:
             layout.path.chmod(0o755)
             _replace_folder(layout.path, target, scratch / "old")

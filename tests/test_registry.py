@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -137,6 +138,14 @@ def command(
     return made
 
 
+def skopeo(side: str, authority: registries.Authority, folder: Path, *words: str) -> None:
+    """Copy by skopeo: another program than ours, which logs in at the registry of one side."""
+    (folder / "certs").mkdir()
+    shutil.copy(authority.path, folder / "certs/ca.crt")
+    known = [f"--{side}-cert-dir={folder}/certs", f"--{side}-creds={USER}:{PASSWORD}"]
+    subprocess.run(["skopeo", "copy", "--quiet", *known, *words], check=True)
+
+
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -152,16 +161,8 @@ def test_a_release_goes_to_a_registry_and_comes_back_unchanged(
     assert command(f"docker://{real.address}/acme/release:1")[0] == 0
     access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
     reference = registry.parse_reference(f"docker://{real.address}/acme/release:1")
-    with registry.connected(host, access, reference) as connection:
-        raw = registry.read_document(connection, reference)
-        connection.skopeo(
-            "copy",
-            "--all",
-            "--preserve-digests",
-            *connection.words("src"),
-            str(reference),
-            f"oci:{tmp_path}/back",
-        )
+    _, raw = registry.connect(access, reference).manifest("1")
+    skopeo("src", authority, tmp_path, "--all", "--preserve-digests", str(reference), f"oci:{tmp_path}/back")
     (index,) = images.Layout(tmp_path / "release").read_index()
     assert digest_of(raw) == index.digest
     blobs = [{p.name for p in (tmp_path / name / "blobs/sha256").iterdir()} for name in ("release", "back")]
@@ -255,10 +256,8 @@ def test_a_source_comes_from_a_registry(
     command: Command, real: registries.Real, source: images.Layout, host: Host, tmp_path: Path,
     authority: registries.Authority,
 ) -> None:  # fmt: skip
-    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
     reference = registry.parse_reference(f"docker://{real.address}/acme/hostfs:1.0")
-    with registry.connected(host, access, reference) as connection:
-        connection.skopeo("copy", *connection.words("dest"), f"oci:{source.path}", str(reference))
+    skopeo("dest", authority, tmp_path, f"oci:{source.path}", str(reference))
     assert command(f"oci:{tmp_path}/one")[0] == 0
     assert command(f"oci:{tmp_path}/two", source=str(reference))[0] == 0
     one, two = (images.Layout(tmp_path / name).read_index() for name in ("one", "two"))
@@ -281,24 +280,16 @@ def test_where_a_login_may_come_from(
     assert command(f"docker://{real.address}/acme/release:1")[0] == 0
 
 
-def test_no_secret_is_ever_an_argument(
+def test_no_program_ever_sees_a_secret(
     command: Command, real: registries.Real, source: images.Layout, keyset: keys.Keyset, tmp_path: Path,
     authority: registries.Authority, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     seen: list[str] = []
 
     class Recorder(Host):
-        def run_moving(self, command: object, **options: object) -> bytes:
-            assert isinstance(command, list)
-            seen.extend(str(word) for word in command)
-            environment = options["env"]
-            assert isinstance(environment, dict)
-            assert registry.LOGIN_VARIABLE not in environment
-            (authfile,) = [word for word in seen if word.startswith(("--authfile=", "--dest-authfile="))][
-                -1:
-            ]
-            assert Path(authfile.partition("=")[2]).stat().st_mode & 0o777 == 0o600
-            return super().run_moving(command, **options)  # type: ignore[arg-type]
+        def run(self, command: object, **options: object) -> bytes:
+            seen.extend((str(command), str(options.get("env")), str(options.get("stdin"))))
+            return super().run(command, **options)  # type: ignore[arg-type]
 
     monkeypatch.setenv(registry.LOGIN_VARIABLE, f"{USER}:{PASSWORD}")
     manifest = tmp_path / "manifest.yaml"
@@ -306,10 +297,11 @@ def test_no_secret_is_ever_an_argument(
     to = f"docker://{real.address}/acme/release:1"
     access = registry.open_access(authority.path, None, 30, to, [])
     assert PASSWORD not in repr(access)
+    assert PASSWORD not in repr(registry.connect(access, registry.parse_reference(to)))
     publish.publish(Recorder(), manifest, keyset, to, access)
-    assert "copy" in seen
-    assert not [word for word in seen if PASSWORD in word or USER in word]
-    assert not [word for word in seen if "authfile=" in word and Path(word.partition("=")[2]).exists()]
+    packed = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    assert seen
+    assert not [words for words in seen if PASSWORD in words or USER in words or packed in words]
 
 
 def test_a_wrong_password_is_one_line_and_changes_nothing(
@@ -329,7 +321,7 @@ Misbehave = Callable[[registries.Handler], None]
 
 FAULTS: dict[str, tuple[Misbehave, str]] = {
     "500": (registries.http_500, "a fault of its own"),
-    "half a body": (registries.half_a_body, "broke off in the middle"),
+    "half a body": (registries.half_a_body, "broke off in the middle|sends more than it announced"),
     "nothing": (registries.nothing, "does not answer"),
     "another digest": (registries.another_digest, "something else than its digest says|is no image"),
     "endless body": (registries.endless_body, "sends more than it announced"),
@@ -503,6 +495,110 @@ def test_a_redirect_to_elsewhere_takes_no_password_along(
     assert [secret for _, _, secret in bad.seen if secret] != []
 
 
+def test_a_blob_may_lie_elsewhere(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    """As at all registries that keep blobs with a content delivery network: by TLS, without the login."""
+    reference = serve(bad, source)
+    with registries.running(authority.server("other")) as other:
+        other.blobs = bad.blobs
+        bad.fault = misbehaving("blob", registries.elsewhere(f"localhost:{other.server_port}"))
+        assert command(f"oci:{tmp_path}/release", source=reference)[0] == 0
+        assert other.seen
+        assert [secret for _, _, secret in other.seen if secret] == []
+
+
+def tokens(handler: registries.Handler, kind: str) -> bool:
+    """Make a token for whoever asks."""
+    asks = handler.path.startswith("/token")
+    if asks:
+        handler.answer(200, b'{"token": "abc", "expires_in": 300}')
+    return asks
+
+
+def wants_token(realm: str) -> registries.Fault:
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        unknown = "Bearer" not in handler.headers.get("Authorization", "")
+        if unknown:
+            handler.body()
+            handler.answer(401, b"{}", WWW_Authenticate=f'Bearer realm="{realm}",service="x"')
+        return unknown
+
+    return fault
+
+
+@pytest.mark.parametrize("way", ["source", "destination"])
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_login_does_not_go_to_another_token_server(
+    tls: bool, way: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    reference = serve(bad, source)
+    with registries.running(authority.server("other") if tls else None) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"http{'s' * tls}://{other.address}/token")
+        if way == "source":
+            status, said = command(f"oci:{tmp_path}/release", source=reference)
+        else:
+            status, said = command(f"docker://{bad.address}/acme/release:2")
+        assert (status, other.seen) == (1, [])
+    if tls:
+        assert f"{bad.address} wants the login to go to {other.address}" in the_error(said)
+        assert f"--token-host {other.address}" in the_error(said)
+    else:
+        assert "names a place without TLS" in the_error(said)
+
+
+def test_a_token_server_that_the_person_named(
+    command: Command, bad: registries.Registry, source: images.Layout, authority: registries.Authority
+) -> None:
+    with registries.running(authority.server("other")) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"https://{other.address}/token")
+        command.words += ["--token-host", other.address]
+        assert command(f"docker://{bad.address}/acme/release:1")[0] == 0
+        assert {secret for _, _, secret in other.seen} == {
+            f"Basic {base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()}"
+        }
+    # The registry itself sees the token alone.
+    assert {secret for _, _, secret in bad.seen} == {"", "Bearer abc"}
+
+
+def test_who_has_no_login_may_be_sent_anywhere_for_a_token(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    reference = serve(bad, source)
+    command.words = command.words[:4]
+    with registries.running(authority.server("other")) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"https://{other.address}/token")
+        assert command(f"oci:{tmp_path}/release", source=reference)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("kind", ["ping", "manifest", "blob"])
+def test_a_redirect_to_a_place_without_tls_is_not_followed(
+    kind: str, name: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    """Whoever is on the way would answer in its stead, and see the login if the name is the same."""
+    reference = serve(bad, source)
+    with registries.running(None) as plainly:
+        serve(plainly, source)
+        where = f"http://{name}:{plainly.server_port}"
+
+        def fault(handler: registries.Handler, asked: str) -> bool:
+            if asked == kind:
+                handler.answer(307, Location=where + handler.path)
+            return asked == kind
+
+        bad.fault = fault
+        status, said = command(f"oci:{tmp_path}/release", source=reference)
+        assert (status, plainly.seen, (tmp_path / "release").exists()) == (1, [], False)
+    assert re.search("names a place without TLS|does not answer as registries do", the_error(said))
+
+
 def test_a_redirect_without_end(
     command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
 ) -> None:
@@ -620,9 +716,19 @@ def test_a_login_is_for_one_registry_that_the_person_named(tmp_path: Path) -> No
             registry.open_access(None, login, 9, "oci:x", sources)
 
 
-def test_the_names_of_a_reference_are_no_message() -> None:
-    """A tag `404` must not turn another fault into "does not have it"."""
-    reference = registry.parse_reference("docker://r.example:500/denied/404:unauthorized")
-    connection = registry.Connection(Host(), registry.Access(), reference, Path("/x"), ("geheim",))
-    said = connection.explain(f"skopeo failed with status 1: {reference}: quite \x1b[1m new, geheim")
-    assert said.endswith("quite ?[1m new, …; look into the registry's log")
+def test_what_a_registry_says_is_no_message(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    """An error's body may hold the password that was sent, or move a terminal's cursor."""
+
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if kind == "manifest":
+            handler.answer(418, f"{PASSWORD} \x1b[31m {handler.headers['Authorization']}".encode())
+        return kind == "manifest"
+
+    reference = serve(bad, source)
+    bad.fault = fault
+    status, said = command(f"oci:{tmp_path}/release", source=reference)
+    assert status == 1
+    assert "does not answer as registries do" in the_error(said)
+    assert "\x1b" not in said
