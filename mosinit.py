@@ -1123,6 +1123,7 @@ def parse_image(data: bytes) -> Image:
 # --- YAML: the small language in which manifests are written -----------------------------------------------
 
 MANIFEST_BYTES, MANIFEST_NODES, MANIFEST_DEPTH = MIB, 20_000, 12
+PLAIN_CHARACTERS = 256  # of text without quotes
 
 
 class Node(NamedTuple):
@@ -1220,13 +1221,16 @@ _AMBIGUOUS = re.compile(
 )
 
 # 1.2.3 and a uuid that happens to have digits alone: no YAML version takes them for numbers.
-_ONE_READING = re.compile(r"\d+(\.\d+){2,}[-+.\w]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ONE_READING = re.compile(r"[0-9]+\.[0-9]+\.[0-9][-+.\w]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
     text = str(event.value)
     if event.style:
         return text
+    if len(text) > PLAIN_CHARACTERS:
+        expected = f"at most {PLAIN_CHARACTERS} characters (put longer text into quotes)"
+        raise fault(Node(text, line), path, expected)
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
@@ -1244,6 +1248,8 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
+IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/(0|[1-9][0-9]?)")
+IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}/(0|[1-9][0-9]{0,2})")
 MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
 
 
@@ -1390,12 +1396,13 @@ def _size(node: Node, path: str) -> int:
     return int(found[1]) << 10 * (1 + "KMGT".index(found[2]))
 
 
-def _address(version: int) -> Callable[[Node, str], str]:
+def _address(pattern: re.Pattern[str], version: int) -> Callable[[Node, str], str]:
     def read(node: Node, path: str) -> str:
         import ipaddress
 
         try:
-            if not isinstance(node.value, str) or "/" not in node.value:
+            # Python takes more for an address: masks, scopes that are any text, also lines of a unit file.
+            if not isinstance(node.value, str) or not pattern.fullmatch(node.value):
                 raise ValueError
             if ipaddress.ip_interface(node.value).version != version:
                 raise ValueError
@@ -1422,8 +1429,8 @@ _PORT = _record(
 )
 _NETWORK = _record(Network, {
     "type": Field(_choice("host", "none", "simple"), REQUIRED),
-    "ipv4": Field(_address(4), ""),
-    "ipv6": Field(_address(6), ""),
+    "ipv4": Field(_address(IPV4, 4), ""),
+    "ipv6": Field(_address(IPV6, 6), ""),
     "ports": Field(_list_of(_PORT, 1024), ()),
 })  # fmt: skip
 _STORAGE_MOUNT = _record(StorageMount, {
