@@ -6,13 +6,10 @@ the user's cache under a name derived from everything it was built from, so that
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +108,7 @@ def key_of(source: Path, words: list[str]) -> str:
 
 def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
     """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole."""
-    cache = tools.cache()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = tools.own_cache()
     with host.scratch(near=cache / image) as folder:
         source = folder / "source"
         source.mkdir()
@@ -120,20 +116,14 @@ def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
         result = cache / f"{image}-{key_of(source, words)}"
         if not result.exists():
             # One at a time: another process may be building just this.
-            with _locked(cache / "mkosi.lock"):
+            with tools.locked(cache / "mkosi.lock"):
                 if not result.exists():
                     _mkosi(host, image, words, folder).rename(result)
                 os.utime(result)
                 _forget_old(cache, image)
+    tools.check_own(result)
     os.utime(result)
     return result
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _mkosi(host: Host, image: str, words: list[str], folder: Path) -> Path:
