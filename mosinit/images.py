@@ -134,10 +134,10 @@ class Layout:
             return descriptor
         self._prepare(host)
         with host.replacing(target) as fresh:
-            if isinstance(content, Path):
-                shutil.copyfile(content, fresh)
-            else:
+            if isinstance(content, bytes):
                 fresh.write_bytes(content)
+            elif _copy(content, fresh, size) != digest:
+                raise Failure(f"{content} changed while it was read: leave it alone, and try again")
         return descriptor
 
     def take_file(self, host: Host, path: Path, layer: Descriptor) -> None:
@@ -157,20 +157,42 @@ class Layout:
                 fresh.write_bytes(encode({"imageLayoutVersion": "1.0.0"}))
 
     def check_blob(self, descriptor: Descriptor) -> Path:
-        """Return the path of a blob that has the digest and size that its descriptor says."""
+        """Return the path of a blob that has the digest and size that its descriptor says.
+
+        It still has them only where nobody else can write.
+        """
+        path = self._sized(descriptor)
+        if digest_file(path)[0] != descriptor.digest:
+            raise self._damaged(path)
+        return path
+
+    def copy_blob(self, descriptor: Descriptor, target: Path) -> Path:
+        """Copy a blob to a file of our own, which has the digest and size that its descriptor says."""
+        path = self._sized(descriptor)
+        if _copy(path, target, descriptor.size) != descriptor.digest:
+            raise self._damaged(path)
+        return target
+
+    def _sized(self, descriptor: Descriptor) -> Path:
         path = self.blob_path(descriptor.digest)
         # Size first: nobody should wait for the digest of a terabyte that cannot be right.
         if not path.is_file() or path.stat().st_size != descriptor.size:
             raise Failure(f"{path} is missing or not {descriptor.size} bytes long: fetch the image again")
-        if digest_file(path)[0] != descriptor.digest:
-            raise Failure(f"{path} is damaged, its digest is another: fetch the image again")
         return path
+
+    def _damaged(self, path: Path) -> Failure:
+        return Failure(f"{path} is damaged, its digest is another: fetch the image again")
 
     def read_blob(self, descriptor: Descriptor) -> bytes:
         """Return a document of at most 4 MiB whose digest and size are as its descriptor says."""
         if descriptor.size > DOCUMENT_LIMIT:
             raise Failure(f"{descriptor.digest} in {self.path} is larger than 4 MiB, which no document is")
-        return self.check_blob(descriptor).read_bytes()
+        path = self._sized(descriptor)
+        with path.open("rb") as file:
+            content = file.read(descriptor.size + 1)
+        if digest_bytes(content) != (descriptor.digest, descriptor.size):
+            raise self._damaged(path)
+        return content
 
     def read_index(self) -> tuple[Descriptor, ...]:
         """Return what index.json lists."""
@@ -179,7 +201,8 @@ class Layout:
             raise Failure(f"{self.path} is no OCI image layout (it has no index.json): name another source")
         if path.stat().st_size > DOCUMENT_LIMIT:
             raise Failure(f"{path} is larger than 4 MiB, which no index is")
-        return _descriptors(path.read_bytes(), "manifests")
+        with path.open("rb") as file:
+            return _descriptors(file.read(DOCUMENT_LIMIT), "manifests")
 
     def write_index(self, host: Host, descriptors: Iterable[Descriptor]) -> None:
         """Make index.json list these and nothing else."""
@@ -203,6 +226,17 @@ def digest_file(path: Path) -> tuple[str, int]:
     """Return digest and size of a file."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}", file.tell()
+
+
+def _copy(source: Path, target: Path, size: int) -> str:
+    """Copy a file of so many bytes, or one byte more of a longer one; return the digest of the copy."""
+    hasher, left = hashlib.sha256(), size + 1
+    with source.open("rb") as file, target.open("wb") as copy:
+        while chunk := file.read(min(CHUNK, left)):
+            hasher.update(chunk)
+            copy.write(chunk)
+            left -= len(chunk)
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def listed(layout: Layout, descriptor: Descriptor, key: str = "") -> tuple[Descriptor, ...]:
@@ -426,10 +460,9 @@ class LayerJob:
     label: str
     work: Path
 
-    @property
-    def path(self) -> Path:
-        """The layer as it is packed."""
-        return self.source.blob_path(self.layer.digest)
+    def take(self) -> Path:
+        """Copy the layer as it is packed. Nobody else can write the copy: what was checked is used."""
+        return self.source.copy_blob(self.layer, self.work.with_suffix(".packed"))
 
 
 class Below:
@@ -461,7 +494,7 @@ class Below:
             if job is None:
                 self._image.forget()
             else:
-                tars.read_layer(_unpack(job, job.path, self._image), job.label, self._image)
+                tars.read_layer(_unpack(job, job.take(), self._image), job.label, self._image)
         self._unread.clear()
         return self._image
 
@@ -469,7 +502,7 @@ class Below:
 def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer | None:
     """Add a layer to the layout; None for a UKI, which is no file system."""
     layer, host, key = job.layer, job.host, below.key(job)
-    path = job.source.check_blob(layer)
+    path = job.take()
     roots = {layer.annotations[name] for name in init.ROOT_HASH_ANNOTATIONS if name in layer.annotations}
     if layer.media_type == init.UKI_MEDIA_TYPE or roots:
         for root_hash in roots:
@@ -477,7 +510,7 @@ def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer |
         if roots:
             _check_filesystem(path, job.label)
             below.later(None)
-        layout.add_blob(host, path, layer.media_type)
+        layout.take_file(host, path, layer)
         return VerityLayer(layer, min(roots)) if roots else None
     if layer.media_type not in PACKINGS:
         hint = ": build it with a verity root hash" if "stacker" in layer.media_type else ""
@@ -486,6 +519,7 @@ def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer |
         raise Failure(f"{job.label} has no diff_id: the image needs a config that lists its layers")
     work = job.work.with_suffix(".erofs")
     if below.cache and (found := below.cache.fetch(key, work)):
+        path.unlink()
         host.say(f"{job.label}: converted before")
         below.later(job)
         return _take_layer(host, work, layout, found)
@@ -542,6 +576,7 @@ def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
             done = place
     if f"sha256:{hasher.hexdigest()}" != job.diff_id:
         raise Failure(f"{job.label} does not unpack to its diff_id {job.diff_id}")
+    path.unlink()
     return target
 
 

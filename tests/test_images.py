@@ -738,3 +738,68 @@ def test_a_full_disk_leaves_nothing(host: Host, tmp_path: Path) -> None:
         assert not [path for path in layout.path.parent.iterdir() if path.name.startswith(".")]
     finally:
         host.unmount(str(tmp_path / "small"))
+
+
+# --- Whoever can write the source, meanwhile ----------------------------------------------------------
+
+
+class Meddler(Host):
+    """A host on which somebody acts at each message."""
+
+    def __init__(self, act: Callable[[str], None]) -> None:
+        super().__init__()
+        self._act = act
+
+    def say(self, text: str) -> None:
+        self._act(text)
+
+    def run(self, command: object, **options: object) -> bytes:
+        self._act(str(command))
+        return super().run(command, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("when", ["converting", "making its file system"])
+def test_a_source_that_changes_is_what_was_checked_or_refused(when: str, host: Host, tmp_path: Path) -> None:
+    good = make_tar({"usr/": b"", "usr/login": b"GOOD" * 100})
+    evil = make_tar({"usr/": b"", "usr/login": b"EVIL" * 100})
+    source = images.Layout(plain(host, tmp_path / "source", good, TAR, good))
+    blob = source.blob_path(images.digest_bytes(good)[0])
+    expected = images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "expected"))
+
+    def act(text: str) -> None:
+        if when in text:
+            blob.write_bytes(evil)
+
+    made = None
+    with contextlib.suppress(Failure):
+        made = images.convert(Meddler(act), f"oci:{source.path}", images.Layout(tmp_path / "out"))
+    assert made in (None, expected)
+    assert (made is None) == (when == "converting")
+
+
+def test_a_verity_layer_that_changes_is_what_was_checked(host: Host, tmp_path: Path) -> None:
+    made = images.Layout(tmp_path / "made")
+    before = images.convert(host, f"oci:{plain(host, tmp_path / 'plain')}", made)
+    made.write_index(host, [before.manifest])
+    layer = made.blob_path(before.layers[0].descriptor.digest)
+
+    def act(text: str) -> None:
+        if "veritysetup" in text:
+            content = bytearray(layer.read_bytes())
+            content[:4] = b"EVIL"
+            layer.unlink()
+            layer.write_bytes(content)
+
+    out = images.Layout(tmp_path / "out")
+    (found,) = images.convert(Meddler(act), f"oci:{made.path}", out).layers
+    assert out.check_blob(found.descriptor)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_blob_that_is_no_file_is_refused_at_once(kind: str, host: Host, tmp_path: Path) -> None:
+    source = images.Layout(plain(host, tmp_path / "source"))
+    blob = source.blob_path(images.digest_bytes(TREE)[0])
+    blob.unlink()
+    os.mkfifo(blob) if kind == "pipe" else blob.mkdir()
+    with pytest.raises(Failure, match="is missing or not"):
+        images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "out"))
