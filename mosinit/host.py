@@ -23,6 +23,7 @@ from typing import IO
 from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
+RENAME_EXCHANGE = 2  # linux/fs.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
 FULL_BYTES = 64 << 10  # what is left where something did not fit
 MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
@@ -264,6 +265,13 @@ class Host(init.Kernel):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def swap(self, one: Path, two: Path) -> None:
+        """Let two names change places at once."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        here = init.AT_FDCWD
+        if libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), RENAME_EXCHANGE) < 0:
+            raise init.os_error("swap", str(one))
 
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""

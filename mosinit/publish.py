@@ -11,6 +11,7 @@ It passes through any registry as one unit, and the same input gives the same by
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ def publish(
             registry.push(host, sources.access, layout, target)
         else:
             layout.path.chmod(0o755)
-            _replace_folder(layout.path, target, scratch / "old")
+            _replace_folder(host, layout.path, target, scratch / "old")
             host.sync_file(target.parent)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
     host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
@@ -102,14 +103,18 @@ def parse_destination(destination: str) -> Path | registry.Reference:
     if not destination.startswith("oci:") or not destination.removeprefix("oci:"):
         raise Usage(f"cannot publish to {destination}: a release goes to oci:DIR or docker://HOST/NAME:TAG")
     folder = Path(destination.removeprefix("oci:")).absolute()
-    if folder.exists() and not (folder / "oci-layout").is_file():
-        raise Failure(f"{folder} exists and is no OCI image layout: name another folder")
     if folder.exists():
-        names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
-        if names != [TAG]:
-            # It is replaced as a whole: a release, never somebody's images.
-            raise Failure(f"{folder} holds images that are no release: name another folder")
+        _check_replaceable(folder, folder)
     return folder
+
+
+def _check_replaceable(folder: Path, name: Path) -> None:
+    """Raise `Failure` unless a folder is a release: it is replaced as a whole, never somebody's images."""
+    if not (folder / "oci-layout").is_file():
+        raise Failure(f"{name} exists and is no OCI image layout: name another folder")
+    names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
+    if names != [TAG]:
+        raise Failure(f"{name} holds images that are no release: name another folder")
 
 
 def read_written(manifest: Path) -> init.Contents:
@@ -122,11 +127,42 @@ def read_written(manifest: Path) -> init.Contents:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
 
 
-def _replace_folder(new: Path, target: Path, old: Path) -> None:
-    """Put a whole folder in the place of another; whoever looks sees one of them, or for a moment none."""
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:
+    """Put a whole folder in the place of another, which is at `new` or `old` then; whoever looks sees one of
+    them. What is there may have changed since it was looked at: a failure leaves it where it is.
+    """
+    try:
+        if not os.path.lexists(target):
+            new.rename(target)  # no folder replaces one that holds something
+            return
+        _check_replaceable(target, target)
+        try:
+            host.swap(new, target)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            _move_aside(new, target, old)
+            return
+        try:
+            _check_replaceable(new, target)
+        except BaseException:
+            host.swap(new, target)
+            raise
+    except OSError as error:
+        raise Failure(
+            f"cannot put the release in its place, {target}: {error.strerror}; try again"
+        ) from error
+
+
+def _move_aside(new: Path, target: Path, old: Path) -> None:
+    """Do the same where a file system cannot swap: for a moment nothing is there."""
+    target.rename(old)
+    try:
+        _check_replaceable(old, target)
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
 
 
 # --- What may be signed, and by whom ------------------------------------------------------------------
@@ -243,7 +279,7 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
 
 
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
-    """See what the bring-up sees of a layer before it mounts it: size, superblock, kind of file system."""
+    """See what the bring-up sees of a layer before it mounts it, and that it is what the manifest names."""
     path = layout.blob_path(layer.digest)
     with init.refusing("STORE-READ", f"blob {layer.digest}"), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -256,12 +292,18 @@ def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
         init.parse_verity_salt(file.read(512), blocks)
         file.seek(0)
         init.find_filesystem(file.read(init.BLOCK), layer.digest)
+        file.seek(0)
+        seen = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if seen != layer.digest:
+        raise init.Refused("LAYER-READ", expected=layer.digest, seen=seen)
 
 
 def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, keyset: Keyset) -> None:
     """See that the layer certificate, and so a kernel that finds it in db, accepts a layer's signature."""
     with init.refusing("STORE-READ", f"blob {digest}"):
-        store.read(init.blob_path(digest), 16384)
+        seen, _ = images.digest_bytes(store.read(init.blob_path(digest), 16384))
+    if seen != digest:
+        raise init.Refused("LAYER-SIGNATURE", expected=digest, seen=seen)
     with host.scratch() as folder:
         (folder / "root-hash").write_text(layer.root_hash)
         try:

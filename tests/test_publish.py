@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -310,7 +311,9 @@ def spoil(path: Path, offset: int, content: bytes) -> None:
         ("superblock", "LAYER-SUPERBLOCK"),
         ("magic", "LAYER-FILESYSTEM"),
         ("absent", "STORE-READ"),
+        ("content", "LAYER-READ"),
         ("signature", "LAYER-SIGNATURE"),
+        ("padded signature", "LAYER-SIGNATURE"),
         ("foreign signature", "LAYER-SIGNATURE"),
         ("image", "IMAGE-DIGEST"),
     ],
@@ -334,6 +337,8 @@ def test_what_a_machine_would_refuse_is_refused_before(
         "superblock": lambda: spoil(path, superblock, bytes(8)),
         "magic": lambda: spoil(path, 1024, bytes(4)),
         "absent": path.unlink,
+        "content": lambda: spoil(path, layer.size - 1, b"x"),
+        "padded signature": lambda: spoil(signature, signature.stat().st_size, bytes(1)),
         "signature": lambda: spoil(signature, 100, b"changed"),
         "foreign signature": lambda: spoil(signature, 0, other),
         "image": lambda: spoil(layout.blob_path(target.digest), 1, b"x"),
@@ -458,3 +463,93 @@ def test_a_release_of_kept_layers_is_the_same(
         publish.publish(host, written, keyset, f"oci:{tmp_path}/{name}", cache=with_cache)
         assert capsys.readouterr().err.count("converted before") == (kept_before or 0)
     assert snapshot(tmp_path / "plain") == snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+# --- The destination, meanwhile -----------------------------------------------------------------------
+
+
+class Meddler(Host):
+    """A host on which somebody acts when layers are made."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._act = act
+
+    def say(self, text: str) -> None:
+        if "making its file system" in text:
+            self._act()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_destination_that_became_somebodys_is_left_alone(
+    before: bool, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    if before:
+        publish.publish(host, written, keyset, f"oci:{target}")
+
+    def act() -> None:
+        if not (target / "precious").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(tmp_path / "hostfs", target)
+            (target / "precious").write_text("somebody's images")
+
+    with pytest.raises(Failure, match="holds images that are no release"):
+        publish.publish(Meddler(act), written, keyset, f"oci:{target}")
+    assert (target / "precious").read_text() == "somebody's images"
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_what_came_out_is_looked_at_and_put_back(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    """Between the last look and the swap is a moment still."""
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+
+    class Late(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            if not (target / "precious").exists() and not (one / "precious").exists():
+                (target / "index.json").unlink()
+                (target / "precious").write_text("text")
+            super().swap(one, two)
+
+    with pytest.raises(Failure, match="no OCI image layout"):
+        publish.publish(Late(), written, keyset, f"oci:{target}")
+    assert (target / "precious").read_text() == "text"
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EINVAL])
+def test_a_swap_that_fails_loses_nothing(
+    fault: int, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+
+    class Failing(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            if fault == errno.EINVAL:
+                (target / "oci-layout").unlink()  # it becomes something else before it is moved aside
+            raise OSError(fault, "a fault")
+
+    before = snapshot(target)
+    with pytest.raises(Failure, match="cannot put the release in its place|no OCI image layout"):
+        publish.publish(Failing(), written, keyset, f"oci:{target}")
+    assert {**snapshot(target), "oci-layout": before["oci-layout"]} == before
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_a_file_system_that_cannot_swap(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    class Old(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            raise OSError(errno.EINVAL, "not here")
+
+    target = tmp_path / "out/release"
+    first = publish.publish(host, written, keyset, f"oci:{target}")
+    written.write_text(written.read_text().replace("sequence: 42", "sequence: 43"))
+    second = publish.publish(Old(), written, keyset, f"oci:{target}")
+    (listed,) = images.Layout(target).read_index()
+    assert listed.digest == second.index_digest != first.index_digest
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
