@@ -2117,6 +2117,16 @@ def boot_targets(contents: Contents) -> tuple[Target, Target]:
     return found[0][0], found[1][0]
 
 
+MAX_LOWERS = 500  # linux/fs/overlayfs/params.h, OVL_MAX_STACK
+
+
+def check_lowers(layers: int) -> None:
+    """Refuse more layers of hostfs and bootkit than one overlay takes."""
+    if layers > MAX_LOWERS:
+        expected = f"at most {MAX_LOWERS} layers of hostfs and bootkit together"
+        raise Refused("OVERLAY-MOUNT", expected=expected, seen=str(layers))
+
+
 class Mounted(NamedTuple):
     """The verified layers that make the root, uppermost first, and their verity devices."""
 
@@ -2143,6 +2153,7 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
                 seen=f"{seen} of {target.service_name}",
             )
         k.report.passed("IMAGE-DIGEST", target.digest, target.digest)
+        check_lowers(len(folders) + len(image.layers))
         # The last layer of an image is its uppermost.
         for index in range(len(image.layers) - 1, -1, -1):
             name = f"mosinit-{target.service_name}-{index}"

@@ -57,6 +57,7 @@ COMPRESSION = ("-zlz4hc", "-C65536", "-Eztailpacking")
 
 DOCUMENT_LIMIT = 4 * init.MIB
 CHUNK = init.MIB
+CHECK_SECONDS, CHECK_BYTES = 1800, 8 << 30  # of processor and address space: for reading a file system
 
 
 @dataclass(frozen=True)
@@ -257,16 +258,23 @@ def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
 # --- Sources ------------------------------------------------------------------------------------------
 
 
-def convert(host: Host, source: str, layout: Layout, cache: kept.Cache | None = None) -> ConvertedImage:
+def convert(
+    host: Host,
+    source: str,
+    layout: Layout,
+    cache: kept.Cache | None = None,
+    check: Callable[[tars.Image], None] | None = None,
+) -> ConvertedImage:
     """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG],
-    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME. What `cache` has is not made again.
+    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME. What `cache` has is not made again; `check` looks
+    at all layers together.
 
     Raises `Failure` or `Refused` for an image that is not what its digests say, or of a kind that cannot be
     converted.
     """
     host.say(f"converting {source}")
     try:
-        return _convert_source(host, source, layout, cache)
+        return _convert_source(host, source, layout, Below(cache, check))
     except init.Refused as refused:
         if refused.check != "IMAGE-FORMAT":
             raise
@@ -276,11 +284,11 @@ def convert(host: Host, source: str, layout: Layout, cache: kept.Cache | None = 
         ) from refused
 
 
-def _convert_source(host: Host, source: str, layout: Layout, cache: kept.Cache | None) -> ConvertedImage:
+def _convert_source(host: Host, source: str, layout: Layout, below: Below) -> ConvertedImage:
     kind, _, name = source.partition(":")
     if kind == "oci":
         folder_name, tag = _split_tag(name)
-        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout, cache)
+        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout, below)
     if kind not in ("docker", "docker-archive"):
         raise Failure(
             f"{source} is no image: name it oci:DIR[:TAG], docker-archive:FILE or docker://REGISTRY/NAME"
@@ -299,7 +307,7 @@ def _convert_source(host: Host, source: str, layout: Layout, cache: kept.Cache |
         except Failure as failure:
             reason = logged(str(failure))[:300]
             raise Failure(f"cannot use {source}: {reason}; save it again, or check its name") from failure
-        return _convert(host, Source(Layout(folder / "image"), source), "", layout, cache)
+        return _convert(host, Source(Layout(folder / "image"), source), "", layout, below)
 
 
 @dataclass(frozen=True)
@@ -329,9 +337,7 @@ def _split_tag(name: str) -> tuple[str, str]:
     return (folder, tag) if folder and "/" not in tag else (name, "")
 
 
-def _convert(
-    host: Host, source: Source, tag: str, layout: Layout, cache: kept.Cache | None
-) -> ConvertedImage:
+def _convert(host: Host, source: Source, tag: str, layout: Layout, below: Below) -> ConvertedImage:
     descriptor = _find_image(source, tag)
     document = source.layout.read_blob(descriptor)
     raw = check_document(source.name, descriptor, document)
@@ -348,13 +354,14 @@ def _convert(
     _refuse_elsewhere(source, raw)
     converted, roots = [], []
     with host.scratch(near=layout.path) as folder:
-        below = Below(cache)
         for number, (item, diff_id) in enumerate(zip(descriptors, expected, strict=True), 1):
             label = f"{source.name}: layer {number} of {len(descriptors)}"
             job = LayerJob(host, source.layout, item, diff_id, label, folder / str(number))
             layer = _convert_layer(job, below, layout)
             converted.append(layer.descriptor if layer else item)
             roots += [layer] if layer else []
+        if below.check:
+            below.check(below.read())
     if tuple(converted) == descriptors:
         # Nothing changed: the manifest stays what its author made, digest included.
         return ConvertedImage(layout.add_blob(host, document, descriptor.media_type), tuple(roots))
@@ -470,10 +477,11 @@ class Below:
     before.
     """
 
-    def __init__(self, cache: kept.Cache | None) -> None:
-        self.cache = cache
+    def __init__(self, cache: kept.Cache | None, check: Callable[[tars.Image], None] | None) -> None:
+        self.cache, self.check = cache, check
         self._image = tars.Image()
         self._unread: list[LayerJob | None] = []
+        self.taken: list[tuple[str, int, set[str]]] = []  # verity layers, as they are
         self._chain: list[tuple[str, str, str | None]] = []
 
     def key(self, job: LayerJob) -> str:
@@ -502,15 +510,18 @@ class Below:
 def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer | None:
     """Add a layer to the layout; None for a UKI, which is no file system."""
     layer, host, key = job.layer, job.host, below.key(job)
-    path = job.take()
     roots = {layer.annotations[name] for name in init.ROOT_HASH_ANNOTATIONS if name in layer.annotations}
+    if (layer.digest, layer.size, roots) in below.taken:
+        return VerityLayer(layer, min(roots))
+    path = job.take()
     if layer.media_type == init.UKI_MEDIA_TYPE or roots:
         for root_hash in roots:
             check_layer(host, path, root_hash)
         if roots:
-            _check_filesystem(path, job.label)
+            _check_filesystem(host, path, job.label)
             below.later(None)
         layout.take_file(host, path, layer)
+        below.taken += [(layer.digest, layer.size, roots)] if roots else []
         return VerityLayer(layer, min(roots)) if roots else None
     if layer.media_type not in PACKINGS:
         hint = ": build it with a verity root hash" if "stacker" in layer.media_type else ""
@@ -541,10 +552,29 @@ def _take_layer(host: Host, work: Path, layout: Layout, layer: kept.Kept) -> Ver
     return VerityLayer(descriptor, layer.root_hash)
 
 
-def _check_filesystem(path: Path, label: str) -> None:
-    """Refuse what the bring-up would not mount."""
+def _check_filesystem(host: Host, path: Path, label: str) -> None:
+    """Refuse what the bring-up would not mount: the magic number of a file system is not all of it."""
     with path.open("rb") as file:
-        init.find_filesystem(file.read(init.BLOCK), label)
+        kind = init.find_filesystem(file.read(init.BLOCK), label)
+    # fsck.erofs ends with status 0 also where it finds no file system: what counts is its last word.
+    program = {"erofs": "fsck.erofs -d3 --extract", "squashfs": "unsquashfs -lln"}[kind].split()
+    limits = ["prlimit", f"--cpu={CHECK_SECONDS}", f"--as={CHECK_BYTES}"]
+    both = ["sh", "-c", 'exec "$@" 2>&1', "sh"]
+    left, said = tars.Limits().metadata, b""
+    try:
+        with (
+            path.open("rb") as file,
+            host.pipe([*both, *limits, *program, str(path)], stdin=file, env=closed_environment()) as words,
+        ):
+            while chunk := words.read(CHUNK):
+                said, left = (said + chunk)[-500:], left - len(chunk)
+                if left < 0:
+                    raise Failure("it lists more names than an image may have")
+        if kind == "erofs" and not said.rstrip().endswith(b"No errors found"):
+            raise Failure("it is none")
+    except Failure as failure:
+        reason = (said.decode(errors="replace").splitlines() or [str(failure)])[-1]
+        raise Failure(f"{label}: its {kind} cannot be read ({reason}): make it again") from failure
 
 
 def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:

@@ -15,17 +15,19 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, kept, registry
+from mosinit import images, init, kept, registry, tars
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset
 
 TAG = "release"
+MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
 TARGET_ANNOTATION = "io.mosinit.target"
 
 
@@ -206,30 +208,73 @@ class Sources:
 def _sign_target(
     host: Host, target: init.Target, sources: Sources, keyset: Keyset, layout: images.Layout
 ) -> SignedTarget:
-    image = _convert(host, target.source, sources, layout)
+    image = _convert(host, target, sources, layout)
     signer = keyset.signer("layer")
-    signatures = [
-        # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
-        layout.add_blob(host, signer.sign_pkcs7(layer.root_hash.encode()), init.LAYER_SIGNATURE_MEDIA_TYPE)
-        for layer in image.layers
-    ]
-    return SignedTarget(target, image, tuple(signatures))
+    # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
+    signatures = {
+        root_hash: layout.add_blob(
+            host, signer.sign_pkcs7(root_hash.encode()), init.LAYER_SIGNATURE_MEDIA_TYPE
+        )
+        for root_hash in {layer.root_hash for layer in image.layers}
+    }
+    return SignedTarget(target, image, tuple(signatures[layer.root_hash] for layer in image.layers))
 
 
-def _convert(host: Host, source: str, sources: Sources, layout: images.Layout) -> images.ConvertedImage:
+def _convert(
+    host: Host, target: init.Target, sources: Sources, layout: images.Layout
+) -> images.ConvertedImage:
+    source, check = target.source, _check_init if target.service_type == "hostfs" else None
     kind, _, name = source.partition(":")
     if kind in ("oci", "docker-archive"):
-        return images.convert(host, f"{kind}:{sources.beside.absolute() / name}", layout, sources.cache)
+        beside = f"{kind}:{sources.beside.absolute() / name}"
+        return images.convert(host, beside, layout, sources.cache, check)
     with host.scratch(near=layout.path) as folder:
         fetched = registry.fetch(host, sources.access, source, folder)
         try:
-            return images.convert(host, f"oci:{fetched}", layout, sources.cache)
+            return images.convert(host, f"oci:{fetched}", layout, sources.cache, check)
         except Failure as failure:
             # A person knows the name of the image, and nothing of a folder that is gone by then.
             raise Failure(str(failure).replace(str(fetched), source)) from failure
 
 
 # --- What a machine would say -------------------------------------------------------------------------
+
+
+class Root(init.Machine):
+    """The layers of a hostfs, stacked in memory, seen by the bring-up's own functions."""
+
+    def __init__(self, top: tars.Folder) -> None:
+        super().__init__()
+        self._top = top
+
+    def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
+        """Return mode and first bytes of a file, links taken as the kernel does; None if there is none."""
+        parts, here, links = path.encode().split(b"/"), [self._top], 0
+        while parts:
+            name = parts.pop(0)
+            if name == b"..":
+                here = here[:-1] or here
+            if name in (b"", b".", b".."):
+                continue
+            found = here[-1].children.get(name)
+            if isinstance(found, tars.Folder):
+                here.append(found)
+            elif found is not None and found.kind == tars.SYMLINK and links < MAX_LINKS:
+                links += 1
+                here = here[:1] if found.target.startswith(b"/") else here
+                parts = found.target.split(b"/") + parts
+            elif found is None or found.kind == tars.SYMLINK or parts:
+                return None
+            else:
+                kind = stat.S_IFREG if found.kind == tars.FILE else 0
+                return kind | found.meta.mode, tars.head(found, size)
+        return stat.S_IFDIR, b""
+
+
+def _check_init(image: tars.Image) -> None:
+    """Refuse a hostfs that has no init for the bring-up; of layers under verity already nobody knows."""
+    if image.root is not None:
+        init.find_init(Root(image.root))
 
 
 class Store(init.Machine):
@@ -263,8 +308,15 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
     manifest: init.Manifest = init.load_manifest(store, policy)
     if manifest.contents.update_type == "complete":
         init.boot_targets(manifest.contents)
-    for target in manifest.contents.targets:
-        image = init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
+    parsed = [
+        init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
+        for target in manifest.contents.targets
+    ]
+    pairs = list(zip(manifest.contents.targets, parsed, strict=True))
+    starts = ("hostfs", "bootkit")
+    init.check_lowers(sum(len(image.layers) for target, image in pairs if target.service_type in starts))
+    seen_layers = set()
+    for target, image in pairs:
         if target.service_type == "bootkit" and not init.HEX64.fullmatch(str(image.uki_id)):
             raise init.Refused(
                 "MANIFEST-UKI", expected="a bootkit that names its UKI", seen=str(image.uki_id)
@@ -273,8 +325,10 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
             seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
             raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
         for layer, signature in zip(image.layers, target.layer_signatures, strict=True):
-            _check_layer(layout, layer)
-            _check_signature(host, store, layer, signature, keyset)
+            if (layer, signature) not in seen_layers:
+                _check_layer(layout, layer)
+                _check_signature(host, store, layer, signature, keyset)
+            seen_layers.add((layer, signature))
     return manifest
 
 

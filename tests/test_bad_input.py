@@ -12,10 +12,10 @@ import pytest
 
 from mosinit import cli, init, keys
 from mosinit.host import Host
-from tests.test_images import docker_archive, make_tar, plain
+from tests.test_images import PROGRAM, docker_archive, make_tar, plain
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": bytes(200_000)})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + bytes(200_000)})
 
 # Verbs enter the tools tree first; here they take what is there.
 VERBS = tuple(replace(verb, tools=False) for verb in cli.VERBS)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,10 @@ ZEROS = "sha256:" + 64 * "0"
 @pytest.fixture(autouse=True)
 def tools(need: Need) -> None:
     need("mkfs.erofs", "veritysetup", "zstd")
+
+
+# A static program of x86-64, as far as its header goes: elf(5).
+PROGRAM = struct.pack("<4s14xH12xQ14xHH", b"\x7fELF", 62, 64, 56, 0).ljust(64, b"\0")
 
 
 def make_tar(files: dict[str, bytes], *, padding: int = 0) -> bytes:

@@ -9,7 +9,7 @@ import json
 import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from cryptography import x509
@@ -449,6 +449,19 @@ FAULTS: list[tuple[str, Fault]] = [
     ("OVERLAY-MOUNTPOINT", machine(lambda k: k.becomes_link("/sysroot/run"))),
     ("LAYER-SIGNATURE", machine(lambda k: k.fail("second load"))),
 ]  # fmt: skip
+
+
+def lists_of(release: Release) -> list[dict[str, Any]]:
+    return [release.layers, release.roots, release.signatures]
+
+
+@pytest.mark.parametrize("count", [498, 499])
+def test_as_many_layers_as_one_overlay_takes(count: int) -> None:
+    release = Release()
+    for part in lists_of(release):
+        part["bootkit"] *= count
+    k = StoreMachine(release)
+    assert end(k) == ("became /sbin/init" if count == 498 else "restart")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,10 @@ from hypothesis import strategies as st
 
 from mosinit import images, init, keys, publish
 from mosinit.host import Failure, Host, Usage
-from tests.test_images import make_tar, plain
+from tests.test_images import PROGRAM, TAR, image, make_tar, plain
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
 DAY = datetime.timedelta(days=1)
 
 WRITTEN = """\
@@ -553,3 +554,139 @@ def test_a_file_system_that_cannot_swap(
     (listed,) = images.Layout(target).read_index()
     assert listed.digest == second.index_digest != first.index_digest
     assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+# --- What a machine could not start -------------------------------------------------------------------
+
+STARTS = """\
+version: 1
+product: {product}
+sequence: 1
+epoch: 1
+update_type: {update_type}
+targets:
+"""
+
+
+def starts(folder: Path, keyset: keys.Keyset, *targets: str, update_type: str = "partial") -> Path:
+    """Write a manifest of targets that are named like their types."""
+    lines = [
+        f"  - {{service_name: {name}, service_type: {name}, source: 'oci:./{name}', version: '1.0'}}\n"
+        for name in targets
+    ]
+    path = folder / "manifest.yaml"
+    path.write_text(STARTS.format(product=keyset.product, update_type=update_type) + "".join(lines))
+    return path
+
+
+def verity_image(
+    host: Host, folder: Path, content: bytes, count: int = 1, kind: str = images.EROFS_TYPE
+) -> None:
+    """Make an image whose layers claim to be file systems under verity."""
+    layout, file = images.Layout(folder), folder.parent / "layer"
+    file.write_bytes(content + bytes(-len(content) % init.BLOCK))
+    root = images.append_verity(host, file, salt="aa" * 32, name="11" * 32)
+    layer = layout.add_blob(host, file, kind, annotations={images.ROOT_HASH: root})
+    config = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
+    document = {
+        "schemaVersion": 2,
+        "config": config.json(),
+        "layers": [layer.json()] * count,
+        "annotations": {init.UKI_ID_ANNOTATION: "ab" * 32},
+    }
+    layout.write_index(host, [layout.add_blob(host, images.encode(document), images.MANIFEST_TYPE)])
+
+
+def an_erofs(host: Host, folder: Path) -> bytes:
+    (folder / "tree.tar").write_bytes(TREE)
+    images.make_erofs(host, folder / "tree.tar", folder / "erofs")
+    return (folder / "erofs").read_bytes()
+
+
+def a_squashfs(host: Host, folder: Path) -> bytes:
+    (folder / "tree/sbin").mkdir(parents=True)
+    (folder / "tree/sbin/init").write_bytes(PROGRAM * 99)
+    host.run(["mksquashfs", folder / "tree", folder / "squashfs", "-quiet", "-no-progress"])
+    return (folder / "squashfs").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["erofs", "squashfs"])
+@pytest.mark.parametrize("fault", ["none", "magic alone", "superblock alone"])
+def test_a_file_system_that_does_not_mount_is_not_published(
+    fault: str, kind: str, need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    need("mkfs.erofs", "fsck.erofs", "veritysetup", "openssl", "mksquashfs", "unsquashfs")
+    whole = an_erofs(host, tmp_path) if kind == "erofs" else a_squashfs(host, tmp_path)
+    magic = bytes(1024) + whole[1024:1028] if kind == "erofs" else whole[:4]
+    content = {
+        "none": whole,
+        "magic alone": magic + bytes(4092),
+        "superblock alone": whole[: 1152 if kind == "erofs" else 96] + bytes(len(whole)),
+    }[fault]
+    verity_image(host, tmp_path / "hostfs", content)
+    manifest = starts(tmp_path, keyset, "hostfs")
+    if fault == "none":
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+        return
+    with pytest.raises(Failure, match=f"its {kind} cannot be read .*: make it again"):
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+
+
+@pytest.mark.parametrize(("hostfs", "bootkit", "fine"), [(250, 250, True), (251, 250, False)])
+@pytest.mark.parametrize("update_type", ["partial", "complete"])
+def test_no_more_layers_than_one_root_takes(
+    hostfs: int, bootkit: int, fine: bool, update_type: str, need: Need, keyset: keys.Keyset, host: Host,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    need("mkfs.erofs", "fsck.erofs", "veritysetup", "openssl")
+    content = an_erofs(host, tmp_path)
+    verity_image(host, tmp_path / "hostfs", content, hostfs)
+    verity_image(host, tmp_path / "bootkit", content, bootkit)
+    manifest = starts(tmp_path, keyset, "hostfs", "bootkit", update_type=update_type)
+    if fine:
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+        return
+    with pytest.raises(init.Refused, match="OVERLAY-MOUNT: expected at most 500 layers .*, seen 501"):
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+
+
+INTERPRETER = struct.pack("<4s14xH12xQ14xHH", b"\x7fELF", 62, 64, 56, 1).ljust(64, b"\0") + struct.pack(
+    "<I4xQ16xQ", 3, 120, 8
+).ljust(56, b"\0")
+DYNAMIC = INTERPRETER + b"/lib/ld\0"
+
+INITS: dict[str, tuple[list[dict[str, bytes]], bool]] = {
+    "static": ([{"sbin/": b"", "sbin/init": PROGRAM}], True),
+    "systemd": ([{"usr/lib/systemd/": b"", "usr/lib/systemd/systemd": PROGRAM}], True),
+    "merged usr": ([{"usr/sbin/": b"", "usr/sbin/init": PROGRAM, "sbin@": b"usr/sbin"}], True),
+    "absolute link": ([{"sbin/": b"", "opt/": b"", "opt/x": PROGRAM, "sbin/init@": b"/opt/x"}], True),
+    "link upwards": ([{"sbin/": b"", "opt/": b"", "opt/x": PROGRAM, "sbin/init@": b"../../opt/x"}], True),
+    "interpreter": ([{"sbin/": b"", "lib/": b"", "lib/ld": PROGRAM, "sbin/init": DYNAMIC}], True),
+    "upper layer": ([{"etc/": b""}, {"sbin/": b"", "sbin/init": PROGRAM}], True),
+    "removed": ([{"sbin/": b"", "sbin/init": PROGRAM}, {"sbin/.wh.init": b""}], False),
+    "none": ([{"etc/": b""}], False),
+    "empty": ([{"sbin/": b"", "sbin/init": b""}], False),
+    "no program": ([{"sbin/": b"", "sbin/init": b"text"}], False),
+    "no interpreter": ([{"sbin/": b"", "sbin/init": DYNAMIC}], False),
+    "folder": ([{"sbin/": b"", "sbin/init/": b""}], False),
+    "loop": ([{"sbin/": b"", "sbin/init@": b"init"}], False),
+    "dangling": ([{"sbin/": b"", "sbin/init@": b"/opt/x"}], False),
+}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_a_hostfs_without_init_is_refused(
+    name: str, need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    need("mkfs.erofs", "veritysetup", "openssl")
+    layers, fine = INITS[name]
+    layout, made = images.Layout(tmp_path / "hostfs"), [make_tar(files) for files in layers]
+    layout.write_index(host, [image(host, layout, [layout.add_blob(host, tar, TAR) for tar in made], made)])
+    manifest, cache = starts(tmp_path, keyset, "hostfs"), images.open_cache(host)
+    # The second time its layers come from the cache.
+    for _ in range(2):
+        if fine:
+            publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release", cache=cache)
+        else:
+            with pytest.raises(init.Refused, match="HOSTFS-INIT"):
+                publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release", cache=cache)

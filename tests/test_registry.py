@@ -22,12 +22,12 @@ from mosinit.host import Host, Usage
 from tests import registries
 from tests.registries import PASSWORD, USER
 from tests.test_bad_input import full
-from tests.test_images import make_tar, plain
+from tests.test_images import PROGRAM, make_tar, plain
 
 __all__ = ["full"]  # a fixture
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
 
 WRITTEN = """\
 version: 1
@@ -200,7 +200,7 @@ class Watched(Host):
 def test_a_push_tells_how_far_it_is(
     real: registries.Real, keyset: keys.Keyset, host: Host, tmp_path: Path, authority: registries.Authority
 ) -> None:
-    tar = make_tar({"random": os.urandom(6 << 20)})
+    tar = make_tar({"sbin/": b"", "sbin/init": PROGRAM, "random": os.urandom(6 << 20)})
     plain(host, tmp_path / "hostfs", tar, tar=tar)
     manifest, to = tmp_path / "manifest.yaml", f"docker://{real.address}/acme/release:1"
     access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
