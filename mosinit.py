@@ -775,7 +775,7 @@ def refusing(check: str, expected: str) -> Iterator[None]:
 
 
 def parse_json(data: bytes, check: str) -> object:
-    """Parse verified JSON; a repeated key or anything odd is refused by `check`."""
+    """Parse verified JSON; a repeated key, or what others read differently, is refused by `check`."""
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
@@ -784,7 +784,10 @@ def parse_json(data: bytes, check: str) -> object:
         return result
 
     try:
-        return cast(object, json.loads(data, object_pairs_hook=once))
+        value = json.loads(data.decode(), object_pairs_hook=once)
+        # Half a character, NaN, 1e999: Python has them, and UTF-8 or JSON has not.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return cast(object, value)
     except (ValueError, RecursionError) as error:
         raise Refused(check, expected="JSON", seen=str(error)) from error
 

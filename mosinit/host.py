@@ -45,7 +45,9 @@ def told(errors: bytes) -> str:
     """Return the line of a program's messages that says most: apt's first error, or else the last line."""
     lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("E: ")]
-    return (causes or lines[-1:] or ["no message"])[0][:500]
+    line = (causes or lines[-1:] or ["no message"])[0]
+    # What is at the end tells most, after the names of all that was tried.
+    return line if len(line) <= 500 else f"{line[:150]} … {line[-340:]}"
 
 
 def logged(message: str) -> str:
@@ -69,6 +71,11 @@ def closed_environment(**more: str | os.PathLike[str]) -> dict[str, str]:
     return {"PATH": path, "LC_ALL": "C.UTF-8", "TZ": "UTC"} | {name: str(more[name]) for name in more}
 
 
+def printable(text: str) -> str:
+    """Return a text with whatever is no letter, sign or space escaped: it could move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class FullDisk(Failure):
     """A folder whose disk is full, and what failed because of that."""
 
@@ -84,7 +91,7 @@ class Host(init.Kernel):
 
     def say(self, text: str) -> None:
         """Print one line of progress to standard error; standard output is for results."""
-        print(f"mosinit: {text}", file=sys.stderr, flush=True)
+        print(f"mosinit: {printable(text)}", file=sys.stderr, flush=True)
 
     def run(
         self,
@@ -163,6 +170,7 @@ class Host(init.Kernel):
         """Show how a long step advances: a bar on a terminal, a line now and then elsewhere. Call what is
         yielded with how many bytes more are done.
         """
+        label = printable(label)
         if not sys.stderr.isatty():
             yield self._plain_progress(label, total)
             return

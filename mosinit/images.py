@@ -55,8 +55,21 @@ PACKINGS = {
 # they differ from one run to the next.
 COMPRESSION = ("-zlz4hc", "-C65536", "-Eztailpacking")
 
+MEDIA_TYPE = re.compile(
+    r"[A-Za-z0-9][\w!#$&^.+-]{0,126}/[A-Za-z0-9][\w!#$&^.+-]{0,126}", re.ASCII
+)  # RFC 6838
+KEYS = {
+    key.casefold(): key
+    for key in (
+        "annotations", "architecture", "artifactType", "config", "data", "diff_ids", "digest", "features",
+        "layers", "manifests", "mediaType", "os", "os.features", "os.version", "platform", "rootfs",
+        "schemaVersion", "size", "subject", "urls", "variant",
+    )
+}  # fmt: skip
+
 DOCUMENT_LIMIT = 4 * init.MIB
 CHUNK = init.MIB
+ARCHIVE_LIMIT = tars.Limits().content
 CHECK_SECONDS, CHECK_BYTES = 1800, 8 << 30  # of processor and address space: for reading a file system
 
 
@@ -264,17 +277,17 @@ def convert(
     layout: Layout,
     cache: kept.Cache | None = None,
     check: Callable[[tars.Image], None] | None = None,
+    archive_limit: int = ARCHIVE_LIMIT,
 ) -> ConvertedImage:
-    """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG],
-    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME. What `cache` has is not made again; `check` looks
-    at all layers together.
+    """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG] or
+    docker-archive:FILE[:NAME]. What `cache` has is not made again; `check` looks at all layers together.
 
     Raises `Failure` or `Refused` for an image that is not what its digests say, or of a kind that cannot be
     converted.
     """
     host.say(f"converting {source}")
     try:
-        return _convert_source(host, source, layout, Below(cache, check))
+        return _convert_source(host, source, layout, Below(cache, check), archive_limit)
     except init.Refused as refused:
         if refused.check != "IMAGE-FORMAT":
             raise
@@ -284,29 +297,35 @@ def convert(
         ) from refused
 
 
-def _convert_source(host: Host, source: str, layout: Layout, below: Below) -> ConvertedImage:
+def _convert_source(
+    host: Host, source: str, layout: Layout, below: Below, archive_limit: int
+) -> ConvertedImage:
     kind, _, name = source.partition(":")
     if kind == "oci":
         folder_name, tag = _split_tag(name)
         return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout, below)
-    if kind not in ("docker", "docker-archive"):
-        raise Failure(
-            f"{source} is no image: name it oci:DIR[:TAG], docker-archive:FILE or docker://REGISTRY/NAME"
-        )
-    if kind == "docker-archive" and not Path(name.partition(":")[0]).is_file():
+    if kind != "docker-archive":
+        raise Failure(f"{source} is no image: name it oci:DIR[:TAG] or docker-archive:FILE")
+    if not Path(name.partition(":")[0]).is_file():
         raise Failure(
             f"{name.partition(':')[0]} is no file: name an archive that docker or podman saved, without `:`"
         )
     with host.scratch(near=layout.path) as folder:
+        # skopeo unpacks a packed archive before it looks at it.
+        limit = min(archive_limit, max(init.MIB, shutil.disk_usage(folder).free // 2))
         try:
             host.run(
-                ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
+                ["prlimit", f"--fsize={limit}", "skopeo", "copy", "--quiet",
+                 "--override-os=linux", "--override-arch=amd64",
                  "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
                 timeout=3600,
+                env=closed_environment(TMPDIR=folder),
             )  # fmt: skip
         except Failure as failure:
-            reason = logged(str(failure))[:300]
-            raise Failure(f"cannot use {source}: {reason}; save it again, or check its name") from failure
+            reason = logged(str(failure))
+            if re.search(r"file too large|short write", reason, re.IGNORECASE):
+                reason = f"it unpacks to more than {limit >> 20} MiB"
+            raise Failure(f"cannot use {source}: {reason[:300]}; save it again, or check its name") from None
         return _convert(host, Source(Layout(folder / "image"), source), "", layout, below)
 
 
@@ -328,7 +347,31 @@ def check_document(name: str, descriptor: Descriptor, text: bytes) -> dict[str, 
         raise Failure(f"{name}: {descriptor.digest} is listed as {descriptor.media_type} and says another")
     if "manifests" in raw and "layers" in raw:
         raise Failure(f"{name}: {descriptor.digest} is both an index and an image")
+    if type(raw.get("schemaVersion")) is not int:
+        raise Failure(f"{name}: {descriptor.digest} has no whole schemaVersion: make the image again")
+    annotations, artifact = raw.get("annotations", {}), raw.get("artifactType", "")
+    if not isinstance(annotations, dict) or not all(isinstance(text, str) for text in annotations.values()):
+        raise Failure(f"{name}: {descriptor.digest} has annotations that are no texts: make the image again")
+    parts = [raw, raw.get("config"), raw.get("subject")]
+    for key in ("manifests", "layers"):
+        entries = raw.get(key)
+        parts += entries if isinstance(entries, list) else []
+    fields = [part for part in parts if isinstance(part, dict)]
+    kinds = [part[key] for part in fields for key in ("mediaType", "artifactType") if key in part]
+    for kind in (*kinds, *([artifact] if artifact else [])):
+        if not isinstance(kind, str) or not MEDIA_TYPE.fullmatch(kind):
+            raise Failure(f"{name}: {str(kind)[:100]!r} is no media type: make the image again")
+    _check_keys(name, *fields, *(part.get("platform") for part in fields))
     return raw
+
+
+def _check_keys(name: str, *fields: object) -> None:
+    """Refuse keys in other letters: programs in Go take them for the ones that we know."""
+    for key in (key for part in fields if isinstance(part, dict) for key in part):
+        if KEYS.get(key.casefold(), key) != key:
+            raise Failure(
+                f"{name}: the key {key[:100]!r} is {KEYS[key.casefold()]} to other programs: remove it"
+            )
 
 
 def _split_tag(name: str) -> tuple[str, str]:
@@ -441,6 +484,7 @@ def _diff_ids(source: Source, config: Descriptor, count: int) -> list[str | None
     raw = init.parse_json(source.layout.read_blob(config), "IMAGE-FORMAT")
     if not isinstance(raw, dict):
         raise Failure(f"the config of {source.name} is no JSON object")
+    _check_keys(source.name, raw, raw.get("rootfs"))
     platform = raw.get("os", "linux"), raw.get("architecture", "amd64")
     if platform != ("linux", "amd64"):
         raise Failure(

@@ -808,3 +808,106 @@ def test_a_blob_that_is_no_file_is_refused_at_once(kind: str, host: Host, tmp_pa
     os.mkfifo(blob) if kind == "pipe" else blob.mkdir()
     with pytest.raises(Failure, match="is missing or not"):
         images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "out"))
+
+
+# --- What other programs read differently, or not at all ----------------------------------------------
+
+
+def with_manifest(host: Host, folder: Path, change: Callable[[dict[str, object]], object]) -> images.Layout:
+    """Make a layout whose image manifest was changed: in place, or into what `change` returns as bytes."""
+    layout = images.Layout(plain(host, folder))
+    document = json.loads(layout.read_blob(layout.read_index()[0]))
+    changed = change(document)
+    text = changed if isinstance(changed, bytes) else json.dumps(document).encode()
+    layout.write_index(host, [layout.add_blob(host, text, images.MANIFEST_TYPE)])
+    return layout
+
+
+def first(document: dict[str, object]) -> dict[str, object]:
+    layers = document["layers"]
+    assert isinstance(layers, list)
+    return layers[0]  # type: ignore[no-any-return]
+
+
+ODD: dict[str, Callable[[dict[str, object]], object]] = {
+    "annotations are a list": lambda d: d.update(annotations=["a"]),
+    "an annotation is a number": lambda d: d.update(annotations={"a": 5}),
+    "annotations are null": lambda d: d.update(annotations=None),
+    "the artifact type is no text": lambda d: d.update(artifactType={"a": 1}),
+    "the artifact type is no media type": lambda d: d.update(artifactType="text"),
+    "a layer's artifact type is none": lambda d: first(d).update(artifactType="a b/c"),
+    "a media type with an escape": lambda d: first(d).update(mediaType="a/b\x1b[2J"),
+    "a media type of another": lambda d: d["config"].update(mediaType="nothing"),  # type: ignore[attr-defined]
+    "NaN": lambda d: json.dumps({**d, "x": float("nan")}).encode(),
+    "infinity": lambda d: json.dumps({**d, "x": 1}).replace(": 1}", ": 1e999}").encode(),
+    "half a character": lambda d: d.update(annotations={"a": "\ud800"}),
+    "UTF-16": lambda d: json.dumps(d).encode("utf-16"),
+    "UTF-8 with a mark": lambda d: b"\xef\xbb\xbf" + json.dumps(d).encode(),
+    "a version that is no whole number": lambda d: d.update(schemaVersion=2.0),
+    "LAYERS besides layers": lambda d: d.update(LAYERS=[]),
+    "layers in other letters": lambda d: d.update({"layer\u017f": []}),
+    "a digest of another layer": lambda d: first(d).update(Digest=ZEROS),
+    "another config": lambda d: d.update(Config={}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_document_that_others_read_differently(name: str, host: Host, tmp_path: Path) -> None:
+    layout = with_manifest(host, tmp_path / "source", ODD[name])
+    with pytest.raises((Failure, init.Refused)):
+        images.convert(host, f"oci:{layout.path}", images.Layout(tmp_path / "out"))
+
+
+def test_annotations_and_types_are_kept(host: Host, tmp_path: Path) -> None:
+    kept = {
+        "annotations": {"org.example.Läbel": "wörds", "a": "", "A": "b"},
+        "artifactType": "application/x.y+z",
+    }
+    layout = with_manifest(host, tmp_path / "source", lambda d: d.update(kept))
+    out = images.Layout(tmp_path / "out")
+    made = images.convert(host, f"oci:{layout.path}", out)
+    assert json.loads(out.read_blob(made.manifest)).items() >= kept.items()
+
+
+# --- Archives -----------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_read_within_limits(host: Host, tmp_path: Path, need: Need) -> None:
+    need("skopeo", "prlimit")
+    docker_archive(tmp_path / "saved.tar", [TREE])
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    class Recorder(Host):
+        def run(self, command: object, **options: object) -> bytes:
+            assert isinstance(command, list)
+            environment = options.get("env")
+            assert isinstance(environment, dict)
+            seen.append(([str(word) for word in command], environment))
+            return super().run(command, **options)  # type: ignore[arg-type]
+
+    images.convert(Recorder(), f"docker-archive:{tmp_path}/saved.tar", images.Layout(tmp_path / "out"))
+    ((words, environment),) = [(words, env) for words, env in seen if "skopeo" in words]
+    assert words[0] == "prlimit"
+    assert 0 < int(words[1].removeprefix("--fsize=")) <= tars.Limits().content
+    # What skopeo unpacks lies beside the destination, and goes with it.
+    assert Path(environment["TMPDIR"]).is_relative_to(tmp_path)
+    assert set(environment) == {"PATH", "LC_ALL", "TZ", "TMPDIR"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved.tar"]
+
+
+def test_an_archive_that_is_a_bomb_ends(host: Host, tmp_path: Path, need: Need) -> None:
+    need("skopeo", "prlimit")
+    bomb = tmp_path / "bomb.tar.gz"
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(init.MIB))
+    with pytest.raises(Failure, match="unpacks to more than"):
+        images.convert(
+            host, f"docker-archive:{bomb}", images.Layout(tmp_path / "out"), archive_limit=16 * init.MIB
+        )
+
+
+def test_a_registry_is_none_of_the_images(host: Host, tmp_path: Path) -> None:
+    """There is one way to registries, and it is another module's."""
+    with pytest.raises(Failure, match="is no image: name it"):
+        images.convert(host, "docker://127.0.0.1:1/x:1", images.Layout(tmp_path / "out"))

@@ -732,3 +732,60 @@ def test_what_a_registry_says_is_no_message(
     assert status == 1
     assert "does not answer as registries do" in the_error(said)
     assert "\x1b" not in said
+
+
+# --- One answer, wherever the image lies --------------------------------------------------------------
+
+
+def an_index(
+    host: Host, layout: images.Layout, *entries: tuple[images.Descriptor, object]
+) -> images.Descriptor:
+    listed = [item.json() | ({"platform": platform} if platform else {}) for item, platform in entries]
+    document = {"schemaVersion": 2, "mediaType": images.INDEX_TYPE, "manifests": listed}
+    return layout.add_blob(host, json.dumps(document).encode(), images.INDEX_TYPE)
+
+
+AMD64, ARM64 = {"os": "linux", "architecture": "amd64"}, {"os": "linux", "architecture": "arm64"}
+Shape = Callable[[Host, images.Layout, images.Descriptor], images.Descriptor]
+SHAPES: dict[str, tuple[Shape, bool]] = {
+    "image": (lambda h, s, i: i, True),
+    "index": (lambda h, s, i: an_index(h, s, (i, AMD64)), True),
+    "two platforms": (lambda h, s, i: an_index(h, s, (i, AMD64), (i, ARM64)), True),
+    "no platform": (lambda h, s, i: an_index(h, s, (i, None)), False),
+    "another platform": (lambda h, s, i: an_index(h, s, (i, ARM64)), False),
+    "two of ours": (lambda h, s, i: an_index(h, s, (i, {**AMD64, "variant": "v4"}), (i, AMD64)), False),
+    "index in index": (lambda h, s, i: an_index(h, s, (an_index(h, s, (i, AMD64)), None)), True),
+    "another's index": (lambda h, s, i: an_index(h, s, (an_index(h, s, (i, AMD64)), ARM64)), False),
+    "too deep": (
+        lambda h, s, i: an_index(h, s, (an_index(h, s, (an_index(h, s, (i, AMD64)), None)), None)),
+        False,
+    ),
+    "in other letters": (
+        lambda h, s, i: s.add_blob(
+            h, s.read_blob(i).replace(b'"layers"', b'"LAYERS":[],"layers"'), i.media_type
+        ),
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_registry_and_layout_agree(
+    name: str, command: Command, bad: registries.Registry, source: images.Layout, host: Host, tmp_path: Path
+) -> None:
+    shape, fine = SHAPES[name]
+    top = shape(host, source, source.read_index()[0])
+    source.write_index(host, [top])
+    reference = serve(bad, source)
+    for blob in (source.path / "blobs/sha256").iterdir():
+        kind = json.loads(blob.read_bytes()).get("mediaType") if blob.stat().st_size < 9999 else None
+        if kind:
+            bad.add("-", kind, blob.read_bytes())
+    statuses = [
+        command(f"oci:{tmp_path}/{number}", source=where)[0]
+        for number, where in enumerate(("oci:./hostfs", reference))
+    ]
+    assert statuses == ([0, 0] if fine else [1, 1])
+    if fine:
+        one, two = (images.Layout(tmp_path / name).read_index() for name in ("0", "1"))
+        assert one == two
