@@ -158,6 +158,10 @@ CHECKS: dict[str, Check] = {
         "the store cannot be read as it was sealed",
         "the medium is damaged or was changed: write it again from its image, or use another one",
     ),
+    "STORE-BLOB": Check(
+        "a blob that belongs to the release is missing from the store, or cannot be read",
+        "the store is damaged or was not copied whole: fetch or write it again",
+    ),
     "MANIFEST-ABSENT": Check(
         "the store holds no install manifest",
         "make the medium again with `mosinit build`",
@@ -266,6 +270,7 @@ POLICY_FOLDER = "/etc/mosinit"
 WATCHDOG_SECONDS = 240  # the whole bring-up; an iTCO watchdog takes at most 613 s
 DISK_SECONDS = 30  # a USB stick behind hubs may take ten
 DEFAULT_INITS = ("/sbin/init", "/usr/lib/systemd/systemd")
+THREADS = 8  # that wait for the kernel at the same time; more save nothing that can be measured
 
 
 # --- Kernel: the only code here that touches the world -----------------------------------------------------
@@ -323,6 +328,7 @@ class DmCommand(enum.IntEnum):
 
 
 DM_READONLY = 1
+DM_SKIP_LOCKFS = 1 << 10
 
 
 def os_error(what: str, name: str) -> OSError:
@@ -555,11 +561,12 @@ class Kernel:
             text = parameters.encode() + b"\0"
             text += bytes(-len(text) % 8)
             payload = _DM_TARGET.pack(0, sectors, 0, _DM_TARGET.size + len(text), kind.encode()) + text
-        size = max(_DM_IOCTL.size + len(payload), 2 * BLOCK)
+        # No larger than what is said: above 1024 bytes Python's ioctl lets no other thread run meanwhile.
+        size = _DM_IOCTL.size + len(payload)
         head = _DM_IOCTL.pack(
             4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b""
         )
-        buffer = bytearray((head + payload).ljust(size, b"\0"))
+        buffer = bytearray(head + payload)
         fd = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, command, buffer)
@@ -731,6 +738,7 @@ class Machine(Kernel):
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def stage(step: F) -> F:
@@ -769,6 +777,29 @@ def refusing(check: str, expected: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise Refused(check, expected=expected, seen=str(error)) from error
+
+
+def in_parallel(work: Callable[[T], object], items: Sequence[T]) -> None:
+    """Do `work` with each item, a few at a time; when all have ended, raise what the first failure was."""
+    queue, failures = iter(items), list[BaseException]()
+
+    def run(ended: _thread.LockType) -> None:
+        try:
+            for item in queue:
+                work(item)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.release()
+
+    locks = [_thread.allocate_lock() for _ in items[:THREADS]]
+    for lock in locks:
+        lock.acquire()
+        _thread.start_new_thread(run, (lock,))
+    for lock in locks:
+        lock.acquire()
+    if failures:
+        raise failures[0]
 
 
 # --- Formats: parsers of bytes, strict and bounded ---------------------------------------------------------
@@ -2067,7 +2098,7 @@ def read_blob(k: Machine, digest: str, size: int, check: str) -> bytes:
     """
     if size > 4 * MIB:
         raise Refused(check, expected="at most 4 MiB", seen=f"{size} bytes")
-    with refusing("STORE-READ", f"blob {digest}"):
+    with refusing("STORE-BLOB", f"blob {digest}"):
         untrusted = k.read(blob_path(digest), 4 * MIB)
     seen = "sha256:" + hashlib.sha256(untrusted).hexdigest()
     if (seen, len(untrusted)) != (digest, size):
@@ -2168,11 +2199,11 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
 
 def open_layer(k: Machine, name: str, layer: Layer, signature_digest: str) -> Verity:
     """Set up loop and dm-verity for one layer of the store; only the salt is taken from the layer itself."""
-    with refusing("STORE-READ", f"blob {signature_digest}"):
+    with refusing("STORE-BLOB", f"blob {signature_digest}"):
         signature = k.read(blob_path(signature_digest), 16384)
     if "sha256:" + hashlib.sha256(signature).hexdigest() != signature_digest:
         raise Refused("LAYER-SIGNATURE", expected=signature_digest, seen=f"another blob for {name}")
-    with refusing("STORE-READ", f"blob {layer.digest}"):
+    with refusing("STORE-BLOB", f"blob {layer.digest}"):
         loop, size = k.attach_loop(blob_path(layer.digest))
     if size != layer.size:
         raise Refused("LAYER-SIZE", expected=f"{layer.size} bytes", seen=f"{size} bytes in {layer.digest}")
@@ -2302,12 +2333,19 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
             expected=folder,
             seen=folder if k.is_folder(SYSROOT + folder) else "a link",
         )
+
+    def swap(device: Verity) -> None:
+        with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
+            # Nothing is frozen for it: these devices are read-only, so there is nothing to be written back.
+            k.dm(DmCommand.DEV_SUSPEND, device.name, DM_SKIP_LOCKFS)
+
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
     # with it. What the bring-up itself reads is refused at the next boot; the rest restarts again.
     for device in devices:
-        with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
+        with refusing("LAYER-SIGNATURE", f"{device.name} to load its table again"):
             load_verity_table(k, device, "restart_on_corruption")
-            k.dm(DmCommand.DEV_SUSPEND, device.name)
+    # A swap waits until no CPU is left in the old table; tables are each device's own: wait together.
+    in_parallel(swap, devices)
     k.write("/proc/sys/kernel/kexec_load_disabled", b"1")
 
 

@@ -184,6 +184,7 @@ class Layout:
         """Copy a blob to a file of our own, which has the digest and size that its descriptor says."""
         path = self._sized(descriptor)
         if _copy(path, target, descriptor.size) != descriptor.digest:
+            target.unlink()
             raise self._damaged(path)
         return target
 
@@ -513,7 +514,8 @@ class LayerJob:
 
     def take(self) -> Path:
         """Copy the layer as it is packed. Nobody else can write the copy: what was checked is used."""
-        return self.source.copy_blob(self.layer, self.work.with_suffix(".packed"))
+        target = self.work.with_name(self.layer.digest.removeprefix("sha256:"))
+        return target if target.is_file() else self.source.copy_blob(self.layer, target)
 
 
 class Below:
@@ -579,8 +581,12 @@ def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer |
         below.later(job)
         return _take_layer(host, work, layout, found)
     stack = below.read()
-    tree = tars.read_layer(_unpack(job, path, stack), job.label, stack)
+    tar = _unpack(job, path, stack)
+    tree = tars.read_layer(tar, job.label, stack)
     made = add_tree(host, tree, job.diff_id, work, layout, job.label)
+    # A hard link of a later layer may ask for any file of this one; of a layer without content, for nothing.
+    if not tars.size_of(tree):
+        tar.unlink()
     if below.cache:
         blob = made.descriptor
         below.cache.keep(
@@ -623,15 +629,19 @@ def _check_filesystem(host: Host, path: Path, label: str) -> None:
 
 def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
     """Return the bare tar of a layer, after a check that it is the one that the config lists."""
-    packing, target = PACKINGS[job.layer.media_type], job.work.with_suffix(".tar")
+    packing = PACKINGS[job.layer.media_type]
+    target = job.work.with_name(f"{path.name}.tar")
     # skopeo calls the bare tars of a docker archive gzip: the digest knows better.
     if job.layer.digest == job.diff_id:
         return path
     if not packing:
         raise Failure(f"{job.label} is not its diff_id {job.diff_id}")
+    # An image may list a layer more than once.
+    if target.is_file() and digest_file(target)[0] == job.diff_id:
+        path.unlink()
+        return target
     hasher = hashlib.sha256()
-    # Headers and padding come on top of what the files may have.
-    left = 2 * stack.limits.content - stack.content
+    left = stack.limits.content - stack.content
     with (
         job.host.progress(f"{job.label}: unpacking", job.layer.size) as advance,
         path.open("rb") as packed,

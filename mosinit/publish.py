@@ -335,7 +335,7 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
     """See what the bring-up sees of a layer before it mounts it, and that it is what the manifest names."""
     path = layout.blob_path(layer.digest)
-    with init.refusing("STORE-READ", f"blob {layer.digest}"), path.open("rb") as file:
+    with init.refusing("STORE-BLOB", f"blob {layer.digest}"), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size != layer.size:
             raise init.Refused(
@@ -354,7 +354,7 @@ def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
 
 def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, keyset: Keyset) -> None:
     """See that the layer certificate, and so a kernel that finds it in db, accepts a layer's signature."""
-    with init.refusing("STORE-READ", f"blob {digest}"):
+    with init.refusing("STORE-BLOB", f"blob {digest}"):
         seen, _ = images.digest_bytes(store.read(init.blob_path(digest), 16384))
     if seen != digest:
         raise init.Refused("LAYER-SIGNATURE", expected=digest, seen=seen)

@@ -29,10 +29,23 @@ ID_MAX = (1 << 32) - 2  # -1 means "no change" to chown
 MAJOR_MAX, MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1  # linux/kdev_t.h
 SECONDS_MAX = 1 << 40
 CHUNK = 1 << 20
+# Bytes of memory, measured with Python 3.13: an attribute besides its text, a piece, a name of several.
+XATTR_COST, PIECE_COST, NAME_COST = 200, 192, 192
 
 WHITEOUT_PREFIX, OPAQUE_MARK = b".wh.", b".wh..wh..opq"  # OCI image specification 1.1, layer.md
 OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")  # Documentation/filesystems/overlayfs.rst
 XATTR_PREFIX = b"SCHILY.xattr."
+
+# GNU tar manual, "Storing Sparse Files": each format has these records, and no reader needs fewer.
+SPARSE_PREFIX = b"GNU.sparse."
+_NAME, _SIZE, _COUNT, _MAP = (SPARSE_PREFIX + key for key in (b"name", b"size", b"numblocks", b"map"))
+_OFFSET, _BYTES = SPARSE_PREFIX + b"offset", SPARSE_PREFIX + b"numbytes"
+_MAJOR, _MINOR, _REAL_SIZE = (SPARSE_PREFIX + key for key in (b"major", b"minor", b"realsize"))
+SPARSE_0_0 = {_SIZE, _COUNT, _OFFSET, _BYTES}
+SPARSE_0_1 = {_NAME, _SIZE, _COUNT, _MAP}
+SPARSE_1_0 = {_NAME, _MAJOR, _MINOR, _REAL_SIZE}
+GNU_MAGIC = b"ustar  \0"
+
 # erofs and the kernel know these. Others, such as those of macOS, have no place on Linux and are left out.
 XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 XATTR_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
@@ -50,10 +63,12 @@ class Limits:
     """
 
     entries: int = 1_000_000
-    content: int = 64 << 30  # bytes, unpacked and with holes filled
-    metadata: int = 256 << 20  # bytes of names, link targets, extended attributes, sparse maps
+    headers: int = 4_000_000  # records of 512 bytes, extended headers and what makes no file included
+    content: int = 64 << 30  # bytes of the layers' tars, unpacked, and of holes
+    metadata: int = 256 << 20  # bytes of memory for names, link targets, extended attributes, sparse maps
     extension: int = 1 << 20  # bytes of one extended header, as in Go's archive/tar
     xattrs: int = 64 << 10  # bytes of one entry's extended attributes; linux/limits.h, XATTR_LIST_MAX
+    padding: int = 1 << 20  # bytes of zeros behind the end of a tar; GNU tar fills up to 10 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +104,16 @@ class Leaf:
 
 @dataclass(slots=True, eq=False)
 class Folder:
-    """A folder. Without `meta` the tar passed through it but never listed it."""
+    """A folder. Without `meta` the tar passed through it but never listed it.
+
+    It is `made` if it is listed or something but whiteouts lies in it: a whiteout alone makes no folder.
+    """
 
     meta: Meta | None = None
     children: dict[bytes, Leaf | Folder] = field(default_factory=dict)
     hidden: set[bytes] = field(default_factory=set)
     opaque: bool = False
+    made: bool = False
 
 
 WHITEOUT = Leaf(CHARACTER, Meta(mode=0))
@@ -106,23 +125,28 @@ class Image:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.root: Folder | None = Folder(Meta())
-        self.entries = self.content = self.metadata = 0
+        self.entries = self.headers = self.content = self.metadata = 0
+        # Of files with several names, all that the layers gave them; some may be gone.
+        self.names: dict[Leaf, set[bytes]] = {}
 
     def forget(self) -> None:
         """Lie on a layer whose names we do not know."""
         self.root = None
 
-    def spend(self, *, entries: int = 0, content: int = 0, metadata: int = 0) -> str:
+    def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> str:
         """Count what an entry costs and return which limit is passed, or nothing."""
         self.entries += entries
+        self.headers += headers
         self.content += content
         self.metadata += metadata
         if self.entries > self.limits.entries:
             return f"is one too many: an image has at most {self.limits.entries} files and folders"
+        if self.headers > self.limits.headers:
+            return f"makes headers of the image more than {self.limits.headers} records of {RECORD} bytes"
         if self.content > self.limits.content:
             return f"makes the image unpack to more than {self.limits.content} bytes"
         if self.metadata > self.limits.metadata:
-            return f"makes names and attributes of the image more than {self.limits.metadata} bytes"
+            return f"makes names and attributes of the image take more than {self.limits.metadata} bytes"
         return ""
 
 
@@ -133,6 +157,9 @@ def read_layer(tar: Path, label: str, image: Image) -> Folder:
     """
     with tar.open("rb") as file:
         reader = _Reader(file, tar, label, image)
+        # All of it, whatever it says of itself: zeros are unpacked and read too.
+        if problem := image.spend(content=reader.end):
+            raise Failure(f"{label} {problem}")
         reader.read()
     _take_links(reader, image)
     _settle(reader, image)
@@ -167,7 +194,13 @@ class _Reader:
         self.end = path.stat().st_size
         self.entry = b""
         self.root = Folder()
-        self.borrowed: set[Leaf] = set()
+        self.borrowed: dict[Leaf, None] = {}
+        self.pax = False
+
+    def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> None:
+        problem = self.image.spend(entries=entries, headers=headers, content=content, metadata=metadata)
+        if problem:
+            self.refuse(problem)
 
     def refuse(self, reason: str) -> NoReturn:
         name = self.entry[:160].decode(errors="backslashreplace")
@@ -188,6 +221,7 @@ class _Reader:
         while True:
             block = self.take(position, RECORD)
             position += RECORD
+            self.spend(headers=1)
             if not any(block):
                 if extended or records:
                     self.refuse("is followed by an extended header without an entry")
@@ -199,7 +233,9 @@ class _Reader:
             if header.size > self.image.limits.extension:
                 self.refuse(f"has an extended header of {header.size} bytes")
             data = self.take(position, header.size)
+            self.spend(headers=-(-header.size // RECORD))
             position += -(-header.size // RECORD) * RECORD
+            self.pax |= header.kind in b"xg"
             if header.kind in extended:
                 self.refuse("has two extended headers of one kind")
             if header.kind == b"g":
@@ -221,6 +257,8 @@ class _Reader:
         return data
 
     def _check_end(self, position: int) -> None:
+        if self.end - position > self.image.limits.padding:
+            self.refuse(f"is the last, but more than {self.image.limits.padding} bytes of zeros follow")
         self.file.seek(position)
         while chunk := self.file.read(CHUNK):
             if chunk.count(0) != len(chunk):
@@ -236,7 +274,7 @@ class _Reader:
         if block[257:263] == b"ustar\0":
             prefix = block[345:476] if block[508:512] == b"tar\0" else block[345:500]
             name = b"/".join(filter(None, (prefix.partition(b"\0")[0], name)))
-        elif block[257:265] not in (b"ustar  \0", bytes(8)):
+        elif block[257:265] not in (GNU_MAGIC, bytes(8)):
             self.refuse("is followed by a header of an unknown tar format")
         if kind not in b"LKxg":
             self.entry = name
@@ -274,8 +312,7 @@ class _Reader:
                 self.refuse("is followed by a damaged extended header")
             records.append((key, value))
             at = stop
-        repeated = {b"GNU.sparse.offset", b"GNU.sparse.numbytes"}
-        keys = [key for key, _ in records if key not in repeated]
+        keys = [key for key, _ in records if key not in (_OFFSET, _BYTES)]
         if len(keys) != len(set(keys)):
             self.refuse("is followed by an extended header that says one thing twice")
         return records
@@ -283,19 +320,20 @@ class _Reader:
     def _check_global(self, data: bytes) -> None:
         """Global headers may comment (git does), but set nothing: some readers heed them and some do not."""
         for key, _ in self._records(data):
-            if key in _KNOWN or key.startswith((XATTR_PREFIX, b"GNU.sparse.")):
+            if key in _KNOWN or key.startswith((XATTR_PREFIX, SPARSE_PREFIX)):
                 self.refuse(f"is followed by a global header that sets {key.decode(errors='replace')}")
 
     def _apply(self, header: _Header, extended: dict[bytes, bytes]) -> None:
         """Put what extended headers say into the entry."""
         found = {key: value for key, value in header.records if value}
+        # GNU tar stores a sparse file under a name of its own making, and its own in a record.
+        if _NAME in found:
+            found[b"path"] = found[_NAME]
         for kind, key, name in ((b"L", b"path", "name"), (b"K", b"linkpath", "link")):
             if kind in extended and key in found:
                 self.refuse(f"or its successor has two values for its {name}")
             if kind in extended:
                 found[key] = extended[kind].partition(b"\0")[0]
-        if b"GNU.sparse.name" in found:
-            found[b"path"] = found[b"GNU.sparse.name"]
         header.name = found.get(b"path", header.name)
         self.entry = header.name
         header.link = found.get(b"linkpath", header.link)
@@ -327,15 +365,21 @@ class _Reader:
         start, stored = header.data, header.size
         if start + stored > self.end:
             self.refuse("has more data than the tar: it is cut short")
-        found = dict(header.records)
+        sparse = [(key, value) for key, value in header.records if key.startswith(SPARSE_PREFIX)]
+        found = dict(sparse)
         if header.kind == b"S":
             size, pairs, skipped = self._old_sparse(header)
-        elif found.get(b"GNU.sparse.major"):
-            if (found[b"GNU.sparse.major"], found.get(b"GNU.sparse.minor")) != (b"1", b"0"):
-                self.refuse("is a sparse file of an unknown format")
-            size, (pairs, skipped) = self._real_size(found), self._sparse_map(start, stored)
-        elif any(key.startswith(b"GNU.sparse.") for key in found):
-            size, pairs, skipped = self._real_size(found), self._pax_sparse(header.records), 0
+        elif not all(found.values()):
+            self.refuse("is a sparse file of no known format")
+        elif found.keys() == SPARSE_1_0 and (found[_MAJOR], found[_MINOR]) == (b"1", b"0"):
+            size, (pairs, skipped) = (
+                self._decimal(found[_REAL_SIZE], "size"),
+                self._sparse_map(start, stored),
+            )
+        elif found.keys() in (SPARSE_0_0, SPARSE_0_1):
+            size, pairs, skipped = self._decimal(found[_SIZE], "size"), self._pax_sparse(sparse), 0
+        elif sparse:
+            self.refuse("is a sparse file of no known format")
         else:
             size, pairs, skipped = stored, [(0, stored)], 0
         start += skipped
@@ -345,8 +389,8 @@ class _Reader:
 
     def _pieces(self, size: int, pairs: list[tuple[int, int]], start: int, stored: int) -> Content:
         """Check that the pieces of a file ascend, lie in it, and use up what is stored."""
-        if problem := self.image.spend(content=size, metadata=24 * len(pairs)):
-            self.refuse(problem)
+        # What is stored was counted with the tar.
+        self.spend(content=max(0, size - stored), metadata=PIECE_COST * max(0, len(pairs) - 1))
         pieces, last, at = [], 0, start
         for position, length in pairs:
             if position < last or position + length > size:
@@ -358,34 +402,44 @@ class _Reader:
             self.refuse("is a sparse file whose pieces are not what is stored")
         return Content(self.path, size, tuple(pieces))
 
-    def _real_size(self, found: dict[bytes, bytes]) -> int:
-        return self._decimal(found.get(b"GNU.sparse.realsize", found.get(b"GNU.sparse.size", b"")), "size")
-
     def _old_sparse(self, header: _Header) -> tuple[int, list[tuple[int, int]], int]:
         """GNU's first format: four pieces in the header, 21 in each block that follows."""
+        if header.block[257:265] != GNU_MAGIC:
+            self.refuse("is a sparse file in a header of another format")
+        if any(key == b"size" for key, _ in header.records):
+            self.refuse("is sparse in two ways")
         block, at, count, more = header.block, 386, 4, header.block[482]
-        size, pairs, skipped = self._number(block[483:495], "size"), list[tuple[int, int]](), 0
+        size, pairs, skipped, ended = self._number(block[483:495], "size"), list[tuple[int, int]](), 0, False
         while True:
             for index in range(count):
                 raw = block[at + 24 * index : at + 24 * index + 24]
-                if raw[0] and len(pairs) > self.image.limits.extension // 8:
+                # Some readers stop at the first that is empty, some at the first that has no length.
+                if bool(raw[0]) != bool(raw[12]) or (ended and raw[0]):
+                    self.refuse("is a sparse file with a piece behind the last")
+                if ended := not raw[0]:
+                    continue
+                if len(pairs) > self.image.limits.extension // 8:
                     self.refuse("is a sparse file of too many pieces")
-                if raw[0]:
-                    pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
+                pairs.append((self._number(raw[:12], "piece"), self._number(raw[12:], "piece")))
             if not more:
                 return size, pairs, skipped
+            self.spend(headers=1)
             block, at, count = self.take(header.data + skipped, RECORD), 0, 21
             more, skipped = block[504], skipped + RECORD
 
     def _pax_sparse(self, records: list[tuple[bytes, bytes]]) -> list[tuple[int, int]]:
         """Formats 0.0 (a record for each number) and 0.1 (one record with all)."""
-        numbers = [value for key, value in records if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
-        for key, value in records:
-            if key == b"GNU.sparse.map":
-                numbers = value.split(b",")
+        found = dict(records)
+        if _MAP in found:
+            numbers = found[_MAP].split(b",")
+        else:
+            pieces = [(key, value) for key, value in records if key in (_OFFSET, _BYTES)]
+            if [key for key, _ in pieces] != [_OFFSET, _BYTES] * (len(pieces) // 2):
+                self.refuse("is a sparse file whose pieces are out of order")
+            numbers = [value for _, value in pieces]
+        if len(numbers) != 2 * self._decimal(found[_COUNT], "count"):
+            self.refuse("is a sparse file with other than its count of pieces")
         values = [self._decimal(value, "piece") for value in numbers]
-        if len(values) % 2:
-            self.refuse("is a sparse file with half a piece")
         return list(zip(values[::2], values[1::2], strict=True))
 
     def _sparse_map(self, start: int, stored: int) -> tuple[list[tuple[int, int]], int]:
@@ -414,25 +468,34 @@ def _add(reader: _Reader, header: _Header) -> None:
     """Put an entry into the tree, or refuse what has no one meaning."""
     if header.kind not in (FILE, LINK, SYMLINK, CHARACTER, BLOCK, FOLDER, FIFO, b"S"):
         reader.refuse(f"is of type {header.kind!r}, which no layer has")
+    # Measured: where no pax says otherwise, no reader takes what follows a folder or hard link for its data.
+    told = any(key == b"size" for key, _ in header.records)
+    if (header.kind == FOLDER and not told) or (header.kind == LINK and not reader.pax):
+        header.size = 0
     if header.kind not in (FILE, b"S") and header.size:
-        reader.refuse("is no file but has data")
+        reader.refuse(
+            "is no file but has a size: readers disagree on what is its data and what the next entry"
+        )
+    sparse = any(key.startswith(SPARSE_PREFIX) for key, _ in header.records)
+    if sparse and header.kind != FILE:
+        reader.refuse("is sparse but no file" if header.kind != b"S" else "is sparse in two ways")
     path = _split(reader, header.name)
     if header.kind != FOLDER and header.name.endswith((b"/", b"/.")):
         reader.refuse("is named like a folder but is none")
-    if problem := reader.image.spend(metadata=len(header.name) + len(header.link)):
-        reader.refuse(problem)
+    reader.spend(metadata=len(header.name) + len(header.link))
     if not path:
         if header.kind != FOLDER:
             reader.refuse("is the root but no folder")
         reader.root.meta = _meta(reader, header)
         return
-    parent = _parent(reader, path)
-    if path[-1].startswith(WHITEOUT_PREFIX):
+    whiteout = path[-1].startswith(WHITEOUT_PREFIX)
+    parent = _parent(reader, path, made=not whiteout)
+    if whiteout:
         _add_whiteout(reader, header, parent, path[-1])
     elif header.kind == FOLDER:
         _add_folder(reader, parent, path[-1], _meta(reader, header))
     else:
-        leaf = _linked(reader, header) if header.kind == LINK else _leaf(reader, header)
+        leaf = _linked(reader, header, path) if header.kind == LINK else _leaf(reader, header)
         _put(reader, parent, path[-1], leaf)
 
 
@@ -450,23 +513,31 @@ def _split(reader: _Reader, name: bytes) -> list[bytes]:
     return path
 
 
-def _parent(reader: _Reader, path: list[bytes]) -> Folder:
+def _parent(reader: _Reader, path: list[bytes], *, made: bool = True) -> Folder:
     """Return the folder that an entry lies in, making those on the way that the tar did not list."""
-    folder = reader.root
+    folder, below = reader.root, reader.image.root
     for name in path[:-1]:
         child = folder.children.get(name)
+        seen = below.children.get(name) if below and not (folder.opaque or name in folder.hidden) else None
+        below = seen if isinstance(seen, Folder) else None
         if child is None:
-            if problem := reader.image.spend(entries=1, metadata=len(name)):
-                reader.refuse(problem)
+            # Now, as the tar has it so far: who unpacks in order follows the link, whatever comes later.
+            if isinstance(seen, Leaf):
+                reader.refuse(
+                    "goes through a link or file of a lower layer: name the place where it is to be"
+                )
+            reader.spend(entries=1, metadata=len(name))
             child = folder.children[name] = Folder()
         if not isinstance(child, Folder):
             reader.refuse("goes through a link or file: name the place where it is to be")
         folder = child
+        folder.made |= made
     return folder
 
 
 def _add_whiteout(reader: _Reader, header: _Header, parent: Folder, name: bytes) -> None:
-    if header.kind != FILE or header.size:
+    sparse = any(key.startswith(SPARSE_PREFIX) for key, _ in header.records)
+    if header.kind != FILE or header.size or sparse:
         reader.refuse("is a whiteout but no empty file")
     hidden = name.removeprefix(WHITEOUT_PREFIX)
     if name == OPAQUE_MARK:
@@ -474,28 +545,25 @@ def _add_whiteout(reader: _Reader, header: _Header, parent: Folder, name: bytes)
     elif hidden in (b"", b".", b"..") or hidden.startswith(WHITEOUT_PREFIX):
         reader.refuse("is no whiteout of anything: pack the layer with another tool")
     else:
-        if problem := reader.image.spend(entries=1):
-            reader.refuse(problem)
+        reader.spend(entries=1)
         parent.hidden.add(hidden)
 
 
 def _add_folder(reader: _Reader, parent: Folder, name: bytes, meta: Meta) -> None:
     found = parent.children.get(name)
     if found is None:
-        if problem := reader.image.spend(entries=1):
-            reader.refuse(problem)
+        reader.spend(entries=1)
         found = parent.children[name] = Folder()
     if not isinstance(found, Folder):
         reader.refuse("is a folder here and something else before")
-    found.meta = meta
+    found.meta, found.made = meta, True
 
 
 def _put(reader: _Reader, parent: Folder, name: bytes, leaf: Leaf) -> None:
     """Give a leaf a name; of two with one name the later counts, as for tar."""
     if isinstance(parent.children.get(name), Folder):
         reader.refuse("is a folder before and something else here")
-    if problem := reader.image.spend(entries=1):
-        reader.refuse(problem)
+    reader.spend(entries=1)
     parent.children[name] = leaf
 
 
@@ -518,17 +586,24 @@ def _leaf(reader: _Reader, header: _Header) -> Leaf:
     return Leaf(header.kind, meta, device=device)
 
 
-def _linked(reader: _Reader, header: _Header) -> Leaf:
+def _linked(reader: _Reader, header: _Header, name: list[bytes]) -> Leaf:
     """Return what a hard link names: of this layer if it is there, or else of those below."""
     path = _split(reader, header.link)
+    # Others remove what has the name before they make the link.
+    if path[: len(name)] == name:
+        reader.refuse("is a hard link to itself or to what it replaces")
     found = _look_up(reader, reader.root, path)
     if found is None and (found := _look_up(reader, reader.image.root, path)) is not None:
-        if _covered(reader.root, tuple(path)):
+        if _covered(reader.root, path):
             reader.refuse("is a hard link to a file that this layer removes")
-        reader.borrowed.add(found)
+        reader.borrowed[found] = None
     if found is None:
-        name = header.link[:160].decode(errors="backslashreplace")
-        reader.refuse(f"is a hard link to {name!r}, which is no file before it")
+        target = header.link[:160].decode(errors="backslashreplace")
+        reader.refuse(f"is a hard link to {target!r}, which is no file before it")
+    names = reader.image.names.setdefault(found, set())
+    for new in {b"/".join(path), b"/".join(name)} - names:
+        reader.spend(metadata=len(new) + NAME_COST)
+        names.add(new)
     return found
 
 
@@ -554,17 +629,53 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
                 f"has the attribute {name.decode(errors='backslashreplace')}, which is overlayfs's own"
             )
         if name in XATTR_NAMES or (name.startswith(XATTR_SPACES) and name not in XATTR_SPACES):
-            if b"\0" in name or len(name) > NAME_MAX:
-                reader.refuse("has an attribute whose name Linux does not allow")
+            _check_xattr(reader, header.kind, name, value)
             xattrs.append((name, value))
-    cost = sum(len(name) + len(value) for name, value in xattrs)
-    if cost > reader.image.limits.xattrs:
+    size = sum(len(name) + len(value) for name, value in xattrs)
+    if size > reader.image.limits.xattrs:
         reader.refuse(f"has more than {reader.image.limits.xattrs} bytes of attributes")
-    if problem := reader.image.spend(metadata=cost):
-        reader.refuse(problem)
+    reader.spend(metadata=size + XATTR_COST * len(xattrs))
     numbers = header.numbers
     mode = numbers["mode"] & 0o7777
     return Meta(mode, numbers["uid"], numbers["gid"], header.mtime, tuple(sorted(xattrs)))
+
+
+# linux/capability.h, struct vfs_ns_cap_data: flags and revision 2, two sets; revision 3 has a user too.
+_CAPABILITY = re.compile(rb"[\x00\x01]\x00\x00(?:\x02.{16}|\x03.{16}(?!\xff{4}).{4})", re.DOTALL)
+# linux/posix_acl.h, tags: owner, users, group, groups, mask, the rest. Users and groups want a mask.
+_ACL = re.compile(rb"\x01(?:\x04\x10?|\x02*\x04\x08*\x10)\x20")
+_ACL_VERSION, _ACL_ENTRY = b"\2\0\0\0", struct.Struct("<HHI")  # linux/posix_acl_xattr.h: tag, mode, id
+
+
+def _check_xattr(reader: _Reader, kind: bytes, name: bytes, value: bytes) -> None:
+    """Refuse an attribute that Linux would let nobody set: erofs would show it, and what then depends."""
+    if b"\0" in name or len(name) > NAME_MAX:
+        taken = False
+    elif name.startswith(b"user."):
+        taken = kind in (FILE, b"S", FOLDER)
+    elif name == b"security.capability":
+        taken = bool(_CAPABILITY.fullmatch(value))
+    elif name in XATTR_NAMES:
+        taken = kind == FOLDER or (kind != SYMLINK and name == XATTR_NAMES[0])
+        taken = taken and _is_acl(value)
+    else:
+        taken = True
+    if not taken:
+        shown = name[:80].decode(errors="backslashreplace")
+        reader.refuse(f"has the attribute {shown}, which Linux does not take of such a file or value")
+
+
+def _is_acl(value: bytes) -> bool:
+    if value[:4] != _ACL_VERSION or len(value) % _ACL_ENTRY.size != 4:
+        return False
+    entries = list(_ACL_ENTRY.iter_unpack(value[4:]))
+    tags = bytes(min(tag, 255) for tag, _, _ in entries)
+    named = [owner for tag, _, owner in entries if tag in (2, 8)]
+    return (
+        bool(_ACL.fullmatch(tags))
+        and all(mode <= 7 for _, mode, _ in entries)
+        and max(named, default=0) <= ID_MAX
+    )
 
 
 # --- What lies below ----------------------------------------------------------------------------------
@@ -572,13 +683,22 @@ def _meta(reader: _Reader, header: _Header) -> Meta:
 
 def walk(root: Folder) -> Iterator[tuple[tuple[bytes, ...], Leaf | Folder]]:
     """Yield every path of a tree with what is there: sorted, folders before what is in them."""
-    waiting: list[tuple[tuple[bytes, ...], Leaf | Folder]] = [((), root)]
-    while waiting:
-        path, found = waiting.pop()
-        yield path, found
+    yield (), root
+    path: list[bytes] = []
+    levels = [(root, iter(sorted(root.children)))]
+    while levels:
+        folder, names = levels[-1]
+        if (name := next(names, None)) is None:
+            levels.pop()
+            del path[-1:]
+            continue
+        found = folder.children[name]
+        path.append(name)
+        yield tuple(path), found
         if isinstance(found, Folder):
-            names = sorted(found.children, reverse=True)
-            waiting += [((*path, name), found.children[name]) for name in names]
+            levels.append((found, iter(sorted(found.children))))
+        else:
+            path.pop()
 
 
 def _take_links(reader: _Reader, image: Image) -> None:
@@ -587,15 +707,27 @@ def _take_links(reader: _Reader, image: Image) -> None:
         return
     for leaf in reader.borrowed:
         size = leaf.content.size if leaf.content else 0
-        if problem := image.spend(content=size):
-            reader.refuse(problem)
-    for path, found in walk(image.root):
-        if isinstance(found, Leaf) and found in reader.borrowed and not _covered(reader.root, path):
-            reader.entry = b"/".join(path)
-            _put(reader, _parent(reader, list(path)), path[-1], found)
+        reader.spend(content=size)
+        names = image.names[leaf]
+        names -= {
+            name for name in names if not _is(image.root, name, leaf) and not _is(reader.root, name, leaf)
+        }
+        for name in sorted(names):
+            path = name.split(b"/")
+            if _is(image.root, name, leaf) and not _covered(reader.root, path):
+                reader.entry = name
+                _put(reader, _parent(reader, path), path[-1], leaf)
 
 
-def _covered(root: Folder, path: tuple[bytes, ...]) -> bool:
+def _is(root: Folder, name: bytes, leaf: Leaf) -> bool:
+    """Say whether a file has this name."""
+    found: Leaf | Folder | None = root
+    for part in name.split(b"/"):
+        found = found.children.get(part) if isinstance(found, Folder) else None
+    return found is leaf
+
+
+def _covered(root: Folder, path: list[bytes]) -> bool:
     """Say whether a layer hides what is below at a path."""
     folder: Leaf | Folder = root
     for name in path:
@@ -607,38 +739,70 @@ def _covered(root: Folder, path: tuple[bytes, ...]) -> bool:
     return True
 
 
+# A path linked backwards: a tuple for each of many deep folders would be most of the memory.
+_Trail = tuple["_Trail", bytes] | None
+
+
 def _settle(reader: _Reader, image: Image) -> None:
     """Give folders that the tar passed through their attributes, and keep the whiteouts that hide something.
 
     Overlayfs shows a whiteout as a device where no lower layer has the folder: there are none of those.
     """
     known = image.root is not None
-    waiting: list[tuple[Folder, Leaf | Folder | None, tuple[bytes, ...]]] = [(reader.root, image.root, ())]
+    _open_root(reader, image)
+    waiting: list[tuple[Folder, Leaf | Folder | None, bool, _Trail]] = [
+        (reader.root, image.root, True, None)
+    ]
     while waiting:
-        folder, below, path = waiting.pop()
-        reader.entry = b"/".join(path) or b"/"
+        folder, below, visible, trail = waiting.pop()
         if folder.meta is None:
-            if isinstance(below, Leaf):
-                reader.refuse(
-                    "is a folder only in passing, but a link or file below: name where it is to be"
-                )
-            if not known and path:
-                reader.refuse("is a folder that the tar does not list, and the layer below is not a tar")
-            folder.meta = below.meta if below and below.meta else Meta()
-        under = below if isinstance(below, Folder) and not folder.opaque else None
-        folder.opaque = folder.opaque and (isinstance(below, Folder) or not known)
-        for name in folder.hidden:
-            child = folder.children.get(name)
-            if isinstance(child, Folder):
-                child.opaque = True
-            elif child is None and (not known or (under and name in under.children)):
+            folder.meta = _passed(reader, below, trail, known=known)
+        lower = below.children if isinstance(below, Folder) else {}
+        folder.opaque = folder.opaque and visible and (isinstance(below, Folder) or not known)
+        visible = visible and not folder.opaque
+        for name, child in list(folder.children.items()):
+            hidden, beneath = name in folder.hidden, lower.get(name)
+            if not isinstance(child, Folder):
+                continue
+            if not (child.made or (visible and not hidden and (beneath or not known))):
+                del folder.children[name]
+                continue
+            # A whiteout beside it makes it a new folder, whatever was there.
+            child.opaque |= hidden
+            waiting.append((child, beneath, visible, (trail, name)))
+        for name in folder.hidden - folder.children.keys():
+            if visible and (name in lower or not known):
                 folder.children[name] = WHITEOUT
-        for name, child in folder.children.items():
-            if isinstance(child, Folder):
-                # A whiteout beside it makes it a new folder, whatever was there.
-                if name in folder.hidden and child.meta is None:
-                    child.meta = Meta()
-                waiting.append((child, under.children.get(name) if under else None, (*path, name)))
+
+
+def _open_root(reader: _Reader, image: Image) -> None:
+    """Say one by one what an opaque root hides: overlayfs does not heed the mark of a layer's root."""
+    if not reader.root.opaque:
+        return
+    if image.root is None:
+        reader.entry = b"/"
+        reader.refuse("hides all that is below, and a layer below is not a tar: name what is to go")
+    reader.root.opaque = False
+    reader.root.hidden |= image.root.children.keys()
+
+
+def _passed(reader: _Reader, below: Leaf | Folder | None, trail: _Trail, *, known: bool) -> Meta:
+    """Return the attributes of a folder that the tar does not list: those it has below, hidden or not.
+
+    A private folder must not become open because its path was the shortest way to say something else.
+    """
+    reader.entry = _name(trail)
+    if not known and trail:
+        reader.refuse("is a folder that the tar does not list, and the layer below is not a tar")
+    return below.meta if isinstance(below, Folder) and below.meta else Meta()
+
+
+def _name(trail: _Trail) -> bytes:
+    parts = []
+    while trail:
+        trail, part = trail
+        parts.append(part)
+    return b"/".join(reversed(parts)) or b"/"
 
 
 def _merge(below: Folder, layer: Folder) -> None:
@@ -669,6 +833,8 @@ def head(leaf: Leaf, size: int) -> bytes:
     if leaf.content is None:
         return b""
     data = bytearray(min(size, leaf.content.size))
+    if not leaf.content.pieces:
+        return bytes(data)  # the tar may be gone
     with leaf.content.source.open("rb") as file:
         for start, length, place in leaf.content.pieces:
             if start < len(data):
@@ -680,8 +846,15 @@ def head(leaf: Leaf, size: int) -> bytes:
 
 def count(root: Folder) -> int:
     """Return how many inodes a tree has."""
-    found = [node for _, node in walk(root)]
-    return len(set(found)) + max(0, found.count(WHITEOUT) - 1)
+    folders, leaves, whiteouts = 0, set[Leaf](), 0
+    for _, found in walk(root):
+        if isinstance(found, Folder):
+            folders += 1
+        elif found is WHITEOUT:
+            whiteouts += 1
+        else:
+            leaves.add(found)
+    return folders + len(leaves) + whiteouts
 
 
 def size_of(root: Folder) -> int:
@@ -707,7 +880,7 @@ def write_tree(root: Folder, out: IO[bytes], advance: Callable[[int], None] = la
             content = found.content
             size = content.size if content else 0
             out.write(_encode(name, found.kind, found.meta, found.target, found.device, size))
-            if content:
+            if content and size:
                 _copy(content, out, advance)
                 out.write(bytes(-size % RECORD))
     out.write(bytes(2 * RECORD))

@@ -55,6 +55,13 @@ def make_tar(files: dict[str, bytes], *, padding: int = 0) -> bytes:
     return buffer.getvalue() + bytes(padding)
 
 
+def linked(name: str, target: str) -> bytes:
+    """Make an entry that is a hard link."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = tarfile.LNKTYPE, target
+    return entry.tobuf()
+
+
 TREE = make_tar({"usr/": b"", "usr/bin/hello": b"hello " * 9000, "bin@": b"usr/bin", "etc/.wh.gone": b""})
 
 
@@ -578,10 +585,48 @@ def test_a_bomb_is_not_unpacked(packing: str, host: Host, tmp_path: Path) -> Non
     layout, bomb = images.Layout(tmp_path / "layout"), bytes(8 << 20)
     packed = gzip.compress(bomb) if packing == "+gzip" else host_zstd(bomb)
     layer = layout.add_blob(host, packed, TAR + packing)
-    job = images.LayerJob(host, layout, layer, ZEROS, "layer 1", tmp_path / "1")
+    (tmp_path / "work").mkdir()
+    job = images.LayerJob(host, layout, layer, ZEROS, "layer 1", tmp_path / "work/1")
+    stack = tars.Image(tars.Limits(content=2 << 20))
+    stack.spend(content=1 << 20)
     with pytest.raises(Failure, match="unpacks to more than an image may"):
-        images._unpack(job, layout.blob_path(layer.digest), tars.Image(tars.Limits(content=1 << 20)))
-    assert (tmp_path / "1.tar").stat().st_size <= 2 << 20
+        images._unpack(job, layout.blob_path(layer.digest), stack)
+    assert [path.stat().st_size <= 1 << 20 for path in (tmp_path / "work").iterdir()] == [True]
+
+
+def test_a_layer_that_is_listed_twice_is_unpacked_once(host: Host, tmp_path: Path) -> None:
+    layout, diff_id = images.Layout(tmp_path / "layout"), f"sha256:{hashlib.sha256(TREE).hexdigest()}"
+    layer = layout.add_blob(host, gzip.compress(TREE), TAR + "+gzip")
+    (tmp_path / "work").mkdir()
+    below, target = images.Below(None, None), images.Layout(tmp_path / "target")
+    first = images.LayerJob(host, layout, layer, diff_id, "layer 1", tmp_path / "work/1")
+    one = images._convert_layer(first, below, target)
+    (tar,) = (tmp_path / "work").iterdir()
+    tar.touch()
+    before = tar.stat()
+    second = images.LayerJob(host, layout, layer, diff_id, "layer 2", tmp_path / "work/2")
+    assert images._convert_layer(second, below, target) == one
+    assert [path.stat() for path in (tmp_path / "work").iterdir()] == [before]
+    third = images.LayerJob(host, layout, layer, ZEROS, "layer 3", tmp_path / "work/3")
+    with pytest.raises(Failure, match="does not unpack to its diff_id"):
+        images._convert_layer(third, below, target)
+
+
+def test_an_unpacked_layer_that_no_other_can_need_goes_at_once(host: Host, tmp_path: Path) -> None:
+    layout, tar = images.Layout(tmp_path / "layout"), make_tar({"a/": b"", "b@": b"a", "empty": b""})
+    layer = layout.add_blob(host, gzip.compress(tar), TAR + "+gzip")
+    (tmp_path / "work").mkdir()
+    below, target = images.Below(None, None), images.Layout(tmp_path / "target")
+    diff_id = f"sha256:{hashlib.sha256(tar).hexdigest()}"
+    job = images.LayerJob(host, layout, layer, diff_id, "layer 1", tmp_path / "work/1")
+    images._convert_layer(job, below, target)
+    assert not list((tmp_path / "work").iterdir())
+    # The empty file of the layer whose tar is gone still has its names.
+    upper = linked("again", "empty") + bytes(1024)
+    blob = layout.add_blob(host, upper, TAR)
+    job = images.LayerJob(host, layout, blob, blob.digest, "layer 2", tmp_path / "work/2")
+    assert images._convert_layer(job, below, target)
+    assert layout.blob_path(blob.digest).is_file()
 
 
 # --- Documents that do not mean well ------------------------------------------------------------------

@@ -290,3 +290,49 @@ def test_the_mounted_stack_is_what_umoci_unpacks(host: Host, tmp_path: Path) -> 
         if dated != theirs[path]:
             unequal[path] = (seen, theirs[path])
     assert unequal == {}
+
+
+BELOW = [
+    folder(b"./"),
+    folder(b"etc", 0o700, (7, 7)),
+    Entry(b"etc/shadow", content=b"root::0:0::::", mode=0o666),
+    folder(b"etc/ssl", 0o700, (8, 8)),
+    Entry(b"etc/ssl/old"),
+    folder(b"var/log"),
+    Entry(b"file"),
+    Entry(b"lib", tarfile.SYMTYPE, target=b"etc", mode=0o777),
+]
+HIDING = {
+    "an opaque root": [[Entry(b".wh..wh..opq"), Entry(b"init", content=b"x")]],
+    "after the rest": [[folder(b"etc", 0o711), Entry(b"lib"), folder(b"new"), Entry(b".wh..wh..opq")]],
+    "a folder passed through": [[Entry(b"etc/ssl/new"), Entry(b".wh..wh..opq")]],
+    "twice": [[Entry(b".wh..wh..opq"), Entry(b"a")], [Entry(b"./.wh..wh..opq"), Entry(b"b")]],
+    "something above": [[Entry(b".wh..wh..opq"), Entry(b"a")], [folder(b"etc"), Entry(b"etc/new")]],
+    "a whiteout of nothing": [
+        [Entry(b"new/deep/.wh.x"), Entry(b"etc/new/.wh.x"), Entry(b"opq/.wh..wh..opq")]
+    ],
+    "within what goes": [[Entry(b".wh.etc"), Entry(b"etc/.wh.shadow"), Entry(b"etc/ssl/.wh.old")]],
+    "passed through, then removed": [[Entry(b"etc/ssl/new"), Entry(b".wh.etc")]],
+}
+
+
+@pytest.mark.parametrize("case", HIDING)
+def test_what_umoci_hides_the_kernel_hides(case: str, host: Host, tmp_path: Path) -> None:
+    tars = [pack(BELOW), *[pack(layer) for layer in HIDING[case]]]
+    ours, theirs = both(host, tmp_path, tars, tars)
+    assert {path: replace(seen, mtime=0) for path, seen in ours.items()} == {
+        path: replace(seen, mtime=0) for path, seen in theirs.items()
+    }
+
+
+def test_sizes_of_what_has_no_data_mean_nothing(host: Host, tmp_path: Path) -> None:
+    """Premise: umoci, too, goes on with the next record."""
+    entries = [folder(b"./"), folder(b"d"), Entry(b"f", content=b"x"), link(b"l", b"f"), Entry(b"g")]
+    tar = bytearray(pack(entries, tarfile.GNU_FORMAT))
+    for name in (b"d/", b"l"):
+        at = next(at for at in range(0, len(tar), 512) if tar[at : at + 100].rstrip(b"\0") == name)
+        tar[at + 124 : at + 136] = b"%011o\0" % 512
+        total = sum(tar[at : at + 148]) + 8 * 32 + sum(tar[at + 156 : at + 512])
+        tar[at + 148 : at + 156] = b"%06o\0 " % total
+    ours, theirs = both(host, tmp_path, [bytes(tar)], [bytes(tar)])
+    assert set(ours) == set(theirs) == {b".", b"d", b"f", b"g", b"l"}

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import struct
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -400,3 +402,29 @@ def test_the_policy_of_the_initrd_reaches_the_report() -> None:
     k.files["/etc/mosinit/policy.json"] = policy_json(epoch=3)
     end(k)
     assert (k.framed()["epoch"], k.framed()["uki_id"], k.framed()["mode"]) == (3, UKI_ID, "live")
+
+
+def test_what_waits_waits_side_by_side() -> None:
+    gate, done = threading.Barrier(init.THREADS), list[int]()
+
+    def work(number: int) -> None:
+        gate.wait(30)
+        done.append(number)
+
+    init.in_parallel(work, range(3 * init.THREADS))
+    assert sorted(done) == list(range(3 * init.THREADS))
+    init.in_parallel(work, [])
+
+
+def test_a_failure_side_by_side_is_raised_once_all_others_are_done() -> None:
+    done = list[int]()
+
+    def work(number: int) -> None:
+        if number == 0:
+            raise OSError(errno.EIO, "input/output error")
+        time.sleep(0.01)
+        done.append(number)
+
+    with pytest.raises(OSError, match="input/output"):
+        init.in_parallel(work, range(3 * init.THREADS))
+    assert sorted(done) == list(range(1, 3 * init.THREADS))

@@ -243,6 +243,12 @@ def test_each_device_has_a_table_of_ours_and_a_signature() -> None:
     for first, second in zip(loads[:4], loads[4:], strict=True):
         words = str(first[4][2]).replace(" 2 root_hash", " 3 root_hash") + " restart_on_corruption"  # type: ignore[index]
         assert second[4] == (*first[4][:2], words)  # type: ignore[index]
+    # Each new table is in force: the devices are resumed again, side by side.
+    resumes = [op for op in done(k, "dm") if op[1] == "DEV_SUSPEND"]
+    assert [op[2:] for op in resumes[:4]] == [(name, 0, None) for name in names]
+    swaps = sorted(str(op[2]) for op in resumes[4:] if op[3] == init.DM_SKIP_LOCKFS)
+    assert swaps == sorted(names)
+    assert k.ops.index(loads[-1]) < k.ops.index(resumes[4])
     keys = [op[2] for op in done(k, "add_key")]
     assert keys == [b"seal", b"signature 2", b"signature 1", b"signature 3"] * 2
     assert len(done(k, "clear_keys")) == 8
@@ -416,20 +422,20 @@ FAULTS: list[tuple[str, Fault]] = [
     ("MANIFEST-ABSENT", of(artefacts=0)),
     ("MANIFEST-ABSENT", of(parts=[init.MANIFEST_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE])),
     ("MANIFEST-ABSENT", spoiled(lambda r: r.manifest())),
-    ("STORE-READ", without(lambda r: r.manifest())),
+    ("STORE-BLOB", without(lambda r: r.manifest())),
     ("MANIFEST-TARGET", of(names=["hostfs"])),
     ("MANIFEST-TARGET", of(names=["bootkit"])),
     ("IMAGE-DIGEST", spoiled(lambda r: r.image("hostfs"))),
-    ("STORE-READ", without(lambda r: r.image("bootkit"))),
+    ("STORE-BLOB", without(lambda r: r.image("bootkit"))),
     ("IMAGE-FORMAT", of(change_image=lambda image: image.pop("layers"))),
     ("LAYER-ROOTHASH", of(change_image=no_roots)),
     ("MANIFEST-UKI", of(uki_id="cd" * 32)),
     ("MANIFEST-UKI", of(change_image=lambda image: image.pop("annotations", None))),
     ("LAYER-SIGNATURE", lambda r: r.signatures.update(hostfs=[b"signature 1"])),
     ("LAYER-SIGNATURE", spoiled(lambda r: r.signatures["hostfs"][1])),
-    ("STORE-READ", without(lambda r: r.signatures["bootkit"][0])),
+    ("STORE-BLOB", without(lambda r: r.signatures["bootkit"][0])),
     ("LAYER-SIGNATURE", refused_table("hostfs-0")),
-    ("STORE-READ", without(lambda r: r.layers["hostfs"][0])),
+    ("STORE-BLOB", without(lambda r: r.layers["hostfs"][0])),
     ("LAYER-SIZE", blob("hostfs", 0, lambda data: data[:-4096])),
     ("LAYER-SIZE", blob("hostfs", 0, lambda data: data + bytes(4096))),
     ("LAYER-SUPERBLOCK", blob("hostfs", 0, lambda data: data[:16384] + b"X" + data[16385:])),
@@ -448,6 +454,7 @@ FAULTS: list[tuple[str, Fault]] = [
     ("HOSTFS-INIT", init_is(0o755, b"#!/missing\n")),
     ("OVERLAY-MOUNTPOINT", machine(lambda k: k.becomes_link("/sysroot/run"))),
     ("LAYER-SIGNATURE", machine(lambda k: k.fail("second load"))),
+    ("LAYER-SIGNATURE", machine(lambda k: k.fail("second resume"))),
 ]  # fmt: skip
 
 
@@ -498,6 +505,8 @@ def late(k: StoreMachine) -> None:
     ) -> str:
         if table and "restart_on_corruption" in table[2] and "second load" in k.failing:
             raise k.failing["second load"]
+        if command == init.DmCommand.DEV_SUSPEND and flags and "second resume" in k.failing:
+            raise k.failing["second resume"]
         return plain_dm(command, name, flags, table)
 
     k.mount, k.dm = mount, dm  # type: ignore[method-assign]

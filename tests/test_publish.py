@@ -311,7 +311,7 @@ def spoil(path: Path, offset: int, content: bytes) -> None:
         ("longer", "LAYER-SIZE"),
         ("superblock", "LAYER-SUPERBLOCK"),
         ("magic", "LAYER-FILESYSTEM"),
-        ("absent", "STORE-READ"),
+        ("absent", "STORE-BLOB"),
         ("content", "LAYER-READ"),
         ("signature", "LAYER-SIGNATURE"),
         ("padded signature", "LAYER-SIGNATURE"),

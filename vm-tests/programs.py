@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 # linux/x86_64 system calls, and reboot(2)'s magic numbers
-WRITE, PAUSE, REBOOT = 1, 34, 169
+READ, WRITE, OPEN, PAUSE, REBOOT = 0, 1, 2, 34, 169
 RESTART = (0xFEE1DEAD, 0x28121969, 0x01234567)
 
 
@@ -16,15 +16,25 @@ def system_call(number: int, *arguments: int) -> bytes:
     return b"\xb8" + struct.pack("<I", number) + b"".join(moves) + b"\x0f\x05"
 
 
-def init_program(text: bytes, then: str) -> bytes:
-    """Make a static ELF program that writes `text` and then restarts, hangs, or writes on for ever."""
+def init_program(text: bytes, then: str, path: bytes = b"") -> bytes:
+    """Make a static ELF program that writes `text` and then restarts, hangs, or writes on for ever.
+
+    Before that it reads the beginning of the file `path`, if one is named, and ignores what comes of it.
+    """
     base, header = 0x400000, 64 + 56
     calls = {"restart": system_call(REBOOT, *RESTART), "hang": system_call(PAUSE), "flood": b""}
-    size = len(system_call(WRITE, 1, 0, 0)) + len(calls[then]) + 2
-    code = system_call(WRITE, 1, base + header + size, len(text)) + calls[then]
-    code += b"\xeb" + struct.pack("<b", -(len(code) + 2))  # jmp to the beginning
-    total = header + size + len(text)
+
+    def code(place: int) -> bytes:
+        words = system_call(WRITE, 1, place, len(text)) + calls[then]
+        if path:
+            # The kernel has read the page by the time that it finds nowhere to write it.
+            words = system_call(OPEN, place + len(text), 0) + system_call(READ, 3, base, 4096) + words
+        return words + b"\xeb" + struct.pack("<b", -(len(words) + 2))  # jmp to the beginning
+
+    data = text + path + b"\0"
+    place = base + header + len(code(0))
+    total = place - base + len(data)
     elf = b"\x7fELF\2\1\1".ljust(16, b"\0")
     elf += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + header, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     elf += struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, total, total, 4096)
-    return elf + code + text
+    return elf + code(place) + data

@@ -22,7 +22,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from world import GOOD_HOSTFS, World, check_refused, flip, get, part_of, put, replace_parts
+from programs import init_program
+from world import GOOD_HOSTFS, HELLO, World, check_refused, flip, get, part_of, put, replace_parts
 
 from mosinit import init, keys
 
@@ -199,12 +200,12 @@ CASES: dict[str, tuple[str, Callable[[Draft], Path]]] = {
     "a layer cut short": ("LAYER-SIZE", layer_changed(lambda data: data[: -init.BLOCK])),
     "a layer that is longer": ("LAYER-SIZE", layer_changed(lambda data: data + bytes(init.BLOCK))),
     "a bit of the image manifest": ("IMAGE-DIGEST", image_flipped),
-    "no such layer": ("STORE-READ", without_blob(Draft.layer)),
+    "no such layer": ("STORE-BLOB", without_blob(Draft.layer)),
     "no such signature": (
-        "STORE-READ",
+        "STORE-BLOB",
         without_blob(lambda draft: draft.blob(draft.target("hostfs").layer_signatures[0])),
     ),
-    "no such image": ("STORE-READ", absent_image),
+    "no such image": ("STORE-BLOB", absent_image),
     "no root hash": ("LAYER-ROOTHASH", without_root_hash),
     "no signature": ("LAYER-SIGNATURE", without_signature),
     "another layer's signature": ("LAYER-SIGNATURE", signature_of_another_layer),
@@ -226,3 +227,17 @@ def test_what_does_not_fit_the_signed_manifest_is_refused(
     check, change = CASES[case]
     draft = Draft(world, large, world.folder / case.replace(" ", "-").replace("'", ""))
     check_refused(world.go_on(world.medium(change(draft))), check)
+
+
+def test_a_corrupt_block_that_hostfs_meets_restarts_the_machine(world: World, medium: Path) -> None:
+    """Nothing reads it before the hand-over; with a mere error for an answer, the program would speak."""
+    data = os.urandom(16 * init.BLOCK)
+    hostfs = {"sbin/init": init_program(HELLO, "hang", b"/usr/data"), "usr/data": data}
+    draft = Draft(world, world.release("met-later", hostfs), world.folder / "corrupt-block")
+    layer = draft.layer().read_bytes()
+    draft.layer().write_bytes(flip(layer, layer.index(data[:512]) + 100))
+    outcome = world.go_on(world.medium(draft.layout), until="multi-user", timeout=60)
+    console = outcome.console.read_bytes()
+    assert (outcome.status, outcome.reason) == (1, "the machine restarted before multi-user.target")
+    assert b'"result": "pivoted"' in console
+    assert HELLO.strip() not in console

@@ -102,7 +102,7 @@ def test_content_sealed_again_is_refused(
 @pytest.mark.parametrize(
     ("where", "check"),
     [
-        ("manifest", "STORE-READ"),
+        ("manifest", "STORE-BLOB"),
         ("superblock", "STORE-READ"),
         ("seal", "STORE-SEAL"),
         ("partition table", "DISK-ABSENT"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from world import GOOD_HOSTFS, Files, World
+from programs import init_program
+from world import GOOD_HOSTFS, HELLO, Files, Layer, Stacker, World, get, part_of
 
 from mosinit import init
 
@@ -49,3 +51,41 @@ def test_a_stack_of_layers_boots(world: World, medium: Path, count: int) -> None
     signed = [check for check in report["checks"] if check["id"] == "LAYER-SIGNATURE"]
     assert len(signed) >= count
     print(f"{count} layers: {[stages[name] for name in ('mount-layers', 'stack', 'prepare-root')]}")
+
+
+def script(interpreter: str) -> bytes:
+    """Return a program for another one to run, long enough that every squashfs packs it."""
+    return f"#!{interpreter}\n".encode() + b"#\n" * 4096
+
+
+def test_layers_of_stacker_boot_as_they_are(world: World, medium: Path) -> None:
+    """Each layer has what the one below starts with, the last the word that is heard."""
+    atomfs, squashfs = init.ROOT_HASH_ANNOTATIONS
+    data: list[Layer] = [Stacker({"data": b"data"}, annotation=name) for name in (atomfs, squashfs)]
+    hostfs: list[Layer] = [
+        {"sbin/init": init_program(b"hidden\n", "hang"), "usr/lib/systemd/systemd": script("/usr/zstd")},
+        Stacker({"usr/zstd": script("/usr/gzip")}, "zstd", atomfs, hidden=("sbin/init",)),
+        Stacker({"usr/gzip": script("/usr/xz")}, "gzip", squashfs),
+        Stacker({"usr/xz": init_program(HELLO, "restart") + bytes(8192)}, "xz", squashfs),
+    ]
+    release = world.release("stacker", hostfs, more={"data": data})
+    targets = init.parse_manifest(part_of(release, init.MANIFEST_MEDIA_TYPE)).targets
+    published = {target.service_name: target.digest for target in targets}
+    # Of an image that only stacker made nothing changes at all, of the other one its lowest layer.
+    assert published["data"] == image_of(world.folder / "stacker-data")
+    layouts = world.folder / "stacker-hostfs", release
+    digests = image_of(layouts[0]), published["hostfs"]
+    before, after = (json.loads(get(*each))["layers"][1:] for each in zip(layouts, digests, strict=True))
+    assert before == after
+    assert all(get(layouts[0], each["digest"]) == get(layouts[1], each["digest"]) for each in before)
+    outcome = world.go_on(world.medium(release), until="multi-user")
+    console = outcome.console.read_bytes()
+    assert (outcome.status, outcome.reason) == (1, "the machine restarted before multi-user.target")
+    assert console.index(b"mosinit-report: ") < console.index(HELLO.strip())
+    assert b"hidden" not in console
+
+
+def image_of(layout: Path) -> str:
+    """Return the digest of a layout's one image."""
+    (entry,) = json.loads((layout / "index.json").read_bytes())["manifests"]
+    return str(entry["digest"])

@@ -26,6 +26,19 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 Files = dict[str, bytes]
 
 
+@dataclass(frozen=True)
+class Stacker:
+    """A layer as stacker makes it: a squashfs, and verity data with a random salt behind it."""
+
+    files: Files
+    compressor: str = "zstd"
+    annotation: str = init.ROOT_HASH_ANNOTATIONS[0]
+    hidden: tuple[str, ...] = ()  # by overlayfs's mark, which stacker copies from its own overlay
+
+
+Layer = Files | Stacker
+
+
 @dataclass
 class World:
     """A keyset with its UKI, a hostfs of one program, and the media made of them."""
@@ -43,22 +56,26 @@ class World:
         (self.folder / "out").mkdir()
         self.bootable = build.make_bootable(self.host, self.keyset, self.folder / "out", 1)
 
-    def image(self, name: str, *layers: Files) -> Path:
-        """Make an OCI layout with an image of these tar layers, the lowest first."""
+    def image(self, name: str, *layers: Layer) -> Path:
+        """Make an OCI layout with an image of these layers, the lowest first."""
         layout = self.folder / name
         shutil.rmtree(layout, ignore_errors=True)
-        tars = [make_tar(files) for files in layers]
-        digests = [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]
+        made = [
+            put_stacker(self.host, layout, layer)
+            if isinstance(layer, Stacker)
+            else put(layout, make_tar(layer), "application/vnd.oci.image.layer.v1.tar")
+            for layer in layers
+        ]
         config = {
             "architecture": "amd64",
             "os": "linux",
-            "rootfs": {"type": "layers", "diff_ids": digests},
+            "rootfs": {"type": "layers", "diff_ids": [each["digest"] for each in made]},
         }
         manifest = {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": put(layout, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
-            "layers": [put(layout, tar, "application/vnd.oci.image.layer.v1.tar") for tar in tars],
+            "layers": made,
         }
         kind = str(manifest["mediaType"])
         entry_of_index = put(layout, json.dumps(manifest).encode(), kind)
@@ -69,10 +86,10 @@ class World:
     def release(
         self,
         name: str,
-        hostfs: Files | Sequence[Files],
+        hostfs: Files | Sequence[Layer],
         keyset: keys.Keyset | None = None,
         epoch: int = 1,
-        more: Mapping[str, Sequence[Files]] | None = None,
+        more: Mapping[str, Sequence[Layer]] | None = None,
     ) -> Path:
         """Publish a manifest with this hostfs and the UKI's bootkit; `more` names `fs-only` targets."""
         keyset = keyset or self.keyset
@@ -142,6 +159,29 @@ def make_tar(files: Files) -> bytes:
             entry.size, entry.mode = len(content), 0o755
             archive.addfile(entry, io.BytesIO(content))
     return tar.getvalue()
+
+
+def put_stacker(host: Host, layout: Path, layer: Stacker) -> dict[str, object]:
+    """Write a layer as stacker does into an OCI layout and return its descriptor."""
+    with host.scratch() as folder:
+        for path, content in layer.files.items():
+            target = folder / "root" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            target.chmod(0o755)
+        blob, marks = folder / "layer", []
+        for path in layer.hidden:
+            (folder / "root" / path).parent.mkdir(parents=True, exist_ok=True)
+            marks += ["-p", f"{path} c 0 0 0 0 0"]
+        host.run(["mksquashfs", folder / "root", blob, "-comp", layer.compressor, *marks, "-quiet"])
+        size = blob.stat().st_size
+        told = host.run(
+            ["veritysetup", "format", "--data-block-size=4096", "--hash-block-size=4096",
+             f"--data-blocks={size // 4096}", f"--hash-offset={size}", blob, blob]
+        ).decode()  # fmt: skip
+        root_hash = next(line.split()[-1] for line in told.splitlines() if line.startswith("Root hash"))
+        kind = f"application/vnd.stacker.image.layer.squashfs+{layer.compressor}+verity"
+        return put(layout, blob.read_bytes(), kind) | {"annotations": {layer.annotation: root_hash}}
 
 
 def make_cpio(host: Host, files: Files) -> bytes:
