@@ -78,244 +78,144 @@ class Check(NamedTuple):
     remedy: str
 
 
-CHECKS: dict[str, Check] = {
-    "MODULE-LOAD": Check(
-        "a kernel module that the build listed does not load",
-        "the UKI and its initrd do not fit each other: build the UKI again with `mosinit build`",
-    ),
-    "MODULE-PARAMETER": Check(
-        "a kernel module does not have the parameter that the build set",
-        "build the UKI again; if it repeats, the kernel does not know the parameter",
-    ),
-    "SB-OFF": Check("Secure Boot is off", "switch Secure Boot on in the firmware's setup"),
-    "SB-MODE": Check(
-        "the firmware is in setup or audit mode, where anybody can enrol keys",
-        "choose `Enroll Secure Boot keys` in the menu that the restarted medium shows for a minute, or "
-        "enrol the keyset's PK, KEK and db certificates in the firmware's setup",
-    ),
-    "SB-DB": Check(
-        "the firmware trusts other certificates than this system was built for",
-        "make the firmware's db hold exactly the uki and the layer certificate of your keyset",
-    ),
-    "SB-MOK": Check(
-        "a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it",
-        "it has been deleted; restart. If it returns, remove shim and its variables from this machine",
-    ),
-    "SB-KEYRING": Check(
-        "the kernel trusts keys that this system was not built for",
-        "find where the extra key comes from (db, shim, firmware) and remove it there",
-    ),
-    "SB-LOCKDOWN": Check(
-        "the kernel is not locked down, so its memory can be read",
-        "boot the UKI as it was built, under Secure Boot",
-    ),
-    "TPM-ABSENT": Check(
-        "there is no TPM 2.0",
-        "switch the TPM on in the firmware's setup (also called PTT, fTPM or security device)",
-    ),
-    "TPM-BANK": Check(
-        "the TPM's SHA-256 bank does not hold the measurements of this boot",
-        "switch the TPM's SHA-256 bank on in the firmware's setup; boot the UKI through the firmware",
-    ),
-    "TPM-EXTEND": Check(
-        "the TPM does not take measurements",
-        "switch the machine off and on; if it repeats, the TPM is broken",
-    ),
-    "TPM-FENCE": Check(
-        "the TPM does not close, so secrets could still be taken from it",
-        "the machine is switched off; switch it on again. If it repeats, the TPM is broken",
-    ),
-    "TPM-ANSWER": Check(
-        "the TPM did not do what it was asked, or answered what makes no sense",
-        "switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus",
-    ),
-    "TPM-STATE": Check(
-        "the TPM is not in the state in which provisioning leaves it",
-        "finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again",
-    ),
-    "TPM-LOCKOUT": Check(
-        "the TPM is locked out after too many wrong passwords",
-        "leave the machine on until the lockout ends, or end it with the lockout password of the recovery "
-        "record (`tpm2_dictionarylockout --clear-lockout`)",
-    ),
-    "TPM-CLEARED": Check(
-        "the TPM was cleared after this machine was provisioned",
-        "if it was you: provision the machine as a new one and seal its disk again with the recovery key",
-    ),
-    "TPM-SRK": Check(
-        "the TPM has no storage root key, although it was provisioned",
-        "somebody with the owner password removed it: clear the TPM and provision the machine again",
-    ),
-    "TPM-IDENTITY": Check(
-        "this TPM is not the one in the machine record: the disk of another machine, or a new TPM",
-        "put the disk back into its machine, or seal it to this one with the recovery key",
-    ),
-    "TPM-INDEX": Check(
-        "the TPM's epoch index is missing or is not the one that provisioning made",
-        "somebody with the owner password changed it: clear the TPM and provision the machine again",
-    ),
-    "TPM-SEAL": Check(
-        "the sealed secret was not made by this TPM for this system",
-        "seal the disk to this machine with the recovery key",
-    ),
-    "TPM-APPROVAL": Check(
-        "an approval of this UKI or of this firmware's state is not valid",
-        "install the release again as it was published; approve the firmware's state with `mosinit approve`",
-    ),
-    "TPM-POLICY": Check(
-        "the TPM does not open the disk: firmware, its keys or the boot loader changed without approval",
-        "undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key",
-    ),
-    "EPOCH": Check(
-        "this system is older than what its publisher still calls safe",
-        "boot or install a newer release",
-    ),
-    "EPOCH-ORDER": Check(
-        "the order to raise the epoch is not valid",
-        "install the release again as it was published",
-    ),
-    "RECORD-FORMAT": Check(
-        "the machine record is damaged", "enroll the machine again, or restore its config volume's header"
-    ),
-    "RECORD-SIGNATURE": Check(
-        "the machine record is not signed by this system's SUDI CA",
-        "enroll the machine with the keyset that this UKI was built with",
-    ),
-    "RECORD-PRODUCT": Check(
-        "the machine record is for another product",
-        "use a UKI of the product that this machine was enrolled for",
-    ),
-    "VOLUME-IDENTITY": Check(
-        "the config volume is not the one in the machine record: somebody else's was put in its place",
-        "do not use this disk: install the machine again, and find out who changed it",
-    ),
-    "CMDLINE": Check(
-        "the kernel command line is not the signed one",
-        "remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI",
-    ),
-    "ESP-EXTRA": Check(
-        "the boot stub took credentials, extensions or add-ons that the UKI does not sign",
-        "remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP",
-    ),
-    "DISK-HINT": Check(
-        "the boot stub did not say from which partition it was started",
-        "boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart",
-    ),
-    "DISK-ABSENT": Check(
-        "the disk that this system was booted from does not show up",
-        "check cable and controller; if what was seen names a GPT fault, write the medium again",
-    ),
-    "DISK-AMBIGUOUS": Check(
-        "two disks carry the partition that this system was booted from",
-        "remove the copy of the disk or medium",
-    ),
-    "DISK-PARTITION": Check(
-        "the boot disk does not have exactly one partition of a kind that is needed",
-        "write the medium again from its image",
-    ),
-    "GPT-HEADER": Check("the partition table's header is damaged", "write the medium again from its image"),
-    "GPT-ENTRY": Check(
-        "an entry of the partition table is not valid", "write the medium again from its image"
-    ),
-    "LUKS-HEADER": Check(
-        "the header of an encrypted volume is not one that mosinit makes",
-        "something changed it: restore its backup on live media, or install this machine again",
-    ),
-    "LUKS-TOKEN": Check(
-        "the config volume does not carry exactly the tokens of a provisioned machine",
-        "provision this machine again on live media, with the recovery key",
-    ),
-    "VOLUME-KEY": Check(
-        "an encrypted volume does not open with this machine's key",
-        "use the disk that belongs to this machine, or the recovery key on live media",
-    ),
-    "STORE-SEAL": Check("the medium's seal is damaged", "write the medium again from its image"),
-    "STORE-SIGNATURE": Check(
-        "the kernel does not accept the signature of the medium's store",
-        "write the medium again from its image, made with the layer key that is in this firmware's db",
-    ),
-    "STORE-READ": Check(
-        "the store cannot be read as it was sealed",
-        "the medium is damaged or was changed: write it again from its image, or use another one",
-    ),
-    "STORE-BLOB": Check(
-        "a blob that belongs to the release is missing from the store, or cannot be read",
-        "the store is damaged or was not copied whole: fetch or write it again",
-    ),
-    "MANIFEST-ABSENT": Check(
-        "the store holds no install manifest",
-        "make the medium again with `mosinit build`",
-    ),
-    "MANIFEST-FORMAT": Check(
-        "the install manifest is not valid", "correct what is named here and publish it again"
-    ),
-    "MANIFEST-CERTIFICATE": Check(
-        "the certificate of the install manifest is not one that can sign manifests",
-        "publish the manifest with the keyset's product key",
-    ),
-    "MANIFEST-CHAIN": Check(
-        "the certificate of the install manifest was not issued by this system's manifest CA",
-        "publish the manifest with the keyset that this UKI was built with",
-    ),
-    "MANIFEST-SIGNATURE": Check(
-        "the signature of the install manifest is wrong",
-        "the manifest was changed after it was signed: publish it again",
-    ),
-    "MANIFEST-PRODUCT": Check(
-        "the install manifest is for another product",
-        "use a manifest and medium of this machine's product",
-    ),
-    "MANIFEST-EPOCH": Check(
-        "the install manifest is older than what its publisher still calls safe",
-        "use a newer release",
-    ),
-    "MANIFEST-UKI": Check(
-        "the install manifest belongs to another UKI than the one that runs",
-        "make the medium again, so that UKI and manifest come from the same build",
-    ),
-    "MANIFEST-TARGET": Check(
-        "the install manifest does not name one hostfs and one bootkit to start from",
-        "add the missing target to the manifest, or remove the doubled one, and publish it again",
-    ),
-    "IMAGE-DIGEST": Check(
-        "an image manifest is not the signed one", "the store is damaged: fetch or write it again"
-    ),
-    "IMAGE-FORMAT": Check(
-        "an image manifest is not valid", "publish the image again with `mosinit publish`"
-    ),
-    "LAYER-ROOTHASH": Check(
-        "a layer has no dm-verity root hash",
-        "publish the image again with `mosinit publish`, which converts layers",
-    ),
-    "LAYER-SIZE": Check(
-        "a layer does not have its signed size", "the store is damaged: fetch or write it again"
-    ),
-    "LAYER-SUPERBLOCK": Check(
-        "the dm-verity superblock of a layer is not what mosinit accepts",
-        "publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes",
-    ),
-    "LAYER-SIGNATURE": Check(
-        "the kernel does not accept the signature of a layer",
-        "publish the image again with the layer key that is in this firmware's db",
-    ),
-    "LAYER-READ": Check(
-        "a layer does not hold what was signed", "the store is damaged: fetch or write it again"
-    ),
-    "LAYER-FILESYSTEM": Check(
-        "a layer is neither erofs nor squashfs",
-        "publish the image again with `mosinit publish`, which converts layers",
-    ),
-    "OVERLAY-MOUNT": Check(
-        "the layers of hostfs cannot be stacked", "see what was seen; use fewer or other layers"
-    ),
-    "OVERLAY-MOUNTPOINT": Check(
-        "hostfs lacks a folder that something must be mounted on",
-        "add the folder to the hostfs image, as a folder and not a link",
-    ),
-    "HOSTFS-INIT": Check(
-        "hostfs has no init", "add /sbin/init (a program, for example systemd's) to the hostfs image"
-    ),
-}
+def parse_checks(table: str) -> dict[str, Check]:
+    """Read lines ID: TITLE, the remedy of each in the indented lines below it."""
+    rows = re.findall(r"^([A-Z0-9-]+): (.*)\n((?: {4}.*\n)+)", table, re.MULTILINE)
+    return {name: Check(title, " ".join(remedy.split())) for name, title, remedy in rows}
+
+
+CHECKS = parse_checks(
+    """
+MODULE-LOAD: a kernel module that the build listed does not load
+    the UKI and its initrd do not fit each other: build the UKI again with `mosinit build`
+MODULE-PARAMETER: a kernel module does not have the parameter that the build set
+    build the UKI again; if it repeats, the kernel does not know the parameter
+SB-OFF: Secure Boot is off
+    switch Secure Boot on in the firmware's setup
+SB-MODE: the firmware is in setup or audit mode, where anybody can enrol keys
+    choose `Enroll Secure Boot keys` in the menu that the restarted medium shows for a minute, or enrol the
+    keyset's PK, KEK and db certificates in the firmware's setup
+SB-DB: the firmware trusts other certificates than this system was built for
+    make the firmware's db hold exactly the uki and the layer certificate of your keyset
+SB-MOK: a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it
+    it has been deleted; restart. If it returns, remove shim and its variables from this machine
+SB-KEYRING: the kernel trusts keys that this system was not built for
+    find where the extra key comes from (db, shim, firmware) and remove it there
+SB-LOCKDOWN: the kernel is not locked down, so its memory can be read
+    boot the UKI as it was built, under Secure Boot
+TPM-ABSENT: there is no TPM 2.0
+    switch the TPM on in the firmware's setup (also called PTT, fTPM or security device)
+TPM-BANK: the TPM's SHA-256 bank does not hold the measurements of this boot
+    switch the TPM's SHA-256 bank on in the firmware's setup; boot the UKI through the firmware
+TPM-EXTEND: the TPM does not take measurements
+    switch the machine off and on; if it repeats, the TPM is broken
+TPM-FENCE: the TPM does not close, so secrets could still be taken from it
+    the machine is switched off; switch it on again. If it repeats, the TPM is broken
+TPM-ANSWER: the TPM did not do what it was asked, or answered what makes no sense
+    switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus
+TPM-STATE: the TPM is not in the state in which provisioning leaves it
+    finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again
+TPM-LOCKOUT: the TPM is locked out after too many wrong passwords
+    leave the machine on until the lockout ends, or end it with the lockout password of the recovery record
+    (`tpm2_dictionarylockout --clear-lockout`)
+TPM-CLEARED: the TPM was cleared after this machine was provisioned
+    if it was you: provision the machine as a new one and seal its disk again with the recovery key
+TPM-SRK: the TPM has no storage root key, although it was provisioned
+    somebody with the owner password removed it: clear the TPM and provision the machine again
+TPM-IDENTITY: this TPM is not the one in the machine record: the disk of another machine, or a new TPM
+    put the disk back into its machine, or seal it to this one with the recovery key
+TPM-INDEX: the TPM's epoch index is missing or is not the one that provisioning made
+    somebody with the owner password changed it: clear the TPM and provision the machine again
+TPM-SEAL: the sealed secret was not made by this TPM for this system
+    seal the disk to this machine with the recovery key
+TPM-APPROVAL: an approval of this UKI or of this firmware's state is not valid
+    install the release again as it was published; approve the firmware's state with `mosinit approve`
+TPM-POLICY: the TPM does not open the disk: firmware, its keys or the boot loader changed without approval
+    undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key
+EPOCH: this system is older than what its publisher still calls safe
+    boot or install a newer release
+EPOCH-ORDER: the order to raise the epoch is not valid
+    install the release again as it was published
+RECORD-FORMAT: the machine record is damaged
+    enroll the machine again, or restore its config volume's header
+RECORD-SIGNATURE: the machine record is not signed by this system's SUDI CA
+    enroll the machine with the keyset that this UKI was built with
+RECORD-PRODUCT: the machine record is for another product
+    use a UKI of the product that this machine was enrolled for
+VOLUME-IDENTITY: the config volume is not the one in the machine record: somebody else's was put in its place
+    do not use this disk: install the machine again, and find out who changed it
+CMDLINE: the kernel command line is not the signed one
+    remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI
+ESP-EXTRA: the boot stub took credentials, extensions or add-ons that the UKI does not sign
+    remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP
+DISK-HINT: the boot stub did not say from which partition it was started
+    boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart
+DISK-ABSENT: the disk that this system was booted from does not show up
+    check cable and controller; if what was seen names a GPT fault, write the medium again
+DISK-AMBIGUOUS: two disks carry the partition that this system was booted from
+    remove the copy of the disk or medium
+DISK-PARTITION: the boot disk does not have exactly one partition of a kind that is needed
+    write the medium again from its image
+GPT-HEADER: the partition table's header is damaged
+    write the medium again from its image
+GPT-ENTRY: an entry of the partition table is not valid
+    write the medium again from its image
+LUKS-HEADER: the header of an encrypted volume is not one that mosinit makes
+    something changed it: restore its backup on live media, or install this machine again
+LUKS-TOKEN: the config volume does not carry exactly the tokens of a provisioned machine
+    provision this machine again on live media, with the recovery key
+VOLUME-KEY: an encrypted volume does not open with this machine's key
+    use the disk that belongs to this machine, or the recovery key on live media
+STORE-SEAL: the medium's seal is damaged
+    write the medium again from its image
+STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
+    write the medium again from its image, made with the layer key that is in this firmware's db
+STORE-READ: the store cannot be read as it was sealed
+    the medium is damaged or was changed: write it again from its image, or use another one
+STORE-BLOB: a blob that belongs to the release is missing from the store, or cannot be read
+    the store is damaged or was not copied whole: fetch or write it again
+MANIFEST-ABSENT: the store holds no install manifest
+    make the medium again with `mosinit build`
+MANIFEST-FORMAT: the install manifest is not valid
+    correct what is named here and publish it again
+MANIFEST-CERTIFICATE: the certificate of the install manifest is not one that can sign manifests
+    publish the manifest with the keyset's product key
+MANIFEST-CHAIN: the certificate of the install manifest was not issued by this system's manifest CA
+    publish the manifest with the keyset that this UKI was built with
+MANIFEST-SIGNATURE: the signature of the install manifest is wrong
+    the manifest was changed after it was signed: publish it again
+MANIFEST-PRODUCT: the install manifest is for another product
+    use a manifest and medium of this machine's product
+MANIFEST-EPOCH: the install manifest is older than what its publisher still calls safe
+    use a newer release
+MANIFEST-UKI: the install manifest belongs to another UKI than the one that runs
+    make the medium again, so that UKI and manifest come from the same build
+MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
+    add the missing target to the manifest, or remove the doubled one, and publish it again
+IMAGE-DIGEST: an image manifest is not the signed one
+    the store is damaged: fetch or write it again
+IMAGE-FORMAT: an image manifest is not valid
+    publish the image again with `mosinit publish`
+LAYER-ROOTHASH: a layer has no dm-verity root hash
+    publish the image again with `mosinit publish`, which converts layers
+LAYER-SIZE: a layer does not have its signed size
+    the store is damaged: fetch or write it again
+LAYER-SUPERBLOCK: the dm-verity superblock of a layer is not what mosinit accepts
+    publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes
+LAYER-SIGNATURE: the kernel does not accept the signature of a layer
+    publish the image again with the layer key that is in this firmware's db
+LAYER-READ: a layer does not hold what was signed
+    the store is damaged: fetch or write it again
+LAYER-FILESYSTEM: a layer is neither erofs nor squashfs
+    publish the image again with `mosinit publish`, which converts layers
+OVERLAY-MOUNT: the layers of hostfs cannot be stacked
+    see what was seen; use fewer or other layers
+OVERLAY-MOUNTPOINT: hostfs lacks a folder that something must be mounted on
+    add the folder to the hostfs image, as a folder and not a link
+HOSTFS-INIT: hostfs has no init
+    add /sbin/init (a program, for example systemd's) to the hostfs image
+"""
+)
 
 
 # --- Constants: formats and numbers of others, with their source -------------------------------------------
@@ -911,7 +811,7 @@ def in_parallel(work: Callable[[T], object], items: Sequence[T]) -> None:
 
 
 def parse_json(data: bytes, check: str) -> object:
-    """Parse verified JSON; a repeated key or anything odd is refused by `check`."""
+    """Parse verified JSON; a repeated key, or what others read differently, is refused by `check`."""
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
@@ -920,7 +820,10 @@ def parse_json(data: bytes, check: str) -> object:
         return result
 
     try:
-        return cast(object, json.loads(data, object_pairs_hook=once))
+        value = json.loads(data.decode(), object_pairs_hook=once)
+        # Half a character, NaN, 1e999: Python has them, and UTF-8 or JSON has not.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return cast(object, value)
     except (ValueError, RecursionError) as error:
         raise Refused(check, expected="JSON", seen=str(error)) from error
 
@@ -1261,6 +1164,7 @@ def parse_image(data: bytes) -> Image:
 # --- YAML: the small language in which manifests are written -----------------------------------------------
 
 MANIFEST_BYTES, MANIFEST_NODES, MANIFEST_DEPTH = MIB, 20_000, 12
+PLAIN_CHARACTERS = 256  # of text without quotes
 
 
 class Node(NamedTuple):
@@ -1358,13 +1262,16 @@ _AMBIGUOUS = re.compile(
 )
 
 # 1.2.3 and a uuid that happens to have digits alone: no YAML version takes them for numbers.
-_ONE_READING = re.compile(r"\d+(\.\d+){2,}[-+.\w]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ONE_READING = re.compile(r"[0-9]+\.[0-9]+\.[0-9][-+.\w]*|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
     text = str(event.value)
     if event.style:
         return text
+    if len(text) > PLAIN_CHARACTERS:
+        expected = f"at most {PLAIN_CHARACTERS} characters (put longer text into quotes)"
+        raise fault(Node(text, line), path, expected)
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
@@ -1382,6 +1289,8 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
+IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/(0|[1-9][0-9]?)")
+IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}/(0|[1-9][0-9]{0,2})")
 MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
 
 
@@ -1528,12 +1437,13 @@ def _size(node: Node, path: str) -> int:
     return int(found[1]) << 10 * (1 + "KMGT".index(found[2]))
 
 
-def _address(version: int) -> Callable[[Node, str], str]:
+def _address(pattern: re.Pattern[str], version: int) -> Callable[[Node, str], str]:
     def read(node: Node, path: str) -> str:
         import ipaddress
 
         try:
-            if not isinstance(node.value, str) or "/" not in node.value:
+            # Python takes more for an address: masks, scopes that are any text, also lines of a unit file.
+            if not isinstance(node.value, str) or not pattern.fullmatch(node.value):
                 raise ValueError
             if ipaddress.ip_interface(node.value).version != version:
                 raise ValueError
@@ -1560,8 +1470,8 @@ _PORT = _record(
 )
 _NETWORK = _record(Network, {
     "type": Field(_choice("host", "none", "simple"), REQUIRED),
-    "ipv4": Field(_address(4), ""),
-    "ipv6": Field(_address(6), ""),
+    "ipv4": Field(_address(IPV4, 4), ""),
+    "ipv6": Field(_address(IPV6, 6), ""),
     "ports": Field(_list_of(_PORT, 1024), ()),
 })  # fmt: skip
 _STORAGE_MOUNT = _record(StorageMount, {
@@ -3190,6 +3100,16 @@ def boot_targets(contents: Contents) -> tuple[Target, Target]:
     return found[0][0], found[1][0]
 
 
+MAX_LOWERS = 500  # linux/fs/overlayfs/params.h, OVL_MAX_STACK
+
+
+def check_lowers(layers: int) -> None:
+    """Refuse more layers of hostfs and bootkit than one overlay takes."""
+    if layers > MAX_LOWERS:
+        expected = f"at most {MAX_LOWERS} layers of hostfs and bootkit together"
+        raise Refused("OVERLAY-MOUNT", expected=expected, seen=str(layers))
+
+
 class Mounted(NamedTuple):
     """The verified layers that make the root, uppermost first, and their verity devices."""
 
@@ -3216,6 +3136,7 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
                 seen=f"{seen} of {target.service_name}",
             )
         k.report.passed("IMAGE-DIGEST", target.digest, target.digest)
+        check_lowers(len(folders) + len(image.layers))
         # The last layer of an image is its uppermost.
         for index in range(len(image.layers) - 1, -1, -1):
             name = f"mosinit-{target.service_name}-{index}"

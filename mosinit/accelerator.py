@@ -22,10 +22,9 @@ def choose(host: Host) -> str:
     """
     if not KVM.exists():
         return "tcg"
-    answer = tools.cache() / f"accelerator-{BOOT_ID.read_text().strip()}-{tools.key()}"
+    answer = tools.own_cache() / f"accelerator-{BOOT_ID.read_text().strip()}-{tools.key()}"
     if answer.is_file() and (known := answer.read_text()) in ("kvm", "tcg"):
         return known
-    answer.parent.mkdir(parents=True, exist_ok=True)
     found = "kvm" if _firmware_runs(host) else "tcg"
     host.say(
         "KVM runs the firmware"

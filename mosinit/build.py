@@ -67,7 +67,7 @@ def build(
     hostfs.build(host, out, profile)
     written = manifest or _write_manifest(host, out, keyset.product, epoch, sequence)
     release = out / "release"
-    published = publish.publish(host, written, keyset, f"oci:{release}")
+    published = publish.publish(host, written, keyset, f"oci:{release}", cache=images.open_cache(host))
     host.say("live medium")
     disk.live_medium(host, bootable.uki.path, release, keyset, out / "live.raw")
     record = {

@@ -115,14 +115,17 @@ def run_tool(host: Host, values: argparse.Namespace) -> Result:
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
     """Sign and publish a manifest."""
-    from mosinit import keys, registry
+    from mosinit import images, keys, registry
     from mosinit import publish as publisher
 
     publisher.parse_destination(values.to)
     keyset = keys.open_keyset(host, values.keys)
     sources = [target.source for target in publisher.read_written(values.manifest).targets]
-    access = registry.open_access(values.tls_ca, values.login, values.timeout, values.to, sources)
-    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access))
+    access = registry.open_access(
+        values.tls_ca, values.login, values.timeout, values.to, sources, values.token_host
+    )
+    cache = images.open_cache(host)
+    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access, cache))
 
 
 def provision_machine(host: Host, values: argparse.Namespace) -> Result:
@@ -379,6 +382,9 @@ VERBS = (
             folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
             folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
                    "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
+            Option("--token-host", "one more server that may see the login: one that makes the registry's "
+                   "tokens",
+                   {"action": "append", "default": [], "metavar": "HOST[:PORT]"}),
             Option("--timeout", "seconds that a registry may stand still (default: 120)",
                    {"type": seconds, "metavar": "S", "default": 120.0}),
         ),

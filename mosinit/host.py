@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import IO
 from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
+RENAME_EXCHANGE = 2  # linux/fs.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
 FULL_BYTES = 64 << 10  # what is left where something did not fit
 MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
@@ -43,7 +45,35 @@ def told(errors: bytes) -> str:
     """Return the line of a program's messages that says most: apt's first error, or else the last line."""
     lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("E: ")]
-    return (causes or lines[-1:] or ["no message"])[0][:500]
+    line = (causes or lines[-1:] or ["no message"])[0]
+    # What is at the end tells most, after the names of all that was tried.
+    return line if len(line) <= 500 else f"{line[:150]} … {line[-340:]}"
+
+
+def logged(message: str) -> str:
+    """Return the words of a message that a program wrote as a log's entry (`level=fatal msg="…"`)."""
+    found = re.search(r'msg="((?:[^"\\]|\\.)*)"', message)
+    return found[1].replace('\\"', '"') if found else message
+
+
+def amount(done: int, total: int, seconds: float) -> str:
+    """Say how much of something is done, and how fast it was."""
+    mib = [value / init.MIB for value in (min(done, total), total, done / max(seconds, 0.001))]
+    return f"{mib[0]:.1f} of {mib[1]:.1f} MiB, {mib[2]:.1f} MiB/s"
+
+
+def closed_environment(**more: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the whole environment of a program whose output is signed, or that sees a secret.
+
+    SOURCE_DATE_EPOCH, TZ and whatever else a person's shell has would change what it makes.
+    """
+    path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+    return {"PATH": path, "LC_ALL": "C.UTF-8", "TZ": "UTC"} | {name: str(more[name]) for name in more}
+
+
+def printable(text: str) -> str:
+    """Return a text with whatever is no letter, sign or space escaped: it could move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class FullDisk(Failure):
@@ -57,9 +87,11 @@ class FullDisk(Failure):
 class Host(init.Kernel):
     """The core's seam plus processes, temporary folders and messages to the person."""
 
+    plain_seconds = 10.0  # between lines of progress where there is no terminal
+
     def say(self, text: str) -> None:
         """Print one line of progress to standard error; standard output is for results."""
-        print(f"mosinit: {text}", file=sys.stderr, flush=True)
+        print(f"mosinit: {printable(text)}", file=sys.stderr, flush=True)
 
     def run(
         self,
@@ -94,41 +126,6 @@ class Host(init.Kernel):
         if done.returncode != 0:
             raise Failure(f"{name} failed with status {done.returncode}: {told(done.stderr)}")
         return done.stdout
-
-    def run_moving(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        env: Mapping[str, str] | None = None,
-        timeout: float,
-        idle: float,
-    ) -> bytes:
-        """Run a program like `run`, and end it when it has moved next to nothing for `idle` seconds.
-
-        Programs that wait for somebody on the network wait for ever where that one says nothing.
-        """
-        name = os.path.basename(str(command[0]))
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            try:
-                process = subprocess.Popen(
-                    [str(word) for word in command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=errors,
-                    env=None if env is None else dict(env),
-                )
-            except FileNotFoundError as error:
-                raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
-            try:
-                status = _wait_while_moving(process, name, timeout, idle)
-            finally:
-                process.kill()
-                process.wait()
-            output.seek(0)
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 65536))
-            if status != 0:
-                raise Failure(f"{name} failed with status {status}: {told(errors.read())}")
-            return output.read()
 
     @contextlib.contextmanager
     def pipe(
@@ -170,28 +167,44 @@ class Host(init.Kernel):
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how a long step advances: a bar on a terminal, one line elsewhere. Call what is yielded with
-        how many bytes more are done.
+        """Show how a long step advances: a bar on a terminal, a line now and then elsewhere. Call what is
+        yielded with how many bytes more are done.
         """
+        label = printable(label)
         if not sys.stderr.isatty():
-            self.say(label)
-            yield lambda done: None
+            yield self._plain_progress(label, total)
             return
         try:
             from rich import console, progress
         except ImportError:
-            self.say(label)
-            yield lambda done: None
+            yield self._plain_progress(label, total)
             return
         columns = (
             progress.TextColumn("mosinit: {task.description}", markup=False),
             progress.BarColumn(),
             progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )
         with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total)
             yield lambda done: bar.advance(task, done)
+
+    def _plain_progress(self, label: str, total: int) -> Callable[[int], None]:
+        """Say what begins, and how far it is whenever some time has passed."""
+        self.say(label)
+        begun = shown = time.monotonic()
+        all_done = 0
+
+        def advance(done: int) -> None:
+            nonlocal all_done, shown
+            all_done += done
+            now = time.monotonic()
+            if now - shown >= self.plain_seconds:
+                shown = now
+                self.say(f"{label}: {amount(all_done, total, now - begun)}")
+
+        return advance
 
     def call(
         self,
@@ -261,6 +274,13 @@ class Host(init.Kernel):
         finally:
             os.close(fd)
 
+    def swap(self, one: Path, two: Path) -> None:
+        """Let two names change places at once."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        here = init.AT_FDCWD
+        if libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), RENAME_EXCHANGE) < 0:
+            raise init.os_error("swap", str(one))
+
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""
         libc = ctypes.CDLL(None, use_errno=True)
@@ -276,28 +296,3 @@ class Host(init.Kernel):
             raise init.os_error("pivot_root", new)
         self.unmount(".", lazy=True)
         os.chdir("/")
-
-
-def _wait_while_moving(process: subprocess.Popen[bytes], name: str, timeout: float, idle: float) -> int:
-    """Return the exit status. Raises `Failure` when time is up or nothing moves."""
-    begun = since = time.monotonic()
-    seen = 0
-    while True:
-        try:
-            return process.wait(min(0.5, idle / 4))
-        except subprocess.TimeoutExpired:
-            moved, now = _bytes_moved(process.pid), time.monotonic()
-        if moved - seen >= MOVING_BYTES:
-            seen, since = moved, now
-        if now - since > idle:
-            raise Failure(f"{name} did not move for {idle:g} s")
-        if now - begun > timeout:
-            raise Failure(f"{name} did not end within {timeout:.0f} s")
-
-
-def _bytes_moved(pid: int) -> int:
-    """Count what a process read and wrote so far, files and network together (proc(5), /proc/PID/io)."""
-    with contextlib.suppress(OSError, ProcessLookupError):
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar")))
-    return 0

@@ -6,18 +6,15 @@ the user's cache under a name derived from everything it was built from, so that
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mosinit import tools
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, closed_environment
 
 # What mkosi itself writes, and the image that only wraps a UKI.
 NOT_INPUTS = {
@@ -111,8 +108,7 @@ def key_of(source: Path, words: list[str]) -> str:
 
 def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
     """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole."""
-    cache = tools.cache()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = tools.own_cache()
     with host.scratch(near=cache / image) as folder:
         source = folder / "source"
         source.mkdir()
@@ -120,20 +116,14 @@ def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
         result = cache / f"{image}-{key_of(source, words)}"
         if not result.exists():
             # One at a time: another process may be building just this.
-            with _locked(cache / "mkosi.lock"):
+            with tools.locked(cache / "mkosi.lock"):
                 if not result.exists():
                     _mkosi(host, image, words, folder).rename(result)
                 os.utime(result)
                 _forget_old(cache, image)
+    tools.check_own(result)
     os.utime(result)
     return result
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _mkosi(host: Host, image: str, words: list[str], folder: Path) -> Path:
@@ -152,14 +142,23 @@ def _mkosi(host: Host, image: str, words: list[str], folder: Path) -> Path:
         ["mkosi", "--directory", source, *words, "--output-directory", output, "--workspace-directory", work,
          "--package-cache-dir", packages, "--force", "build"],
         timeout=1800,
+        env=_environment(),
     )  # fmt: skip
     return output / "hostfs" if image == "hostfs" else output / image / "usr/lib/modules"
+
+
+def _environment() -> dict[str, str]:
+    """Let mkosi see the way to the network, and nothing that would change what it builds."""
+    ways = ("HOME", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+    return closed_environment(**{name: os.environ[name] for name in ways if name in os.environ})
 
 
 def _write_sources(host: Host, source: Path) -> None:
     """Let mkosi fetch Debian packages where this host does; other distributions keep mkosi's own choice."""
     target = source / "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
-    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"]))["Images"][-1]
+    image = json.loads(host.run(["mkosi", "--directory", source, "--json", "summary"], env=_environment()))[
+        "Images"
+    ][-1]
     if image["Distribution"] != "debian" or target.exists():
         return
     stanzas = []

@@ -12,18 +12,20 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from mosinit import init, tars
-from mosinit.host import Failure, Host
+from mosinit import host as seam
+from mosinit import init, kept, tars, tools
+from mosinit.host import Failure, Host, closed_environment, logged
 
 LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
 INDEX_DEPTH = 3
@@ -53,8 +55,22 @@ PACKINGS = {
 # they differ from one run to the next.
 COMPRESSION = ("-zlz4hc", "-C65536", "-Eztailpacking")
 
+MEDIA_TYPE = re.compile(
+    r"[A-Za-z0-9][\w!#$&^.+-]{0,126}/[A-Za-z0-9][\w!#$&^.+-]{0,126}", re.ASCII
+)  # RFC 6838
+KEYS = {
+    key.casefold(): key
+    for key in (
+        "annotations", "architecture", "artifactType", "config", "data", "diff_ids", "digest", "features",
+        "layers", "manifests", "mediaType", "os", "os.features", "os.version", "platform", "rootfs",
+        "schemaVersion", "size", "subject", "urls", "variant",
+    )
+}  # fmt: skip
+
 DOCUMENT_LIMIT = 4 * init.MIB
 CHUNK = init.MIB
+ARCHIVE_LIMIT = tars.Limits().content
+CHECK_SECONDS, CHECK_BYTES = 1800, 8 << 30  # of processor and address space: for reading a file system
 
 
 @dataclass(frozen=True)
@@ -132,11 +148,20 @@ class Layout:
             return descriptor
         self._prepare(host)
         with host.replacing(target) as fresh:
-            if isinstance(content, Path):
-                shutil.copyfile(content, fresh)
-            else:
+            if isinstance(content, bytes):
                 fresh.write_bytes(content)
+            elif _copy(content, fresh, size) != digest:
+                raise Failure(f"{content} changed while it was read: leave it alone, and try again")
         return descriptor
+
+    def take_file(self, host: Host, path: Path, layer: Descriptor) -> None:
+        """Make a file on the same disk, just made and of this digest, a blob: it is moved, not copied."""
+        target = self.blob_path(layer.digest)
+        self._prepare(host)
+        path.chmod(0o644)
+        host.sync_file(path)
+        path.rename(target)
+        host.sync_file(target.parent)
 
     def _prepare(self, host: Host) -> None:
         (self.path / "blobs/sha256").mkdir(parents=True, exist_ok=True)
@@ -146,20 +171,43 @@ class Layout:
                 fresh.write_bytes(encode({"imageLayoutVersion": "1.0.0"}))
 
     def check_blob(self, descriptor: Descriptor) -> Path:
-        """Return the path of a blob that has the digest and size that its descriptor says."""
+        """Return the path of a blob that has the digest and size that its descriptor says.
+
+        It still has them only where nobody else can write.
+        """
+        path = self._sized(descriptor)
+        if digest_file(path)[0] != descriptor.digest:
+            raise self._damaged(path)
+        return path
+
+    def copy_blob(self, descriptor: Descriptor, target: Path) -> Path:
+        """Copy a blob to a file of our own, which has the digest and size that its descriptor says."""
+        path = self._sized(descriptor)
+        if _copy(path, target, descriptor.size) != descriptor.digest:
+            target.unlink()
+            raise self._damaged(path)
+        return target
+
+    def _sized(self, descriptor: Descriptor) -> Path:
         path = self.blob_path(descriptor.digest)
         # Size first: nobody should wait for the digest of a terabyte that cannot be right.
         if not path.is_file() or path.stat().st_size != descriptor.size:
             raise Failure(f"{path} is missing or not {descriptor.size} bytes long: fetch the image again")
-        if digest_file(path)[0] != descriptor.digest:
-            raise Failure(f"{path} is damaged, its digest is another: fetch the image again")
         return path
+
+    def _damaged(self, path: Path) -> Failure:
+        return Failure(f"{path} is damaged, its digest is another: fetch the image again")
 
     def read_blob(self, descriptor: Descriptor) -> bytes:
         """Return a document of at most 4 MiB whose digest and size are as its descriptor says."""
         if descriptor.size > DOCUMENT_LIMIT:
             raise Failure(f"{descriptor.digest} in {self.path} is larger than 4 MiB, which no document is")
-        return self.check_blob(descriptor).read_bytes()
+        path = self._sized(descriptor)
+        with path.open("rb") as file:
+            content = file.read(descriptor.size + 1)
+        if digest_bytes(content) != (descriptor.digest, descriptor.size):
+            raise self._damaged(path)
+        return content
 
     def read_index(self) -> tuple[Descriptor, ...]:
         """Return what index.json lists."""
@@ -168,7 +216,8 @@ class Layout:
             raise Failure(f"{self.path} is no OCI image layout (it has no index.json): name another source")
         if path.stat().st_size > DOCUMENT_LIMIT:
             raise Failure(f"{path} is larger than 4 MiB, which no index is")
-        return _descriptors(path.read_bytes(), "manifests")
+        with path.open("rb") as file:
+            return _descriptors(file.read(DOCUMENT_LIMIT), "manifests")
 
     def write_index(self, host: Host, descriptors: Iterable[Descriptor]) -> None:
         """Make index.json list these and nothing else."""
@@ -194,6 +243,27 @@ def digest_file(path: Path) -> tuple[str, int]:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}", file.tell()
 
 
+def _copy(source: Path, target: Path, size: int) -> str:
+    """Copy a file of so many bytes, or one byte more of a longer one; return the digest of the copy."""
+    hasher, left = hashlib.sha256(), size + 1
+    with source.open("rb") as file, target.open("wb") as copy:
+        while chunk := file.read(min(CHUNK, left)):
+            hasher.update(chunk)
+            copy.write(chunk)
+            left -= len(chunk)
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def listed(layout: Layout, descriptor: Descriptor, key: str = "") -> tuple[Descriptor, ...]:
+    """Return what an index lists, or the blobs of an image manifest of a layout."""
+    document = layout.read_blob(descriptor)
+    if key:
+        return _descriptors(document, key)
+    raw, layers = init.parse_descriptors(document, "layers", "IMAGE-FORMAT")
+    config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
+    return tuple(Descriptor(*item) for item in (config, *layers))
+
+
 def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
     _, parsed = init.parse_descriptors(document, key, "IMAGE-FORMAT")
     return tuple(Descriptor(*item) for item in parsed)
@@ -202,33 +272,62 @@ def _descriptors(document: bytes, key: str) -> tuple[Descriptor, ...]:
 # --- Sources ------------------------------------------------------------------------------------------
 
 
-def convert(host: Host, source: str, layout: Layout) -> ConvertedImage:
-    """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG],
-    docker-archive:FILE[:NAME] or docker://REGISTRY/NAME.
+def convert(
+    host: Host,
+    source: str,
+    layout: Layout,
+    cache: kept.Cache | None = None,
+    check: Callable[[tars.Image], None] | None = None,
+    archive_limit: int = ARCHIVE_LIMIT,
+) -> ConvertedImage:
+    """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG] or
+    docker-archive:FILE[:NAME]. What `cache` has is not made again; `check` looks at all layers together.
 
     Raises `Failure` or `Refused` for an image that is not what its digests say, or of a kind that cannot be
     converted.
     """
     host.say(f"converting {source}")
+    try:
+        return _convert_source(host, source, layout, Below(cache, check), archive_limit)
+    except init.Refused as refused:
+        if refused.check != "IMAGE-FORMAT":
+            raise
+        # What a machine's owner is told of that check is no help to whoever brings the image.
+        raise Failure(
+            f"{source} is no image that can be used ({refused}): make or fetch it again"
+        ) from refused
+
+
+def _convert_source(
+    host: Host, source: str, layout: Layout, below: Below, archive_limit: int
+) -> ConvertedImage:
     kind, _, name = source.partition(":")
     if kind == "oci":
         folder_name, tag = _split_tag(name)
-        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout)
-    if kind not in ("docker", "docker-archive"):
-        raise Failure(
-            f"{source} is no image: name it oci:DIR[:TAG], docker-archive:FILE or docker://REGISTRY/NAME"
-        )
-    if kind == "docker-archive" and not Path(name.partition(":")[0]).is_file():
+        return _convert(host, Source(Layout(Path(folder_name)), source), tag, layout, below)
+    if kind != "docker-archive":
+        raise Failure(f"{source} is no image: name it oci:DIR[:TAG] or docker-archive:FILE")
+    if not Path(name.partition(":")[0]).is_file():
         raise Failure(
             f"{name.partition(':')[0]} is no file: name an archive that docker or podman saved, without `:`"
         )
     with host.scratch(near=layout.path) as folder:
-        host.run(
-            ["skopeo", "copy", "--quiet", "--override-os=linux", "--override-arch=amd64",
-             "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
-            timeout=3600,
-        )  # fmt: skip
-        return _convert(host, Source(Layout(folder / "image"), source), "", layout)
+        # skopeo unpacks a packed archive before it looks at it.
+        limit = min(archive_limit, max(init.MIB, shutil.disk_usage(folder).free // 2))
+        try:
+            host.run(
+                ["prlimit", f"--fsize={limit}", "skopeo", "copy", "--quiet",
+                 "--override-os=linux", "--override-arch=amd64",
+                 "--dest-oci-accept-uncompressed-layers", source, f"oci:{folder}/image"],
+                timeout=3600,
+                env=closed_environment(TMPDIR=folder),
+            )  # fmt: skip
+        except Failure as failure:
+            reason = logged(str(failure))
+            if re.search(r"file too large|short write", reason, re.IGNORECASE):
+                reason = f"it unpacks to more than {limit >> 20} MiB"
+            raise Failure(f"cannot use {source}: {reason[:300]}; save it again, or check its name") from None
+        return _convert(host, Source(Layout(folder / "image"), source), "", layout, below)
 
 
 @dataclass(frozen=True)
@@ -238,20 +337,42 @@ class Source:
     layout: Layout
     name: str
 
-    def document(self, descriptor: Descriptor) -> tuple[bytes, dict[str, object]]:
-        """Read an index or image manifest that is only one of them, and what its descriptor says it is."""
-        text = self.layout.read_blob(descriptor)
-        raw = init.parse_json(text, "IMAGE-FORMAT")
-        if not isinstance(raw, dict):
-            raise Failure(f"{self.name}: {descriptor.digest} is no OCI document")
-        # What one program takes for an index and another for an image is two things under one digest.
-        if raw.get("mediaType", descriptor.media_type) != descriptor.media_type:
+
+def check_document(name: str, descriptor: Descriptor, text: bytes) -> dict[str, object]:
+    """Return an index or image manifest that is only one of them, and what its descriptor says it is."""
+    raw = init.parse_json(text, "IMAGE-FORMAT")
+    if not isinstance(raw, dict):
+        raise Failure(f"{name}: {descriptor.digest} is no OCI document: name another image")
+    # What one program takes for an index and another for an image is two things under one digest.
+    if raw.get("mediaType", descriptor.media_type) != descriptor.media_type:
+        raise Failure(f"{name}: {descriptor.digest} is listed as {descriptor.media_type} and says another")
+    if "manifests" in raw and "layers" in raw:
+        raise Failure(f"{name}: {descriptor.digest} is both an index and an image")
+    if type(raw.get("schemaVersion")) is not int:
+        raise Failure(f"{name}: {descriptor.digest} has no whole schemaVersion: make the image again")
+    annotations, artifact = raw.get("annotations", {}), raw.get("artifactType", "")
+    if not isinstance(annotations, dict) or not all(isinstance(text, str) for text in annotations.values()):
+        raise Failure(f"{name}: {descriptor.digest} has annotations that are no texts: make the image again")
+    parts = [raw, raw.get("config"), raw.get("subject")]
+    for key in ("manifests", "layers"):
+        entries = raw.get(key)
+        parts += entries if isinstance(entries, list) else []
+    fields = [part for part in parts if isinstance(part, dict)]
+    kinds = [part[key] for part in fields for key in ("mediaType", "artifactType") if key in part]
+    for kind in (*kinds, *([artifact] if artifact else [])):
+        if not isinstance(kind, str) or not MEDIA_TYPE.fullmatch(kind):
+            raise Failure(f"{name}: {str(kind)[:100]!r} is no media type: make the image again")
+    _check_keys(name, *fields, *(part.get("platform") for part in fields))
+    return raw
+
+
+def _check_keys(name: str, *fields: object) -> None:
+    """Refuse keys in other letters: programs in Go take them for the ones that we know."""
+    for key in (key for part in fields if isinstance(part, dict) for key in part):
+        if KEYS.get(key.casefold(), key) != key:
             raise Failure(
-                f"{self.name}: {descriptor.digest} is listed as {descriptor.media_type} and says another"
+                f"{name}: the key {key[:100]!r} is {KEYS[key.casefold()]} to other programs: remove it"
             )
-        if "manifests" in raw and "layers" in raw:
-            raise Failure(f"{self.name}: {descriptor.digest} is both an index and an image")
-        return text, raw
 
 
 def _split_tag(name: str) -> tuple[str, str]:
@@ -260,11 +381,10 @@ def _split_tag(name: str) -> tuple[str, str]:
     return (folder, tag) if folder and "/" not in tag else (name, "")
 
 
-def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedImage:
+def _convert(host: Host, source: Source, tag: str, layout: Layout, below: Below) -> ConvertedImage:
     descriptor = _find_image(source, tag)
-    document, raw = source.document(descriptor)
-    if descriptor.media_type not in MANIFEST_TYPES:
-        raise Failure(f"{source.name}: {descriptor.digest} is {descriptor.media_type}, not an image")
+    document = source.layout.read_blob(descriptor)
+    raw = check_document(source.name, descriptor, document)
     descriptors = _descriptors(document, "layers")
     if len(descriptors) > LAYER_LIMIT:
         raise Failure(
@@ -278,13 +398,14 @@ def _convert(host: Host, source: Source, tag: str, layout: Layout) -> ConvertedI
     _refuse_elsewhere(source, raw)
     converted, roots = [], []
     with host.scratch(near=layout.path) as folder:
-        stack = tars.Image()
         for number, (item, diff_id) in enumerate(zip(descriptors, expected, strict=True), 1):
             label = f"{source.name}: layer {number} of {len(descriptors)}"
             job = LayerJob(host, source.layout, item, diff_id, label, folder / str(number))
-            layer = _convert_layer(job, stack, layout)
+            layer = _convert_layer(job, below, layout)
             converted.append(layer.descriptor if layer else item)
             roots += [layer] if layer else []
+        if below.check:
+            below.check(below.read())
     if tuple(converted) == descriptors:
         # Nothing changed: the manifest stays what its author made, digest included.
         return ConvertedImage(layout.add_blob(host, document, descriptor.media_type), tuple(roots))
@@ -318,26 +439,38 @@ def _find_image(source: Source, tag: str) -> Descriptor:
     if len(found) != 1:
         tags = ", ".join(sorted(item.annotations.get(REF_NAME, "(no tag)") for item in listed)[:20])
         raise Failure(f"{path} has {len(found)} images{f' tagged {tag}' if tag else ''}: name one of {tags}")
-    image = found[0]
+    return find_image(source.name, found[0], source.layout.read_blob)
+
+
+def find_image(name: str, listed: Descriptor, read: Callable[[Descriptor], bytes]) -> Descriptor:
+    """Return the image manifest that a tag leads to, in a folder or a registry; of several platforms,
+    linux/amd64. `read` returns a document that has its digest and size.
+    """
+    image = listed
     # index.json, its entry, and what buildx lays between: nothing in use is deeper.
     for _ in range(INDEX_DEPTH):
-        if image.media_type not in INDEX_TYPES:
+        document = read(image)
+        raw = check_document(name, image, document)
+        if image.media_type in MANIFEST_TYPES:
             return image
-        document, raw = source.document(image)
+        if image.media_type not in INDEX_TYPES:
+            raise Failure(f"{name}: {image.digest} is {image.media_type[:100]}, not an image: name another")
         parsed = _descriptors(document, "manifests")
         entries = raw["manifests"]
         assert isinstance(entries, list)  # _descriptors checked it
-        ours = [
-            item
-            for item, entry in zip(parsed, entries, strict=True)
-            if _platform(entry) == ("linux", "amd64") or item.media_type in INDEX_TYPES
-        ]
+        ours = [item for item, entry in zip(parsed, entries, strict=True) if _is_ours(item, entry)]
         if len(ours) != 1:
-            raise Failure(f"{path} has {len(ours)} images for linux/amd64: name one that has exactly one")
+            raise Failure(f"{name} has {len(ours)} images for linux/amd64: name one that has exactly one")
         image = ours[0]
     raise Failure(
-        f"{path} has indexes in indexes, more than {INDEX_DEPTH} deep: name the image by its own tag"
+        f"{name} has indexes in indexes, more than {INDEX_DEPTH} deep: name the image by its own tag"
     )
+
+
+def _is_ours(item: Descriptor, entry: dict[str, object]) -> bool:
+    """Say whether an entry of an index leads to an image for linux/amd64; an index need not say for what."""
+    unsaid = entry.get("platform") is None and item.media_type in INDEX_TYPES
+    return unsaid or _platform(entry) == ("linux", "amd64")
 
 
 def _platform(entry: dict[str, object]) -> tuple[object, object]:
@@ -352,6 +485,7 @@ def _diff_ids(source: Source, config: Descriptor, count: int) -> list[str | None
     raw = init.parse_json(source.layout.read_blob(config), "IMAGE-FORMAT")
     if not isinstance(raw, dict):
         raise Failure(f"the config of {source.name} is no JSON object")
+    _check_keys(source.name, raw, raw.get("rootfs"))
     platform = raw.get("os", "linux"), raw.get("architecture", "amd64")
     if platform != ("linux", "amd64"):
         raise Failure(
@@ -378,38 +512,119 @@ class LayerJob:
     label: str
     work: Path
 
+    def take(self) -> Path:
+        """Copy the layer as it is packed. Nobody else can write the copy: what was checked is used."""
+        target = self.work.with_name(self.layer.digest.removeprefix("sha256:"))
+        return target if target.is_file() else self.source.copy_blob(self.layer, target)
 
-def _convert_layer(job: LayerJob, stack: tars.Image, layout: Layout) -> VerityLayer | None:
+
+class Below:
+    """What lies below the layer in hand. Of layers that were kept it is read when another needs it, not
+    before.
+    """
+
+    def __init__(self, cache: kept.Cache | None, check: Callable[[tars.Image], None] | None) -> None:
+        self.cache, self.check = cache, check
+        self._image = tars.Image()
+        self._unread: list[LayerJob | None] = []
+        self.taken: list[tuple[str, int, set[str]]] = []  # verity layers, as they are
+        self._chain: list[tuple[str, str, str | None]] = []
+
+    def key(self, job: LayerJob) -> str:
+        """Name what becomes of the next layer: it depends on its tar and on all that lies below.
+
+        Both its digests count: only that a packed layer unpacks to its diff_id makes it the same.
+        """
+        self._chain.append((job.layer.media_type, job.layer.digest, job.diff_id))
+        return self.cache.key(self._chain) if self.cache else ""
+
+    def later(self, job: LayerJob | None) -> None:
+        """Lie on a layer that is read when it is needed, or (None) on one whose names nobody knows."""
+        self._unread.append(job)
+
+    def read(self) -> tars.Image:
+        """Return the layers below as they look together."""
+        for job in self._unread:
+            if job is None:
+                self._image.forget()
+            else:
+                tars.read_layer(_unpack(job, job.take(), self._image), job.label, self._image)
+        self._unread.clear()
+        return self._image
+
+
+def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer | None:
     """Add a layer to the layout; None for a UKI, which is no file system."""
-    layer, host = job.layer, job.host
-    path = job.source.check_blob(layer)
+    layer, host, key = job.layer, job.host, below.key(job)
     roots = {layer.annotations[name] for name in init.ROOT_HASH_ANNOTATIONS if name in layer.annotations}
+    if (layer.digest, layer.size, roots) in below.taken:
+        return VerityLayer(layer, min(roots))
+    path = job.take()
     if layer.media_type == init.UKI_MEDIA_TYPE or roots:
         for root_hash in roots:
             check_layer(host, path, root_hash)
         if roots:
-            _check_filesystem(path, job.label)
-            stack.forget()
-        layout.add_blob(host, path, layer.media_type)
+            _check_filesystem(host, path, job.label)
+            below.later(None)
+        layout.take_file(host, path, layer)
+        below.taken += [(layer.digest, layer.size, roots)] if roots else []
         return VerityLayer(layer, min(roots)) if roots else None
     if layer.media_type not in PACKINGS:
         hint = ": build it with a verity root hash" if "stacker" in layer.media_type else ""
         raise Failure(f"{job.label} is {layer.media_type}, which mosinit cannot convert{hint}")
     if job.diff_id is None:
         raise Failure(f"{job.label} has no diff_id: the image needs a config that lists its layers")
+    work = job.work.with_suffix(".erofs")
+    if below.cache and (found := below.cache.fetch(key, work)):
+        path.unlink()
+        host.say(f"{job.label}: converted before")
+        below.later(job)
+        return _take_layer(host, work, layout, found)
+    stack = below.read()
     tar = _unpack(job, path, stack)
     tree = tars.read_layer(tar, job.label, stack)
-    converted = add_tree(host, tree, job.diff_id, job.work.with_suffix(".erofs"), layout, job.label)
+    made = add_tree(host, tree, job.diff_id, work, layout, job.label)
     # A hard link of a later layer may ask for any file of this one; of a layer without content, for nothing.
-    if tar != path and not tars.size_of(tree):
+    if not tars.size_of(tree):
         tar.unlink()
-    return converted
+    if below.cache:
+        blob = made.descriptor
+        below.cache.keep(
+            host, key, layout.blob_path(blob.digest), kept.Kept(blob.digest, blob.size, made.root_hash)
+        )
+    return made
 
 
-def _check_filesystem(path: Path, label: str) -> None:
-    """Refuse what the bring-up would not mount."""
+def _take_layer(host: Host, work: Path, layout: Layout, layer: kept.Kept) -> VerityLayer:
+    """Move a verity layer file into the layout."""
+    descriptor = Descriptor(EROFS_TYPE, layer.digest, layer.size, annotations={ROOT_HASH: layer.root_hash})
+    layout.take_file(host, work, descriptor)
+    return VerityLayer(descriptor, layer.root_hash)
+
+
+def _check_filesystem(host: Host, path: Path, label: str) -> None:
+    """Refuse what the bring-up would not mount: the magic number of a file system is not all of it."""
     with path.open("rb") as file:
-        init.find_filesystem(file.read(init.BLOCK), label)
+        kind = init.find_filesystem(file.read(init.BLOCK), label)
+    # fsck.erofs ends with status 0 also where it finds no file system: what counts is its last word.
+    program = {"erofs": "fsck.erofs -d3 --extract", "squashfs": "unsquashfs -lln"}[kind].split()
+    limits = ["prlimit", f"--cpu={CHECK_SECONDS}", f"--as={CHECK_BYTES}"]
+    both = ["sh", "-c", 'exec "$@" 2>&1', "sh"]
+    left, said = tars.Limits().metadata, b""
+    try:
+        with (
+            path.open("rb") as file,
+            host.pipe([*both, *limits, *program, str(path)], stdin=file, env=closed_environment()) as words,
+        ):
+            while chunk := words.read(CHUNK):
+                said, left = (said + chunk)[-500:], left - len(chunk)
+                if left < 0:
+                    raise Failure("it lists more names than an image may have")
+        if kind == "erofs" and not said.rstrip().endswith(b"No errors found"):
+            raise Failure("it is none")
+    except Failure as failure:
+        reason = (said.decode(errors="replace").splitlines() or [str(failure)])[-1]
+        raise Failure(f"{label}: its {kind} cannot be read ({reason}): make it again") from failure
 
 
 def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
@@ -423,6 +638,7 @@ def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
         raise Failure(f"{job.label} is not its diff_id {job.diff_id}")
     # An image may list a layer more than once.
     if target.is_file() and digest_file(target)[0] == job.diff_id:
+        path.unlink()
         return target
     hasher = hashlib.sha256()
     left = stack.limits.content - stack.content
@@ -444,13 +660,16 @@ def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
             done = place
     if f"sha256:{hasher.hexdigest()}" != job.diff_id:
         raise Failure(f"{job.label} does not unpack to its diff_id {job.diff_id}")
+    path.unlink()
     return target
 
 
 def _chunks(job: LayerJob, packing: str, packed: IO[bytes]) -> Iterator[bytes]:
     """Yield the bare tar of a packed layer piece by piece."""
     if packing == "zstd":
-        with job.host.pipe(["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed) as plain:
+        with job.host.pipe(
+            ["zstd", "--decompress", "--quiet", "--stdout"], stdin=packed, env=closed_environment()
+        ) as plain:
             yield from iter(lambda: plain.read(CHUNK), b"")
         return
     try:
@@ -504,7 +723,7 @@ def add_tree(
     """
     words = _erofs_words(uuid_of(identity.removeprefix("sha256:")), COMPRESSION)
     # mkfs.erofs keeps what it has read of a pipe in TMPDIR, and /tmp may be memory.
-    environment = {**os.environ, "TMPDIR": str(work.parent)}
+    environment = closed_environment(TMPDIR=work.parent)
     with (
         host.progress(f"{label}: making its file system", tars.size_of(tree)) as advance,
         host.pipe([*words, work], env=environment) as out,
@@ -514,9 +733,28 @@ def add_tree(
     _pad(work)
     digest = digest_file(work)[0].removeprefix("sha256:")
     root_hash = append_verity(host, work, salt=digest, name=digest)
-    descriptor = layout.add_blob(host, work, EROFS_TYPE, annotations={ROOT_HASH: root_hash})
-    work.unlink()
-    return VerityLayer(descriptor, root_hash)
+    return _take_layer(host, work, layout, kept.Kept(*digest_file(work), root_hash))
+
+
+def open_cache(host: Host) -> kept.Cache | None:
+    """Return the user's cache of converted layers, or None if there can be none."""
+    folder = kept.open_folder(host, tools.cache() / "layers")
+    try:
+        return kept.Cache(folder, _maker(host)) if folder else None
+    except Failure:
+        return None  # whoever converts will say what is missing
+
+
+def _maker(host: Host) -> str:
+    """Name what converts: our code, its programs, and the libraries that those load (the compressors)."""
+    files = [str(module.__file__) for module in (init, kept, seam, tars)] + [__file__]
+    for name in ("mkfs.erofs", "veritysetup"):
+        program = shutil.which(name)
+        if program is None:
+            raise Failure(f"{name} is missing: run mosinit in its tools tree")
+        listed = host.run(["ldd", program], env=closed_environment()).decode()
+        files += [program, *re.findall(r"(/\S+) \(0x", listed)]
+    return digest_bytes(encode([digest_file(Path(name))[0] for name in files]))[0]
 
 
 def _check_count(path: Path, expected: int, label: str) -> None:
@@ -539,7 +777,7 @@ def uuid_of(digest: str) -> str:
 def make_erofs(host: Host, tar: Path, target: Path, options: Iterable[str] = ()) -> None:
     """Make an erofs image of a tar that we wrote ourselves; the same tar gives the same bytes."""
     identity = uuid_of(digest_file(tar)[0].removeprefix("sha256:"))
-    host.run([*_erofs_words(identity, options), target, tar], timeout=3600)
+    host.run([*_erofs_words(identity, options), target, tar], timeout=3600, env=closed_environment())
     _pad(target)
 
 
@@ -562,6 +800,7 @@ def append_verity(host: Host, path: Path, *, salt: str, name: str) -> str:
             ["veritysetup", "format", *_verity_words(size), f"--salt={salt}", f"--uuid={uuid_of(name)}",
              f"--root-hash-file={folder}/root-hash", path, path],
             timeout=3600,
+            env=closed_environment(),
         )  # fmt: skip
         root_hash = (folder / "root-hash").read_text().strip()
     if init.verity_data_blocks(path.stat().st_size) != size // init.BLOCK:
@@ -582,6 +821,7 @@ def check_layer(host: Host, path: Path, root_hash: str) -> None:
     host.run(
         ["veritysetup", "verify", f"--hash-offset={blocks * init.BLOCK}", path, path, root_hash],
         timeout=3600,
+        env=closed_environment(),
     )
 
 

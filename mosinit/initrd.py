@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, closed_environment
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -189,7 +189,7 @@ def read_module(host: Host, tree: Path, file: str) -> bytes:
         ("", bytes),
         (".xz", lzma.decompress),
         (".gz", gzip.decompress),
-        (".zst", lambda data: host.run(["zstd", "-dcq"], stdin=data)),
+        (".zst", lambda data: host.run(["zstd", "-dcq"], stdin=data, env=closed_environment())),
     ):
         path = tree / (file + suffix)
         if path.exists():
@@ -439,7 +439,10 @@ def weigh(host: Host, root: Path, packed: int) -> tuple[Part, ...]:
         if path.is_file() and not path.is_symlink():
             for place, data in _members(f"/{path.relative_to(root)}", path):
                 content[part_of(place)] += data
-    alone = {name: len(host.run(["zstd", "-9", "-cq"], stdin=bytes(data))) for name, data in content.items()}
+    alone = {
+        name: len(host.run(["zstd", "-9", "-cq"], stdin=bytes(data), env=closed_environment()))
+        for name, data in content.items()
+    }
     scale = packed / sum(alone.values())
     return tuple(Part(name, len(content[name]), round(alone[name] * scale)) for name in PARTS)
 
@@ -496,6 +499,7 @@ def build(
              "--manifest-ca", keyset.certificate_path("manifest-ca"),
              "--sudi-ca", keyset.certificate_path("sudi-ca"), "--out", out],
             timeout=900,
+            env=closed_environment(TMPDIR=folder),
         )  # fmt: skip
     for line in shown.decode().splitlines():
         host.say(line)

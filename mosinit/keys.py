@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mosinit.host import Failure, Host, Usage
+from mosinit.host import Failure, Host, Usage, closed_environment
 
 SCHEMA = 1
 YEAR = datetime.timedelta(days=365)
@@ -62,8 +62,8 @@ ROLES: Mapping[str, Role] = {
     "recovery": Role("decrypts recovery records", "RSA-3072", decrypts=True),
 }
 
-# The time that Authenticode signatures carry where SOURCE_DATE_EPOCH says nothing: firmware does not look at
-# it, and a constant keeps two builds of the same input equal.
+# The time that Authenticode signatures carry: firmware does not look at it, and a constant keeps two builds
+# of the same input equal.
 SIGNING_TIME = 1735689600  # 2025-01-01T00:00:00Z
 
 
@@ -122,9 +122,9 @@ class FileSigner:
         )  # fmt: skip
 
     def sign_pe(self, source: Path, target: Path) -> None:
-        """Write the signed copy of a PE file; its time is SOURCE_DATE_EPOCH or a constant."""
-        epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or SIGNING_TIME)
-        frozen = datetime.datetime.fromtimestamp(epoch, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        """Write the signed copy of a PE file; its time is a constant."""
+        time = datetime.datetime.fromtimestamp(SIGNING_TIME, datetime.timezone.utc)
+        frozen = time.strftime("%Y-%m-%d %H:%M:%S")
         with self.host.replacing(target) as fresh:
             self.host.run(
                 ["faketime", "-f", frozen,
@@ -446,8 +446,3 @@ def _write(host: Host, path: Path, content: bytes, mode: int) -> None:
     """Write a file durably that has its mode from the first moment."""
     with host.replacing(path, mode=mode) as fresh:
         fresh.write_bytes(content)
-
-
-def closed_environment() -> dict[str, str]:
-    """Return the whole environment of the programs that hold a private key."""
-    return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC"}

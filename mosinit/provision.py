@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from mosinit import exchange, init, keys, records
-from mosinit.host import Failure, Host, Usage
+from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.tpm import DEVICE, Tpm, WrongAuth, open_tpm
 
 EVENT_LOG = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
@@ -256,7 +256,7 @@ def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secr
     )
     with host.scratch() as scratch:
         (scratch / "request.cnf").write_text(config)
-        with_tpm = {**keys.closed_environment(), "TPM2OPENSSL_TCTI": tcti, "TSS2_LOG": "all+NONE"}
+        with_tpm = closed_environment(TPM2OPENSSL_TCTI=tcti, TSS2_LOG="all+NONE")
         words: list[str | Path] = [
             "openssl", "req", "-new", "-sha256", "-outform", "DER", "-config", scratch / "request.cnf",
             "-provider", "tpm2", "-provider", "default",
@@ -281,7 +281,7 @@ def encrypt_recovery(
         ["openssl", "cms", "-encrypt", "-binary", "-aes-256-gcm", "-outform", "DER",
          "-recip", folder / "organisation/recovery.pem",
          "-keyopt", "rsa_padding_mode:oaep", "-keyopt", "rsa_oaep_md:sha256"],
-        stdin=exchange.encode_recovery(recovery), env=keys.closed_environment(),
+        stdin=exchange.encode_recovery(recovery), env=closed_environment(),
     )  # fmt: skip
 
 

@@ -12,9 +12,11 @@ It passes through any registry as one unit, and the same input gives the same by
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,12 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, registry
-from mosinit.host import Failure, Host, Usage
+from mosinit import images, init, kept, registry, tars
+from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset
 
 TAG = "release"
+MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
 TARGET_ANNOTATION = "io.mosinit.target"
 
 
@@ -51,38 +54,42 @@ class SignedTarget:
 
 
 def publish(
-    host: Host, manifest: Path, keyset: Keyset, destination: str, access: registry.Access | None = None
+    host: Host,
+    manifest: Path,
+    keyset: Keyset,
+    destination: str,
+    access: registry.Access | None = None,
+    cache: kept.Cache | None = None,
 ) -> Published:
     """Convert, sign and write the release that a person's manifest describes to `oci:DIR` or
     `docker://HOST[:PORT]/NAME:TAG`.
 
-    A relative source is one beside the manifest. An earlier release there is replaced when the new one is
-    whole. Raises `Refused` (the machine's own checks) or `Failure`.
+    A relative source is one beside the manifest. Layers that `cache` has are not converted again.
+    An earlier release there is replaced when the new one is whole. Raises `Refused` (the machine's own
+    checks) or `Failure`.
     """
-    access = access or registry.Access()
+    sources = Sources(manifest.parent, access or registry.Access(), cache)
     target = parse_destination(destination)
     written = read_written(manifest)
     policy = check_signer(keyset, written)
     if isinstance(target, registry.Reference):
-        registry.probe(host, access, target)
+        registry.probe(sources.access, target)
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
         near = target
         near.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=near) as scratch:
         layout = images.Layout(scratch / "release")
-        targets = [
-            _sign_target(host, item, manifest.parent, keyset, layout, access) for item in written.targets
-        ]
+        targets = [_sign_target(host, item, sources, keyset, layout) for item in written.targets]
         text = encode_manifest(written, targets)
         signed = _sign(keyset, text, written.epoch)
         index = _write_release(host, layout, signed, targets)
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
-            registry.push(host, access, layout.path, TAG, target, index.digest)
+            registry.push(host, sources.access, layout, target)
         else:
             layout.path.chmod(0o755)
-            _replace_folder(layout.path, target, scratch / "old")
+            _replace_folder(host, layout.path, target, scratch / "old")
             host.sync_file(target.parent)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
     host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
@@ -100,14 +107,18 @@ def parse_destination(destination: str) -> Path | registry.Reference:
     if not destination.startswith("oci:") or not destination.removeprefix("oci:"):
         raise Usage(f"cannot publish to {destination}: a release goes to oci:DIR or docker://HOST/NAME:TAG")
     folder = Path(destination.removeprefix("oci:")).absolute()
-    if folder.exists() and not (folder / "oci-layout").is_file():
-        raise Failure(f"{folder} exists and is no OCI image layout: name another folder")
     if folder.exists():
-        names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
-        if names != [TAG]:
-            # It is replaced as a whole: a release, never somebody's images.
-            raise Failure(f"{folder} holds images that are no release: name another folder")
+        _check_replaceable(folder, folder)
     return folder
+
+
+def _check_replaceable(folder: Path, name: Path) -> None:
+    """Raise `Failure` unless a folder is a release: it is replaced as a whole, never somebody's images."""
+    if not (folder / "oci-layout").is_file():
+        raise Failure(f"{name} exists and is no OCI image layout: name another folder")
+    names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
+    if names != [TAG]:
+        raise Failure(f"{name} holds images that are no release: name another folder")
 
 
 def read_written(manifest: Path) -> init.Contents:
@@ -120,11 +131,42 @@ def read_written(manifest: Path) -> init.Contents:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
 
 
-def _replace_folder(new: Path, target: Path, old: Path) -> None:
-    """Put a whole folder in the place of another; whoever looks sees one of them, or for a moment none."""
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:
+    """Put a whole folder in the place of another, which is at `new` or `old` then; whoever looks sees one of
+    them. What is there may have changed since it was looked at: a failure leaves it where it is.
+    """
+    try:
+        if not os.path.lexists(target):
+            new.rename(target)  # no folder replaces one that holds something
+            return
+        _check_replaceable(target, target)
+        try:
+            host.swap(new, target)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            _move_aside(new, target, old)
+            return
+        try:
+            _check_replaceable(new, target)
+        except BaseException:
+            host.swap(new, target)
+            raise
+    except OSError as error:
+        raise Failure(
+            f"cannot put the release in its place, {target}: {error.strerror}; try again"
+        ) from error
+
+
+def _move_aside(new: Path, target: Path, old: Path) -> None:
+    """Do the same where a file system cannot swap: for a moment nothing is there."""
+    target.rename(old)
+    try:
+        _check_replaceable(old, target)
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
 
 
 # --- What may be signed, and by whom ------------------------------------------------------------------
@@ -156,40 +198,85 @@ def _pem(keyset: Keyset, role: str) -> bytes:
     return keyset.certificate(role).public_bytes(serialization.Encoding.PEM)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where images come from: relative ones from a folder, others from registries; layers from a cache."""
+
+    beside: Path
+    access: registry.Access
+    cache: kept.Cache | None
+
+
 def _sign_target(
-    host: Host,
-    target: init.Target,
-    beside: Path,
-    keyset: Keyset,
-    layout: images.Layout,
-    access: registry.Access,
+    host: Host, target: init.Target, sources: Sources, keyset: Keyset, layout: images.Layout
 ) -> SignedTarget:
-    image = _convert(host, target.source, beside, layout, access)
+    image = _convert(host, target, sources, layout)
     signer = keyset.signer("layer")
-    signatures = [
-        # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
-        layout.add_blob(host, signer.sign_pkcs7(layer.root_hash.encode()), init.LAYER_SIGNATURE_MEDIA_TYPE)
-        for layer in image.layers
-    ]
-    return SignedTarget(target, image, tuple(signatures))
+    # The kernel checks the signature of the root hash as text: 64 hex digits, no line end.
+    signatures = {
+        root_hash: layout.add_blob(
+            host, signer.sign_pkcs7(root_hash.encode()), init.LAYER_SIGNATURE_MEDIA_TYPE
+        )
+        for root_hash in {layer.root_hash for layer in image.layers}
+    }
+    return SignedTarget(target, image, tuple(signatures[layer.root_hash] for layer in image.layers))
 
 
 def _convert(
-    host: Host, source: str, beside: Path, layout: images.Layout, access: registry.Access
+    host: Host, target: init.Target, sources: Sources, layout: images.Layout
 ) -> images.ConvertedImage:
+    source, check = target.source, _check_init if target.service_type == "hostfs" else None
     kind, _, name = source.partition(":")
     if kind in ("oci", "docker-archive"):
-        return images.convert(host, f"{kind}:{beside.absolute() / name}", layout)
+        beside = f"{kind}:{sources.beside.absolute() / name}"
+        return images.convert(host, beside, layout, sources.cache, check)
     with host.scratch(near=layout.path) as folder:
-        fetched = registry.fetch(host, access, source, folder)
+        fetched = registry.fetch(host, sources.access, source, folder)
         try:
-            return images.convert(host, f"oci:{fetched}", layout)
+            return images.convert(host, f"oci:{fetched}", layout, sources.cache, check)
         except Failure as failure:
             # A person knows the name of the image, and nothing of a folder that is gone by then.
             raise Failure(str(failure).replace(str(fetched), source)) from failure
 
 
 # --- What a machine would say -------------------------------------------------------------------------
+
+
+class Root(init.Machine):
+    """The layers of a hostfs, stacked in memory, seen by the bring-up's own functions."""
+
+    def __init__(self, top: tars.Folder) -> None:
+        super().__init__()
+        self._top = top
+
+    def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
+        """Return mode and first bytes of a file, links taken as the kernel does; None if there is none."""
+        parts, here, links = path.encode().split(b"/"), [self._top], 0
+        while parts:
+            name = parts.pop(0)
+            if name == b"..":
+                here = here[:-1] or here
+            if name in (b"", b".", b".."):
+                continue
+            found = here[-1].children.get(name)
+            if isinstance(found, tars.Folder):
+                here.append(found)
+            elif found is not None and found.kind == tars.SYMLINK and links < MAX_LINKS:
+                links += 1
+                here = here[:1] if found.target.startswith(b"/") else here
+                parts = found.target.split(b"/") + parts
+            elif found is None or found.kind == tars.SYMLINK or parts:
+                return None
+            else:
+                kind = stat.S_IFREG if found.kind == tars.FILE else 0
+                return kind | found.meta.mode, tars.head(found, size)
+        return stat.S_IFDIR, b""
+
+
+def _check_init(image: tars.Image) -> None:
+    """Refuse a hostfs that has no init for the bring-up; of layers under verity already nobody knows."""
+    if image.root is not None:
+        init.find_init(Root(image.root))
 
 
 class Store(init.Machine):
@@ -228,8 +315,15 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
         )
     if manifest.contents.update_type == "complete":
         init.boot_targets(manifest.contents)
-    for target in manifest.contents.targets:
-        image = init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
+    parsed = [
+        init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
+        for target in manifest.contents.targets
+    ]
+    pairs = list(zip(manifest.contents.targets, parsed, strict=True))
+    starts = ("hostfs", "bootkit")
+    init.check_lowers(sum(len(image.layers) for target, image in pairs if target.service_type in starts))
+    seen_layers = set()
+    for target, image in pairs:
         if target.service_type == "bootkit" and not init.HEX64.fullmatch(str(image.uki_id)):
             raise init.Refused(
                 "MANIFEST-UKI", expected="a bootkit that names its UKI", seen=str(image.uki_id)
@@ -238,8 +332,10 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
             seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
             raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
         for layer, signature in zip(image.layers, target.layer_signatures, strict=True):
-            _check_layer(layout, layer)
-            _check_signature(host, store, layer, signature, keyset)
+            if (layer, signature) not in seen_layers:
+                _check_layer(layout, layer)
+                _check_signature(host, store, layer, signature, keyset)
+            seen_layers.add((layer, signature))
     return manifest
 
 
@@ -267,7 +363,7 @@ def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
 
 
 def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
-    """See what the bring-up sees of a layer before it mounts it: size, superblock, kind of file system."""
+    """See what the bring-up sees of a layer before it mounts it, and that it is what the manifest names."""
     path = layout.blob_path(layer.digest)
     with init.refusing("STORE-BLOB", f"blob {layer.digest}"), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -280,12 +376,18 @@ def _check_layer(layout: images.Layout, layer: init.Layer) -> None:
         init.parse_verity_salt(file.read(512), blocks)
         file.seek(0)
         init.find_filesystem(file.read(init.BLOCK), layer.digest)
+        file.seek(0)
+        seen = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if seen != layer.digest:
+        raise init.Refused("LAYER-READ", expected=layer.digest, seen=seen)
 
 
 def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, keyset: Keyset) -> None:
     """See that the layer certificate, and so a kernel that finds it in db, accepts a layer's signature."""
     with init.refusing("STORE-BLOB", f"blob {digest}"):
-        store.read(init.blob_path(digest), 16384)
+        seen, _ = images.digest_bytes(store.read(init.blob_path(digest), 16384))
+    if seen != digest:
+        raise init.Refused("LAYER-SIGNATURE", expected=digest, seen=seen)
     with host.scratch() as folder:
         (folder / "root-hash").write_text(layer.root_hash)
         try:
@@ -294,6 +396,7 @@ def _check_signature(host: Host, store: Store, layer: init.Layer, digest: str, k
                  "-in", store.real_path(init.blob_path(digest)), "-content", folder / "root-hash",
                  "-nointern", "-noverify", "-certfile", keyset.certificate_path("layer")],
                 timeout=60,
+                env=closed_environment(),
             )  # fmt: skip
         except Failure as failure:
             raise init.Refused(

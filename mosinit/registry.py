@@ -1,8 +1,7 @@
-"""Registries, through skopeo: an image comes from one, a release goes to one.
+"""Registries: an image comes from one, a release goes to one, by the OCI distribution specification 1.1.
 
 Everything a registry says is untrusted. It has to keep moving, may send no more than it announced, and what
-it sent or keeps is compared by digest. TLS is not optional. Passwords travel in a file of mode 0600 in a
-temporary folder, never in `argv` and never in a message.
+it sent or keeps is compared by digest. Passwords stay in this process: see `wire`, which holds the way.
 """
 
 from __future__ import annotations
@@ -14,27 +13,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 
-from mosinit import init
-from mosinit.host import Failure, Host, Usage
+from mosinit import images, init, wire
+from mosinit.host import Failure, Host, Usage, amount
 
 LOGIN_VARIABLE = "MOSINIT_REGISTRY_LOGIN"
 DOCKER_HUB = "docker.io"  # what containers' tools mean by a name without a host
-PLATFORM = ("linux", "amd64")
-LONGEST_SECONDS = 4 * 3600.0
-DOCUMENT_SECONDS = 300.0  # for a document of at most 4 MiB, however slowly it trickles
-
-# What skopeo may see of our environment: where people keep their logins, and how the network is reached.
-ENVIRONMENT = {
-    "DOCKER_CONFIG", "HOME", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "PATH", "REGISTRY_AUTH_FILE",
-    "SSL_CERT_DIR", "SSL_CERT_FILE", "TMPDIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "https_proxy",
-    "http_proxy", "no_proxy",
-}  # fmt: skip
+HUB_API, HUB_TOKENS = "registry-1.docker.io", "auth.docker.io"  # where Docker's own really is
+INDEX_KINDS = ", ".join((*images.MANIFEST_TYPES, *images.INDEX_TYPES))
 
 _REFERENCE = re.compile(
     r"docker://(?:(?P<host>(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)/)?"
@@ -53,13 +45,20 @@ class Reference:
     digest: str
 
     def __str__(self) -> str:
-        """Return the reference as skopeo takes it."""
+        """Return the reference as a person writes it."""
         tag, digest = f":{self.tag}" if self.tag else "", f"@{self.digest}" if self.digest else ""
         return f"docker://{self.host}/{self.name}{digest or tag}"
 
-    def at(self, digest: str) -> Reference:
-        """Return the reference to just this content of the same name."""
-        return Reference(self.host, self.name, "", digest)
+    @property
+    def api(self) -> wire.Place:
+        """Where the registry's interface is."""
+        host = HUB_API if self.host == DOCKER_HUB else self.host.lower()
+        return wire.parse_place(f"https://{host}/v2/")
+
+    @property
+    def repository(self) -> str:
+        """The name that the registry knows it by: Docker's own has a folder for names without one."""
+        return f"library/{self.name}" if self.host == DOCKER_HUB and "/" not in self.name else self.name
 
 
 def parse_reference(text: str) -> Reference:
@@ -71,6 +70,8 @@ def parse_reference(text: str) -> Reference:
         raise Usage(f"{shown[:300]!r} names no image in a registry: write docker://HOST[:PORT]/NAME:TAG")
     host, name = found["host"] or "", found["name"]
     # The first word is a host only if no user of Docker's own registry could have that name.
+    if (port := re.search(r":(\d+)$", host)) and not 0 < int(port[1]) < 65536:
+        raise Usage(f"{text[:300]!r} names no image in a registry: ports are from 1 to 65535")
     if host and not set(host) & set(".:[") and host != "localhost":
         host, name = "", f"{host}/{name}"
         if not _REFERENCE.fullmatch(f"docker://x.y/{name}"):
@@ -95,18 +96,25 @@ class Login:
 
 @dataclass(frozen=True)
 class Access:
-    """How registries are reached: one more CA, a login, seconds that nothing may move.
+    """How registries are reached: one more CA, a login, seconds that nothing may move, and addresses besides
+    the registry's own that may see its login.
 
-    Without a login skopeo takes what `podman login` or `docker login` keep.
+    Without a login it is what `podman login` or `docker login` keep.
     """
 
     tls_ca: Path | None = None
     login: Login | None = None
     idle: float = 120.0
+    token_hosts: frozenset[str] = frozenset()
 
 
 def open_access(
-    tls_ca: Path | None, login: Path | None, idle: float, destination: str, sources: list[str]
+    tls_ca: Path | None,
+    login: Path | None,
+    idle: float,
+    destination: str,
+    sources: list[str],
+    token_hosts: Sequence[str] = (),
 ) -> Access:
     """Read what the person named. The login is for the registry of the destination or, if that is a folder,
     for the only one of the sources: a password must not go wherever a manifest points to.
@@ -115,18 +123,29 @@ def open_access(
     """
     if tls_ca is not None:
         _check_ca(tls_ca)
+    allowed = frozenset(map(_token_place, token_hosts))
     words = _read_login(login)
     if words is None:
-        return Access(tls_ca, None, idle)
+        return Access(tls_ca, None, idle, allowed)
     named = [destination] if destination.startswith("docker://") else sources
     hosts = sorted({parse_reference(item).host for item in named if item.startswith("docker://")})
     if len(hosts) != 1 and login is None:
-        return Access(tls_ca, None, idle)  # the variable is set for other commands too
+        return Access(tls_ca, None, idle, allowed)  # the variable is set for other commands too
     if len(hosts) != 1:
         raise Usage(
             f"--login is for one registry, and these are {', '.join(hosts) or 'none'}: use `podman login`"
         )
-    return Access(tls_ca, Login(hosts[0], words), idle)
+    return Access(tls_ca, Login(hosts[0], words), idle, allowed)
+
+
+def _token_place(name: str) -> str:
+    """Return the address of a token server that the person named. Raises `Usage`."""
+    try:
+        if set(name) & set("/?#@"):
+            raise ValueError
+        return wire.parse_place(f"https://{name.lower()}/").address
+    except ValueError:
+        raise Usage(f"{name[:100]!r} is no token server: write --token-host HOST[:PORT]") from None
 
 
 def _check_ca(path: Path) -> None:
@@ -163,126 +182,163 @@ def _read_login(path: Path | None) -> str | None:
     return words
 
 
-# --- skopeo -------------------------------------------------------------------------------------------
+def _kept_login(reference: Reference) -> str | None:
+    """Return USER:PASSWORD as `podman login` or `docker login` keep it for a registry, or a name in it.
+
+    containers-auth.json(5). What a helper program keeps is not asked for: --login is there for that.
+    """
+    hub = ("https://index.docker.io/v1/", "index.docker.io") if reference.host == DOCKER_HUB else ()
+    parts = reference.name.split("/")
+    names = ["/".join((reference.host, *parts[:count])) for count in range(len(parts), -1, -1)]
+    for path in _login_files():
+        try:
+            kept = json.loads(path.read_bytes())["auths"]
+            for name in (*names, *hub):
+                words = kept[name].get("auth") if name in kept else None
+                if words:
+                    return base64.b64decode(words, validate=True).decode()
+        except OSError:
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Failure(f"{path} is no file of logins: log in again, or use --login") from None
+    return None
+
+
+def _login_files() -> list[Path]:
+    """Return where logins may be kept, the first that knows a registry counts."""
+    env = os.environ
+    if env.get("REGISTRY_AUTH_FILE"):
+        return [Path(env["REGISTRY_AUTH_FILE"])]
+    home = Path(env.get("HOME") or "/nonexistent")
+    run = Path(env.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}")
+    return [
+        run / ("containers/auth.json" if env.get("XDG_RUNTIME_DIR") else "auth.json"),
+        Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "containers/auth.json",
+        Path(env.get("DOCKER_CONFIG") or home / ".docker") / "config.json",
+    ]
+
+
+# --- The registry's interface -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Connection:
-    """One registry, opened: the options that skopeo takes, by side (`src`, `dest`, or "" for inspect)."""
+    """One name in one registry, which knows who we are."""
 
-    host: Host
-    access: Access
+    wire: wire.Wire
     reference: Reference
-    folder: Path
-    secrets: tuple[str, ...]
 
-    def words(self, side: str = "") -> list[str]:
-        """Return skopeo's options for this registry."""
-        prefix = f"--{side}-" if side else "--"
-        words = [f"{prefix}tls-verify=true", f"{prefix}cert-dir={self.folder}/certs"]
-        # The name of this option has no prefix where there is one side alone.
-        return [*words, f"{prefix}authfile={self.folder}/auth.json"] if self.secrets else words
+    def path(self, rest: str) -> str:
+        """Return the path of something under our name."""
+        return f"/v2/{self.reference.repository}/{rest}"
 
-    def skopeo(self, *words: str, longest: float = LONGEST_SECONDS, largest: int | None = None) -> bytes:
-        """Run skopeo, which may write files of at most `largest` bytes; its faults are told in our words."""
-        limit = [] if largest is None else ["prlimit", f"--fsize={largest}"]
-        env = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
+    def manifest(self, word: str) -> tuple[images.Descriptor, bytes]:
+        """Return the manifest or index that a tag or digest names; one named by digest has that digest."""
+        with self.wire.ask("GET", self.path(f"manifests/{word}"), headers={"Accept": INDEX_KINDS}) as answer:
+            kind = answer.getheader("Content-Type", "").partition(";")[0].strip()
+            data = self.wire.document(answer, images.DOCUMENT_LIMIT)
+        digest, size = images.digest_bytes(data)
+        if init.DIGEST.fullmatch(word) and digest != word:
+            raise self.wrong()
+        return images.Descriptor(kind, digest, size), data
+
+    def read(self, blob: images.Descriptor) -> bytes:
+        """Return a manifest or index that another one lists, which is exactly that."""
+        found, data = self.manifest(blob.digest)
+        if (found.media_type, found.size) != (blob.media_type, blob.size):
+            raise self.wrong()
+        return data
+
+    def download(self, blob: images.Descriptor, target: Path, advance: Callable[[int], None]) -> None:
+        """Fetch a blob into a new file; it has the digest and size that its descriptor says."""
+        hasher, size = hashlib.sha256(), 0
+        with (
+            self.wire.ask("GET", self.path(f"blobs/{blob.digest}"), longest=wire.LONGEST_SECONDS) as answer,
+            target.open("xb") as file,
+        ):
+            for chunk in self.wire.read(answer, blob.size):
+                hasher.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
+                advance(len(chunk))
+        if (f"sha256:{hasher.hexdigest()}", size) != (blob.digest, blob.size):
+            raise self.wrong()
+
+    def has(self, blob: images.Descriptor) -> bool:
+        """Say whether the registry has a blob."""
         try:
-            return self.host.run_moving(
-                [*limit, "skopeo", *words],
-                env=env | {"LC_ALL": "C.UTF-8"},
-                timeout=longest,
-                idle=self.access.idle,
-            )
-        except Failure as failure:
-            raise Failure(self.explain(str(failure))) from None
+            with self.wire.ask("HEAD", self.path(f"blobs/{blob.digest}")):
+                return True
+        except wire.Absent:
+            return False
 
-    def explain(self, message: str) -> str:
-        """Return one line that names registry, fault and remedy, without any secret."""
-        for secret in self.secrets:
-            message = message.replace(secret, "…")
-        # Names and addresses are no words of a message: a tag may be `404`.
-        plain = message.replace(str(self.reference), " ")
-        for name in (self.reference.host, self.reference.name, self.reference.tag):
-            plain = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", " ", plain) if name else plain
-        for words, remedy in REMEDIES:
-            if re.search(words, plain, re.IGNORECASE):
-                return f"cannot use {self.reference}: {remedy.format(host=self.reference.host)}"
-        found = re.search(r'msg="((?:[^"\\]|\\.)*)"', message)
-        text = found[1].replace('\\"', '"') if found else message
-        shown = "".join(c if c.isprintable() else "?" for c in text)
-        return f"cannot use {self.reference}: {shown[-400:]}; look into the registry's log"
+    def upload(self, blob: images.Descriptor, source: Path, advance: Callable[[int], None]) -> None:
+        """Send a blob."""
+        with self.wire.ask("POST", self.path("blobs/uploads/")) as answer:
+            where = answer.getheader("Location", "")
+        if not where:
+            raise self.wire.fault("{host} does not answer as registries do: check the name")
+
+        def body() -> Iterator[bytes]:
+            with source.open("rb") as file:
+                while chunk := file.read(wire.CHUNK):
+                    yield chunk
+                    advance(len(chunk))
+
+        joint = "&" if "?" in where else "?"
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
+        with self.wire.ask(
+            "PUT", f"{where}{joint}digest={blob.digest}", headers=headers, body=body,
+            longest=wire.LONGEST_SECONDS,
+        ):  # fmt: skip
+            pass
+
+    def put(self, word: str, kind: str, data: bytes) -> None:
+        """Send a manifest or index, under a tag or its digest."""
+        headers = {"Content-Type": kind, "Content-Length": str(len(data))}
+        with self.wire.ask("PUT", self.path(f"manifests/{word}"), headers=headers, body=lambda: [data]):
+            pass
+
+    def wrong(self) -> Failure:
+        """Return the error of a registry whose content is not what its digest says."""
+        return self.wire.fault(
+            "{host} sends something else than its digest says: do not trust it; look at the registry"
+        )
 
 
-# What skopeo's messages mean, most telling first; {host} is the registry.
-REMEDIES = (
-    (r"certificate has expired or is not yet valid",
-     "the certificate of {host} is not valid at this time: renew it, or set this computer's clock"),
-    (r"signed by unknown authority",
-     "the certificate of {host} comes from an unknown CA: name that CA with --tls-ca FILE"),
-    (r"certificate is valid for|doesn't contain any IP SANs|not valid for any names",
-     "the certificate of {host} is for another name: write the name that is in it"),
-    (r"HTTP response to HTTPS client|first record does not look like a TLS",
-     "{host} does not speak TLS: give the registry a certificate"),
-    (r"x509:|tls:", "TLS with {host} fails: check the registry's certificate and --tls-ca"),
-    (r"authentication required|unauthorized|invalid username/password|status\D{0,30}401",
-     "{host} does not accept the login: check --login, " + LOGIN_VARIABLE + " or `podman login`"),
-    (r"\bdenied\b|forbidden|status\D{0,30}403",
-     "the login at {host} may not do this: ask for the right, or check the name"),
-    (r"manifest unknown|name unknown|not found|status\D{0,30}404",
-     "{host} does not have it: check name and tag"),
-    (r"toomanyrequests|too many requests|status\D{0,30}429",
-     "{host} allows no more requests now: wait, or log in"),
-    (r"connection refused", "nothing listens at {host}: check name and port, start the registry"),
-    (r"no such host|name resolution", "there is no computer of the name {host}: check it"),
-    (r"no route to host|network is unreachable", "{host} cannot be reached: check the network"),
-    (r"did not move|did not end within|i/o timeout|deadline exceeded|handshake timeout",
-     "{host} does not answer: look at the registry, try again, or give more time with --timeout"),
-    (r"file too large|exceeded maximum allowed size",
-     "{host} sends more than it announced: do not trust it; look at the registry"),
-    (r"no space left", "the disk is full: make room, or name another folder with TMPDIR"),
-    (r"digest did not match|does not match|doesn't match|invalid digest",
-     "{host} sends something else than its digest says: do not trust it; look at the registry"),
-    (r"unexpected EOF|connection reset|\bEOF\b|broken pipe|content-?length",
-     "{host} broke off in the middle of an answer: try again"),
-    (r"stopped after \d+ redirects|unsupported protocol scheme",
-     "{host} sends elsewhere without end: look at the registry"),
-    (r"status\D{0,30}5\d\d|internal server error",
-     "{host} has a fault of its own (HTTP 5xx): look into the registry's log, then try again"),
-    (r"unexpected HTTP status", "{host} does not answer as registries do: check the name"),
-)  # fmt: skip
+def connect(access: Access, reference: Reference, *, push: bool = False) -> Connection:
+    """Open a registry. Raises `Failure`."""
+    login = access.login.words if access.login and access.login.host == reference.host else None
+    words = login or _kept_login(reference)
+    own = {reference.api.address} | ({f"{HUB_TOKENS}:443"} if reference.host == DOCKER_HUB else set())
+    opened = wire.Wire(
+        name=str(reference),
+        api=reference.api,
+        host=reference.host,
+        context=wire.open_context(access.tls_ca),
+        idle=access.idle,
+        login=words,
+        login_places=access.token_hosts | own,
+        scope=f"repository:{reference.repository}:{'pull,push' if push else 'pull'}",
+    )
+    opened.sign_in()
+    return Connection(opened, reference)
 
 
 @contextlib.contextmanager
-def connected(host: Host, access: Access, reference: Reference) -> Iterator[Connection]:
-    """Yield a connection whose secrets lie in a folder of mode 0700 that is gone afterwards."""
-    with host.scratch() as folder:
-        (folder / "certs").mkdir()
-        if access.tls_ca is not None:
-            shutil.copyfile(access.tls_ca, folder / "certs/ca.crt")
-        secrets: tuple[str, ...] = ()
-        if access.login is not None and access.login.host == reference.host:
-            words = access.login.words
-            packed = base64.b64encode(words.encode()).decode()
-            secrets = (words, packed, words.partition(":")[2])
-            with host.replacing(folder / "auth.json", mode=0o600) as fresh:
-                fresh.write_text(json.dumps({"auths": {reference.host: {"auth": packed}}}))
-        yield Connection(host, access, reference, folder, secrets)
+def _moving(host: Host, label: str, done: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes of all have passed, and say in the end how many those were."""
+    begun, moved = time.monotonic(), 0
+    with host.progress(label, size) as show:
 
+        def advance(written: int) -> None:
+            nonlocal moved
+            show(min(written, max(0, size - moved)))
+            moved += written
 
-def read_document(connection: Connection, reference: Reference) -> bytes:
-    """Return the manifest or index that a reference names; one that is named by digest has that digest."""
-    data = connection.skopeo(
-        "inspect", "--raw", *connection.words(), str(reference), longest=DOCUMENT_SECONDS
-    )
-    if reference.digest and digest_of(data) != reference.digest:
-        raise Failure(connection.explain("digest did not match"))
-    return data
-
-
-def digest_of(data: bytes) -> str:
-    """Return the digest of a document."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+        yield advance
+        show(max(0, size - moved))  # what was there already
+    host.say(f"{done} {amount(moved, size, time.monotonic() - begun)}")
 
 
 # --- From a registry ----------------------------------------------------------------------------------
@@ -295,91 +351,88 @@ def fetch(host: Host, access: Access, source: str, folder: Path) -> Path:
     no layer can be larger than it is announced. Raises `Failure`, `Usage`.
     """
     reference = parse_reference(source)
-    host.say(f"fetching {reference}")
-    with connected(host, access, reference) as connection:
-        digest, data = _find_image(connection)
-        sizes = _sizes(connection, data)
-        free = shutil.disk_usage(folder).free
-        if sum(sizes) > free:
-            need = f"it needs {sum(sizes) >> 20} MiB, {folder} has {free >> 20} MiB free: make room"
-            raise Failure(f"cannot fetch {reference}: {need}")
-        target = folder / "image"
-        connection.skopeo(
-            "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", *connection.words("src"),
-            str(reference.at(digest)), f"oci:{target}",
-            largest=max(sizes, default=0) + init.MIB,
-        )  # fmt: skip
-    return target
+    connection = connect(access, reference)
+    image, data = _find_image(connection)
+    blobs = _blobs(reference, data)
+    size, free = sum(blob.size for blob in blobs), shutil.disk_usage(folder).free
+    if size > free:
+        need = f"it needs {size >> 20} MiB, {folder} has {free >> 20} MiB free: make room"
+        raise Failure(f"cannot fetch {reference}: {need}")
+    layout = images.Layout(folder / "image")
+    layout.write_index(host, [image])
+    layout.add_blob(host, data, image.media_type)
+    with _moving(host, f"fetching {reference}", "fetched", size) as advance:
+        for blob in blobs:
+            connection.download(blob, layout.blob_path(blob.digest), advance)
+    return layout.path
 
 
-def _find_image(connection: Connection) -> tuple[str, bytes]:
-    """Return digest and bytes of the image manifest; of several platforms, the one for linux/amd64."""
+def _find_image(connection: Connection) -> tuple[images.Descriptor, bytes]:
+    """Return the image manifest, by the rules that hold for the layout in a folder too."""
     reference = connection.reference
-    data = read_document(connection, reference)
-    raw = _document(connection, data)
-    if "manifests" not in raw:
-        return digest_of(data), data
-    entries = raw["manifests"] if isinstance(raw["manifests"], list) else []
-    ours = [entry.get("digest") for entry in entries if isinstance(entry, dict) and _is_ours(entry)]
-    if not ours or not init.DIGEST.fullmatch(str(ours[0])):
-        raise Failure(f"{reference} has no image for {'/'.join(PLATFORM)}: name one that has")
-    digest = str(ours[0])
-    return digest, read_document(connection, reference.at(digest))
+    listed, data = connection.manifest(reference.digest or reference.tag or "latest")
+    known = {listed.digest: data}
 
+    def read(descriptor: images.Descriptor) -> bytes:
+        if descriptor.digest not in known:
+            known[descriptor.digest] = connection.read(descriptor)
+        return known[descriptor.digest]
 
-def _is_ours(entry: dict[str, object]) -> bool:
-    platform = entry.get("platform")
-    return isinstance(platform, dict) and (platform.get("os"), platform.get("architecture")) == PLATFORM
-
-
-def _document(connection: Connection, data: bytes) -> dict[str, object]:
     try:
-        raw = init.parse_json(data, "IMAGE-FORMAT")
-    except init.Refused:
-        raw = None
-    if not isinstance(raw, dict):
-        raise Failure(f"{connection.reference} is no image (its manifest is no JSON object): name another")
-    return raw
+        image = images.find_image(str(reference), listed, read)
+        return image, read(image)
+    except init.Refused as refused:
+        raise Failure(_no_image(reference, refused)) from refused
 
 
-def _sizes(connection: Connection, data: bytes) -> list[int]:
-    """Return the sizes of all blobs that an image manifest announces."""
-    _document(connection, data)
+def _no_image(reference: Reference, refused: init.Refused) -> str:
+    return f"{reference} is no image that can be used ({refused.seen[:100]}): name another"
+
+
+def _blobs(reference: Reference, data: bytes) -> list[images.Descriptor]:
+    """Return all blobs that an image manifest announces, each once."""
     try:
         raw, layers = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
         config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
     except init.Refused as refused:
-        raise Failure(
-            f"{connection.reference} is no image that can be used ({refused.seen[:100]}): name another"
-        ) from refused
-    return [config.size, *(layer.size for layer in layers)]
+        raise Failure(_no_image(reference, refused)) from refused
+    return list({item.digest: images.Descriptor(*item) for item in (config, *layers)}.values())
 
 
 # --- To a registry ------------------------------------------------------------------------------------
 
 
-def probe(host: Host, access: Access, destination: Reference) -> None:
+def probe(access: Access, destination: Reference) -> None:
     """See that a registry answers and knows us, before any long work. Raises `Failure`."""
-    with connected(host, access, destination) as connection:
-        try:
-            read_document(connection, destination)
-        except Failure as failure:
-            # A release that is not there yet; and some registries deny to say so.
-            if not re.search(r"does not have it|may not do this", str(failure)):
-                raise
+    connection = connect(access, destination, push=True)
+    # A release that is not there yet; and some registries deny to say so.
+    with contextlib.suppress(wire.Absent, wire.Denied):
+        connection.manifest(destination.tag)
 
 
-def push(host: Host, access: Access, layout: Path, tag: str, destination: Reference, digest: str) -> None:
+def push(host: Host, access: Access, layout: images.Layout, destination: Reference) -> None:
     """Copy a release, an index and all it lists, and see that its tag then names exactly that index.
 
     Blobs that the registry has are not sent. The tag moves last: whoever looks sees the old release or the
     new one. Raises `Failure`.
     """
-    host.say(f"sending the release to {destination}, without what is there already")
-    with connected(host, access, destination) as connection:
-        connection.skopeo(
-            "copy", "--quiet", "--all", "--preserve-digests", *connection.words("dest"),
-            f"oci:{layout}:{tag}", str(destination),
-        )  # fmt: skip
-        if digest_of(read_document(connection, destination)) != digest:
-            raise Failure(connection.explain("digest did not match"))
+    (index,) = layout.read_index()
+    size = sum(path.stat().st_size for path in (layout.path / "blobs/sha256").iterdir())
+    label = f"sending the release to {destination}, without what is there already"
+    connection = connect(access, destination, push=True)
+    with _moving(host, label, "sent", size) as advance:
+        for manifest in images.listed(layout, index, "manifests"):
+            for blob in {item.digest: item for item in images.listed(layout, manifest)}.values():
+                if not connection.has(blob):
+                    connection.upload(blob, layout.check_blob(blob), advance)
+            data = layout.read_blob(manifest)
+            connection.put(manifest.digest, manifest.media_type, data)
+        connection.put(destination.tag, index.media_type, layout.read_blob(index))
+    try:
+        kept, _ = connection.manifest(destination.tag)
+    except wire.Absent:
+        raise connection.wire.fault(
+            "{host} took the release and does not have it: look at the registry"
+        ) from None
+    if kept.digest != index.digest:
+        raise connection.wrong()

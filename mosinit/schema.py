@@ -61,8 +61,8 @@ def _network() -> Schema:
                     "container": _whole(1, 65535, "TCP port of the container")})  # fmt: skip
     fields = {
         "type": _says("how a container reaches the network", enum=["host", "none", "simple"]),
-        "ipv4": _says("address with prefix length", type="string", pattern=r"^[0-9.]+/[0-9.]+$"),
-        "ipv6": _says("address with prefix length", type="string", pattern=r"^[0-9A-Fa-f:.%]+/[0-9]+$"),
+        "ipv4": _text(init.IPV4, "address with prefix length"),
+        "ipv6": _text(init.IPV6, "address with prefix length"),
         "ports": _list(port, 1024, "ports of the host that lead to the container"),
     }
     alone: Schema = {"ipv4": False, "ipv6": False, "ports": {"maxItems": 0}}

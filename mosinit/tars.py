@@ -828,6 +828,22 @@ def _merge(below: Folder, layer: Folder) -> None:
 # --- Writing ------------------------------------------------------------------------------------------
 
 
+def head(leaf: Leaf, size: int) -> bytes:
+    """Return the first bytes of a file."""
+    if leaf.content is None:
+        return b""
+    data = bytearray(min(size, leaf.content.size))
+    if not leaf.content.pieces:
+        return bytes(data)  # the tar may be gone
+    with leaf.content.source.open("rb") as file:
+        for start, length, place in leaf.content.pieces:
+            if start < len(data):
+                file.seek(place)
+                piece = file.read(min(length, len(data) - start))
+                data[start : start + len(piece)] = piece
+    return bytes(data)
+
+
 def count(root: Folder) -> int:
     """Return how many inodes a tree has."""
     folders, leaves, whiteouts = 0, set[Leaf](), 0

@@ -7,11 +7,13 @@ the tree's, every other folder of the host (home, work folders, `/tmp`, `/dev`) 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +62,54 @@ def key() -> str:
 def cache() -> Path:
     """Return the user's cache folder for mosinit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosinit"
+
+
+def own_cache(folder: Path | None = None) -> Path:
+    """Return the cache folder, made if need be, which nobody but this user and root can change.
+
+    What lies in it runs as root. Raises `Failure`.
+    """
+    folder = folder or cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(
+            f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder"
+        ) from error
+    real = Path(os.path.realpath(folder))
+    check_own(real)
+    return real
+
+
+def check_own(folder: Path) -> None:
+    """Raise `Failure` if somebody else can change what lies in a folder, or put another in its place."""
+    for place in (folder, *folder.parents):
+        found = place.lstat()
+        # In /tmp nobody can rename what is another's.
+        shared = found.st_mode & 0o022 and not (found.st_mode & stat.S_ISVTX and place != folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()) or shared:
+            raise Failure(
+                f"{place} is one that others may change, and what lies there would run as root: name a "
+                "folder of your own with XDG_CACHE_HOME"
+            )
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file. Raises `Failure`."""
+    try:
+        handle = _open_lock(path)
+    except OSError as error:
+        raise Failure(f"cannot lock {path}: {error.strerror}; remove it") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def inside() -> bool:
@@ -111,25 +161,19 @@ def ensure(host: Host, folder: Path | None = None) -> Path:
     """Return the tools tree, making it first if the cache has none; unused old trees are removed."""
     folder = folder or cache()
     check_visible(folder, "the cache folder, see XDG_CACHE_HOME,")
+    folder = own_cache(folder)
     tree = folder / f"tools-{key()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "tools.lock", "w")
-    except OSError as error:
-        raise Failure(
-            f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "tools.lock"):
         if not (tree / STAMP).exists():
             _make(host, tree)
+        check_own(tree)
         _remove_unused(host, tree)
     return tree
 
 
 def _use(tree: Path) -> None:
     """Say that this process, and what it becomes by exec, uses the tree: nobody removes it meanwhile."""
-    handle = os.open(f"{tree}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _open_lock(Path(f"{tree}.lock"))
     fcntl.flock(handle, fcntl.LOCK_SH)
     os.utime(handle)
     os.set_inheritable(handle, True)
@@ -138,16 +182,18 @@ def _use(tree: Path) -> None:
 def _remove_unused(host: Host, keep: Path) -> None:
     """Remove trees of another content that no process uses and none has used for a week."""
     for tree in (path for path in keep.parent.glob("tools-*") if path.is_dir() and path != keep):
-        with open(f"{tree}.lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        lock = _open_lock(Path(f"{tree}.lock"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             half_made = tree.suffix != ""
-            if half_made or time.time() - os.stat(lock.fileno()).st_mtime > UNUSED_SECONDS:
+            if half_made or time.time() - os.stat(lock).st_mtime > UNUSED_SECONDS:
                 host.say(f"removing {tree.name}, an unused tools tree of another version")
                 _remove(host, tree)
-                os.unlink(lock.name)
+                os.unlink(f"{tree}.lock")
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 def _remove(host: Host, tree: Path) -> None:

@@ -35,3 +35,9 @@ def need() -> Callable[..., None]:
 def host() -> Host:
     """Return the real host: for what neither mounts nor asks."""
     return Host()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no cache of whoever runs the tests take part, nor grow."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

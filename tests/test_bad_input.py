@@ -12,10 +12,10 @@ import pytest
 
 from mosinit import cli, init, keys
 from mosinit.host import Host
-from tests.test_images import make_tar, plain
+from tests.test_images import PROGRAM, docker_archive, make_tar, plain
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": bytes(200_000)})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + bytes(200_000)})
 
 # Verbs enter the tools tree first; here they take what is there.
 VERBS = tuple(replace(verb, tools=False) for verb in cli.VERBS)
@@ -32,6 +32,20 @@ targets:
     source: oci:./hostfs
     version: 1.0.0
 """
+
+
+# Manifests that name an image each that is none.
+SOURCES = {
+    "garbagearchive": "docker-archive:./garbage",
+    "emptyarchive": "docker-archive:./empty",
+    "folderarchive": "docker-archive:./folder",
+    "cutarchive": "docker-archive:./cut.tar",
+    "namelessarchive": "docker-archive:./saved.tar:no/such:1",
+    "noindex": "oci:./noindex",
+    "otherindex": "oci:./otherindex",
+    "noblobs": "oci:./noblobs",
+    "notag": "oci:./hostfs:none",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +69,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "filesource.yaml").write_text(
         MANIFEST.format(product=keyset.product).replace("/hostfs", "/file")
     )
+    for name, source in SOURCES.items():
+        (folder / f"{name}.yaml").write_text(
+            MANIFEST.format(product=keyset.product).replace("oci:./hostfs", source)
+        )
+    docker_archive(folder / "saved.tar", [TREE])
+    (folder / "cut.tar").write_bytes((folder / "saved.tar").read_bytes()[:9000])
+    for name, index in {"noindex": b"\xff{", "otherindex": b"{}"}.items():
+        shutil.copytree(folder / "hostfs", folder / name)
+        (folder / name / "index.json").write_bytes(index)
+    shutil.copytree(folder / "hostfs", folder / "noblobs")
+    shutil.rmtree(folder / "noblobs/blobs")
     (folder / "short.yaml").write_text(
         MANIFEST.format(product=keyset.product).replace("partial", "complete")
     )
@@ -152,6 +177,23 @@ CASES: list[tuple[str, int, str]] = [
     ("publish foreign.yaml --keys keys --to oci:new", 1, "the manifest is for product 11111111"),
     ("publish nosource.yaml --keys keys --to oci:new", 1, "none"),
     ("publish filesource.yaml --keys keys --to oci:new", 1, "file"),
+    ("publish garbagearchive.yaml --keys keys --to oci:new", 1, "invalid tar header; save it again"),
+    ("publish emptyarchive.yaml --keys keys --to oci:new", 1, "file does not exist; save it again"),
+    ("publish folderarchive.yaml --keys keys --to oci:new", 1, "folder is no file: name an archive"),
+    ("publish cutarchive.yaml --keys keys --to oci:new", 1, "unexpected EOF; save it again"),
+    (
+        "publish namelessarchive.yaml --keys keys --to oci:new",
+        1,
+        "not found; save it again, or check its name",
+    ),
+    ("publish noindex.yaml --keys keys --to oci:new", 1, "noindex is no image that can be used"),
+    ("publish otherindex.yaml --keys keys --to oci:new", 1, "otherindex is no image that can be used"),
+    (
+        "publish noblobs.yaml --keys keys --to oci:new",
+        1,
+        "bytes long: fetch the image again",
+    ),
+    ("publish notag.yaml --keys keys --to oci:new", 1, "has 0 images tagged none: name one of (no tag)"),
     ("publish good.yaml --keys other --to oci:new", 1, "take its own"),
     ("publish good.yaml --keys keys --to new", 2, "cannot publish to new"),
     ("publish good.yaml --keys keys --to oci:", 2, "cannot publish to oci:"),
@@ -204,7 +246,7 @@ def test_bad_input(
     words: str, status: int, says: str, world: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], need: Need,
 ) -> None:  # fmt: skip
-    need("mkfs.erofs", "veritysetup", "sfdisk", "mtype", "virt-fw-vars")
+    need("mkfs.erofs", "veritysetup", "sfdisk", "mtype", "virt-fw-vars", "skopeo")
     monkeypatch.chdir(world)
     before = state(world)
     try:

@@ -341,3 +341,13 @@ def test_numbers_out_of_range_are_wrong_usage(number: str) -> None:
     done = mosinit("build", "--keys", "k", "--out", "o", f"--epoch={number}")
     assert done.returncode == 2
     assert "from 1 to 64" in done.stderr
+
+
+def test_messages_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of images and files are other people's."""
+    Host().say("Bär: \x1b]0;owned\x07\x1b[2J\nmosinit: done \u202e\u009b31m \ud800 中")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "mosinit: Bär: \\x1b]0;owned\\x07\\x1b[2J\\nmosinit: done \\u202e\\x9b31m \\ud800 中"
+    with Host().progress("\x1b[2J", 1):
+        pass
+    assert "\x1b" not in capsys.readouterr().err

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +32,10 @@ ZEROS = "sha256:" + 64 * "0"
 @pytest.fixture(autouse=True)
 def tools(need: Need) -> None:
     need("mkfs.erofs", "veritysetup", "zstd")
+
+
+# A static program of x86-64, as far as its header goes: elf(5).
+PROGRAM = struct.pack("<4s14xH12xQ14xHH", b"\x7fELF", 62, 64, 56, 0).ljust(64, b"\0")
 
 
 def make_tar(files: dict[str, bytes], *, padding: int = 0) -> bytes:
@@ -90,6 +97,61 @@ def fits(path: Path, root_hash: str) -> bool:
     size = str(init.verity_data_blocks(path.stat().st_size) * init.BLOCK)
     command = ["veritysetup", "verify", "--hash-offset", size, str(path), str(path), root_hash]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+# --- The environment ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SOURCE_DATE_EPOCH", "1650000000"), ("SOURCE_DATE_EPOCH", "junk"), ("TZ", "Asia/Tokyo")],
+)
+def test_the_environment_of_whoever_publishes_changes_nothing(
+    name: str, value: str, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for number in (1600000000, 1700000000):
+            entry = tarfile.TarInfo(f"of-{number}")
+            entry.mtime = number
+            archive.addfile(entry)
+    tar = buffer.getvalue()
+    source = plain(host, tmp_path / "source", tar=tar, content=tar)
+    one = images.convert(host, f"oci:{source}", images.Layout(tmp_path / "one"))
+    (tmp_path / "tree.tar").write_bytes(tar)
+    images.make_erofs(host, tmp_path / "tree.tar", tmp_path / "one.erofs")
+    monkeypatch.setenv(name, value)
+    two = images.convert(host, f"oci:{source}", images.Layout(tmp_path / "two"))
+    images.make_erofs(host, tmp_path / "tree.tar", tmp_path / "two.erofs")
+    assert one == two
+    assert (tmp_path / "one.erofs").read_bytes() == (tmp_path / "two.erofs").read_bytes()
+
+
+def test_programs_see_nothing_of_the_environment(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody thinks of today: OPENSSL_CONF, LD_LIBRARY_PATH, a variable of a later release."""
+    monkeypatch.setenv("MOSINIT_STRANGER", "1")
+    seen: list[tuple[object, object]] = []
+
+    class Recorder(Host):
+        def run(self, command: object, **options: object) -> bytes:
+            seen.append((command, options.get("env")))
+            return super().run(command, **options)  # type: ignore[arg-type]
+
+        @contextlib.contextmanager
+        def pipe(self, command: object, **options: object) -> Iterator[IO[bytes]]:
+            seen.append((command, options.get("env")))
+            with super().pipe(command, **options) as end:  # type: ignore[arg-type]
+                yield end
+
+    packed = subprocess.run(["zstd", "-qc"], input=TREE, capture_output=True, check=True).stdout
+    source = plain(host, tmp_path / "source", packed, f"{TAR}+zstd")
+    images.convert(Recorder(), f"oci:{source}", images.Layout(tmp_path / "out"))
+    assert len(seen) >= 3
+    for command, environment in seen:
+        assert isinstance(environment, dict), command
+        assert set(environment) <= {"PATH", "LC_ALL", "TZ", "TMPDIR"}, command
 
 
 # --- Layouts ------------------------------------------------------------------------------------------
@@ -536,34 +598,34 @@ def test_a_layer_that_is_listed_twice_is_unpacked_once(host: Host, tmp_path: Pat
     layout, diff_id = images.Layout(tmp_path / "layout"), f"sha256:{hashlib.sha256(TREE).hexdigest()}"
     layer = layout.add_blob(host, gzip.compress(TREE), TAR + "+gzip")
     (tmp_path / "work").mkdir()
-    stack, target = tars.Image(), images.Layout(tmp_path / "target")
+    below, target = images.Below(None, None), images.Layout(tmp_path / "target")
     first = images.LayerJob(host, layout, layer, diff_id, "layer 1", tmp_path / "work/1")
-    one = images._convert_layer(first, stack, target)
+    one = images._convert_layer(first, below, target)
     (tar,) = (tmp_path / "work").iterdir()
     tar.touch()
     before = tar.stat()
     second = images.LayerJob(host, layout, layer, diff_id, "layer 2", tmp_path / "work/2")
-    assert images._convert_layer(second, stack, target) == one
+    assert images._convert_layer(second, below, target) == one
     assert [path.stat() for path in (tmp_path / "work").iterdir()] == [before]
     third = images.LayerJob(host, layout, layer, ZEROS, "layer 3", tmp_path / "work/3")
     with pytest.raises(Failure, match="does not unpack to its diff_id"):
-        images._convert_layer(third, stack, target)
+        images._convert_layer(third, below, target)
 
 
 def test_an_unpacked_layer_that_no_other_can_need_goes_at_once(host: Host, tmp_path: Path) -> None:
     layout, tar = images.Layout(tmp_path / "layout"), make_tar({"a/": b"", "b@": b"a", "empty": b""})
     layer = layout.add_blob(host, gzip.compress(tar), TAR + "+gzip")
     (tmp_path / "work").mkdir()
-    stack, target = tars.Image(), images.Layout(tmp_path / "target")
+    below, target = images.Below(None, None), images.Layout(tmp_path / "target")
     diff_id = f"sha256:{hashlib.sha256(tar).hexdigest()}"
     job = images.LayerJob(host, layout, layer, diff_id, "layer 1", tmp_path / "work/1")
-    images._convert_layer(job, stack, target)
+    images._convert_layer(job, below, target)
     assert not list((tmp_path / "work").iterdir())
     # The empty file of the layer whose tar is gone still has its names.
     upper = linked("again", "empty") + bytes(1024)
     blob = layout.add_blob(host, upper, TAR)
     job = images.LayerJob(host, layout, blob, blob.digest, "layer 2", tmp_path / "work/2")
-    assert images._convert_layer(job, stack, target)
+    assert images._convert_layer(job, below, target)
     assert layout.blob_path(blob.digest).is_file()
 
 
@@ -726,3 +788,171 @@ def test_a_full_disk_leaves_nothing(host: Host, tmp_path: Path) -> None:
         assert not [path for path in layout.path.parent.iterdir() if path.name.startswith(".")]
     finally:
         host.unmount(str(tmp_path / "small"))
+
+
+# --- Whoever can write the source, meanwhile ----------------------------------------------------------
+
+
+class Meddler(Host):
+    """A host on which somebody acts at each message."""
+
+    def __init__(self, act: Callable[[str], None]) -> None:
+        super().__init__()
+        self._act = act
+
+    def say(self, text: str) -> None:
+        self._act(text)
+
+    def run(self, command: object, **options: object) -> bytes:
+        self._act(str(command))
+        return super().run(command, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("when", ["converting", "making its file system"])
+def test_a_source_that_changes_is_what_was_checked_or_refused(when: str, host: Host, tmp_path: Path) -> None:
+    good = make_tar({"usr/": b"", "usr/login": b"GOOD" * 100})
+    evil = make_tar({"usr/": b"", "usr/login": b"EVIL" * 100})
+    source = images.Layout(plain(host, tmp_path / "source", good, TAR, good))
+    blob = source.blob_path(images.digest_bytes(good)[0])
+    expected = images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "expected"))
+
+    def act(text: str) -> None:
+        if when in text:
+            blob.write_bytes(evil)
+
+    made = None
+    with contextlib.suppress(Failure):
+        made = images.convert(Meddler(act), f"oci:{source.path}", images.Layout(tmp_path / "out"))
+    assert made in (None, expected)
+    assert (made is None) == (when == "converting")
+
+
+def test_a_verity_layer_that_changes_is_what_was_checked(host: Host, tmp_path: Path) -> None:
+    made = images.Layout(tmp_path / "made")
+    before = images.convert(host, f"oci:{plain(host, tmp_path / 'plain')}", made)
+    made.write_index(host, [before.manifest])
+    layer = made.blob_path(before.layers[0].descriptor.digest)
+
+    def act(text: str) -> None:
+        if "veritysetup" in text:
+            content = bytearray(layer.read_bytes())
+            content[:4] = b"EVIL"
+            layer.unlink()
+            layer.write_bytes(content)
+
+    out = images.Layout(tmp_path / "out")
+    (found,) = images.convert(Meddler(act), f"oci:{made.path}", out).layers
+    assert out.check_blob(found.descriptor)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_blob_that_is_no_file_is_refused_at_once(kind: str, host: Host, tmp_path: Path) -> None:
+    source = images.Layout(plain(host, tmp_path / "source"))
+    blob = source.blob_path(images.digest_bytes(TREE)[0])
+    blob.unlink()
+    os.mkfifo(blob) if kind == "pipe" else blob.mkdir()
+    with pytest.raises(Failure, match="is missing or not"):
+        images.convert(host, f"oci:{source.path}", images.Layout(tmp_path / "out"))
+
+
+# --- What other programs read differently, or not at all ----------------------------------------------
+
+
+def with_manifest(host: Host, folder: Path, change: Callable[[dict[str, object]], object]) -> images.Layout:
+    """Make a layout whose image manifest was changed: in place, or into what `change` returns as bytes."""
+    layout = images.Layout(plain(host, folder))
+    document = json.loads(layout.read_blob(layout.read_index()[0]))
+    changed = change(document)
+    text = changed if isinstance(changed, bytes) else json.dumps(document).encode()
+    layout.write_index(host, [layout.add_blob(host, text, images.MANIFEST_TYPE)])
+    return layout
+
+
+def first(document: dict[str, object]) -> dict[str, object]:
+    layers = document["layers"]
+    assert isinstance(layers, list)
+    return layers[0]  # type: ignore[no-any-return]
+
+
+ODD: dict[str, Callable[[dict[str, object]], object]] = {
+    "annotations are a list": lambda d: d.update(annotations=["a"]),
+    "an annotation is a number": lambda d: d.update(annotations={"a": 5}),
+    "annotations are null": lambda d: d.update(annotations=None),
+    "the artifact type is no text": lambda d: d.update(artifactType={"a": 1}),
+    "the artifact type is no media type": lambda d: d.update(artifactType="text"),
+    "a layer's artifact type is none": lambda d: first(d).update(artifactType="a b/c"),
+    "a media type with an escape": lambda d: first(d).update(mediaType="a/b\x1b[2J"),
+    "a media type of another": lambda d: d["config"].update(mediaType="nothing"),  # type: ignore[attr-defined]
+    "NaN": lambda d: json.dumps({**d, "x": float("nan")}).encode(),
+    "infinity": lambda d: json.dumps({**d, "x": 1}).replace(": 1}", ": 1e999}").encode(),
+    "half a character": lambda d: d.update(annotations={"a": "\ud800"}),
+    "UTF-16": lambda d: json.dumps(d).encode("utf-16"),
+    "UTF-8 with a mark": lambda d: b"\xef\xbb\xbf" + json.dumps(d).encode(),
+    "a version that is no whole number": lambda d: d.update(schemaVersion=2.0),
+    "LAYERS besides layers": lambda d: d.update(LAYERS=[]),
+    "layers in other letters": lambda d: d.update({"layer\u017f": []}),
+    "a digest of another layer": lambda d: first(d).update(Digest=ZEROS),
+    "another config": lambda d: d.update(Config={}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_document_that_others_read_differently(name: str, host: Host, tmp_path: Path) -> None:
+    layout = with_manifest(host, tmp_path / "source", ODD[name])
+    with pytest.raises((Failure, init.Refused)):
+        images.convert(host, f"oci:{layout.path}", images.Layout(tmp_path / "out"))
+
+
+def test_annotations_and_types_are_kept(host: Host, tmp_path: Path) -> None:
+    kept = {
+        "annotations": {"org.example.Läbel": "wörds", "a": "", "A": "b"},
+        "artifactType": "application/x.y+z",
+    }
+    layout = with_manifest(host, tmp_path / "source", lambda d: d.update(kept))
+    out = images.Layout(tmp_path / "out")
+    made = images.convert(host, f"oci:{layout.path}", out)
+    assert json.loads(out.read_blob(made.manifest)).items() >= kept.items()
+
+
+# --- Archives -----------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_read_within_limits(host: Host, tmp_path: Path, need: Need) -> None:
+    need("skopeo", "prlimit")
+    docker_archive(tmp_path / "saved.tar", [TREE])
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    class Recorder(Host):
+        def run(self, command: object, **options: object) -> bytes:
+            assert isinstance(command, list)
+            environment = options.get("env")
+            assert isinstance(environment, dict)
+            seen.append(([str(word) for word in command], environment))
+            return super().run(command, **options)  # type: ignore[arg-type]
+
+    images.convert(Recorder(), f"docker-archive:{tmp_path}/saved.tar", images.Layout(tmp_path / "out"))
+    ((words, environment),) = [(words, env) for words, env in seen if "skopeo" in words]
+    assert words[0] == "prlimit"
+    assert 0 < int(words[1].removeprefix("--fsize=")) <= tars.Limits().content
+    # What skopeo unpacks lies beside the destination, and goes with it.
+    assert Path(environment["TMPDIR"]).is_relative_to(tmp_path)
+    assert set(environment) == {"PATH", "LC_ALL", "TZ", "TMPDIR"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved.tar"]
+
+
+def test_an_archive_that_is_a_bomb_ends(host: Host, tmp_path: Path, need: Need) -> None:
+    need("skopeo", "prlimit")
+    bomb = tmp_path / "bomb.tar.gz"
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(init.MIB))
+    with pytest.raises(Failure, match="unpacks to more than"):
+        images.convert(
+            host, f"docker-archive:{bomb}", images.Layout(tmp_path / "out"), archive_limit=16 * init.MIB
+        )
+
+
+def test_a_registry_is_none_of_the_images(host: Host, tmp_path: Path) -> None:
+    """There is one way to registries, and it is another module's."""
+    with pytest.raises(Failure, match="is no image: name it"):
+        images.convert(host, "docker://127.0.0.1:1/x:1", images.Layout(tmp_path / "out"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -151,10 +152,29 @@ def test_faults_name_line_and_key(text: str, names: str) -> None:
     assert names in str(refused.value)
 
 
+@pytest.mark.parametrize("plain", [".".join(["1"] * 100_000) + ":1", "1" * 100_000, "a" * 257], ids=len)
+def test_a_long_plain_word_takes_no_time(plain: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(init.Refused, match="at most 256 characters"):
+        init.parse_manifest(f"version: {plain}\n".encode())
+    assert time.monotonic() - begun < 2
+
+
 NETWORKS = [
     "{type: simple, ipv4: 10.0.3.99}",
     "{type: simple, ipv4: 'fd00::1/64'}",
     "{type: simple, ipv6: 10.0.0.1/8}",
+    "{type: simple, ipv4: 1.2.3.4/0.0.0.255}",
+    "{type: simple, ipv4: 1.2.3.4/255.255.255.0}",
+    "{type: simple, ipv4: 1.2.3.4/08}",
+    "{type: simple, ipv4: 1.2.3.4/33}",
+    "{type: simple, ipv4: 256.2.3.4/24}",
+    '{type: simple, ipv4: "1.2.3.4/24\\n"}',
+    "{type: simple, ipv6: 'fe80::1%eth0/64'}",
+    '{type: simple, ipv6: "fe80::1%x\\nExecStart=/bin/sh/64"}',
+    '{type: simple, ipv6: "fe80::1/64\\n"}',
+    "{type: simple, ipv6: 'fe80::1/064'}",
+    "{type: simple, ipv6: 'fe80::1::2/64'}",
     "{type: simple, ports: [{host: 0, container: 1}]}",
     "{type: simple, ports: [{host: 80}]}",
     "{type: host, ports: [{host: 80, container: 80}]}",

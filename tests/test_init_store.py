@@ -10,7 +10,7 @@ import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from cryptography import x509
@@ -457,6 +457,19 @@ FAULTS: list[tuple[str, Fault]] = [
     ("LAYER-SIGNATURE", machine(lambda k: k.fail("second load"))),
     ("LAYER-SIGNATURE", machine(lambda k: k.fail("second resume"))),
 ]  # fmt: skip
+
+
+def lists_of(release: Release) -> list[dict[str, Any]]:
+    return [release.layers, release.roots, release.signatures]
+
+
+@pytest.mark.parametrize("count", [498, 499])
+def test_as_many_layers_as_one_overlay_takes(count: int) -> None:
+    release = Release()
+    for part in lists_of(release):
+        part["bootkit"] *= count
+    k = StoreMachine(release)
+    assert end(k) == ("became /sbin/init" if count == 498 else "restart")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +16,16 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosinit import images, init, keys, publish
 from mosinit.host import Failure, Host, Usage
-from tests.test_images import make_tar, plain
+from tests.test_images import PROGRAM, TAR, image, make_tar, plain
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
 DAY = datetime.timedelta(days=1)
 
 WRITTEN = """\
@@ -228,32 +230,35 @@ def test_skopeo_copies_a_release_unchanged(
 
 
 def with_dates(
-    keyset: keys.Keyset, folder: Path, begin: datetime.timedelta, end: datetime.timedelta
+    keyset: keys.Keyset, folder: Path, role: str, begin: datetime.timedelta, end: datetime.timedelta
 ) -> keys.Keyset:
-    """Copy a keyset and give its product certificate other dates, relative to now."""
+    """Copy a keyset and give one of its certificates other dates, relative to now."""
     shutil.copytree(keyset.folder, folder)
-    issuer = serialization.load_pem_private_key((folder / "manifest-ca.key").read_bytes(), None)
-    assert isinstance(issuer, ec.EllipticCurvePrivateKey)
-    old = keyset.certificate("product")
+    signer = "manifest-ca" if role == "product" else role
+    issuer = serialization.load_pem_private_key((folder / f"{signer}.key").read_bytes(), None)
+    assert isinstance(issuer, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey)
+    old = keyset.certificate(role)
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), old.serial_number)
     builder = builder.not_valid_before(now + begin).not_valid_after(now + end)
     for extension in old.extensions:
         builder = builder.add_extension(extension.value, extension.critical)
     certificate = builder.sign(issuer, hashes.SHA384())
-    (folder / "product.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / f"{role}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return keys.open_keyset(Host(), folder)
 
 
 @pytest.mark.parametrize(("begin", "end", "fine"), [(-9, -1, False), (1, 9, False), (-1, 1, True)])
+@pytest.mark.parametrize("role", ["product", "manifest-ca", "layer"])
 def test_a_certificate_out_of_its_dates_publishes_nothing(
-    begin: int, end: int, fine: bool, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
-) -> None:
-    odd = with_dates(keyset, tmp_path / "keys", begin * DAY, end * DAY)
+    role: str, begin: int, end: int, fine: bool, written: Path, keyset: keys.Keyset, host: Host,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    odd = with_dates(keyset, tmp_path / "keys", role, begin * DAY, end * DAY)
     if fine:
         publish.publish(host, written, odd, f"oci:{tmp_path}/release")
         return
-    with pytest.raises(Failure, match="the product certificate is valid from"):
+    with pytest.raises(Failure, match=f"the {role} certificate is valid from .*: renew it"):
         publish.publish(host, written, odd, f"oci:{tmp_path}/release")
     assert not (tmp_path / "release").exists()
 
@@ -344,7 +349,9 @@ def spoil(path: Path, offset: int, content: bytes) -> None:
         ("superblock", "LAYER-SUPERBLOCK"),
         ("magic", "LAYER-FILESYSTEM"),
         ("absent", "STORE-BLOB"),
+        ("content", "LAYER-READ"),
         ("signature", "LAYER-SIGNATURE"),
+        ("padded signature", "LAYER-SIGNATURE"),
         ("foreign signature", "LAYER-SIGNATURE"),
         ("image", "IMAGE-DIGEST"),
     ],
@@ -368,6 +375,8 @@ def test_what_a_machine_would_refuse_is_refused_before(
         "superblock": lambda: spoil(path, superblock, bytes(8)),
         "magic": lambda: spoil(path, 1024, bytes(4)),
         "absent": path.unlink,
+        "content": lambda: spoil(path, layer.size - 1, b"x"),
+        "padded signature": lambda: spoil(signature, signature.stat().st_size, bytes(1)),
         "signature": lambda: spoil(signature, 100, b"changed"),
         "foreign signature": lambda: spoil(signature, 0, other),
         "image": lambda: spoil(layout.blob_path(target.digest), 1, b"x"),
@@ -501,3 +510,241 @@ def test_a_layout_of_somebodys_images_is_never_replaced(
         with pytest.raises(Failure, match="no release"):
             publish.publish(host, written, keyset, f"oci:{path}")
     assert {path: sorted(path.rglob("*")) for path in sources} == before
+
+
+def test_a_release_of_kept_layers_is_the_same(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = images.open_cache(host)
+    assert cache
+    for name, kept_before in (("plain", None), ("one", 0), ("two", 2)):
+        with_cache = cache if kept_before is not None else None
+        publish.publish(host, written, keyset, f"oci:{tmp_path}/{name}", cache=with_cache)
+        assert capsys.readouterr().err.count("converted before") == (kept_before or 0)
+    assert snapshot(tmp_path / "plain") == snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+# --- The destination, meanwhile -----------------------------------------------------------------------
+
+
+class Meddler(Host):
+    """A host on which somebody acts when layers are made."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._act = act
+
+    def say(self, text: str) -> None:
+        if "making its file system" in text:
+            self._act()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_destination_that_became_somebodys_is_left_alone(
+    before: bool, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    if before:
+        publish.publish(host, written, keyset, f"oci:{target}")
+
+    def act() -> None:
+        if not (target / "precious").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(tmp_path / "hostfs", target)
+            (target / "precious").write_text("somebody's images")
+
+    with pytest.raises(Failure, match="holds images that are no release"):
+        publish.publish(Meddler(act), written, keyset, f"oci:{target}")
+    assert (target / "precious").read_text() == "somebody's images"
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_what_came_out_is_looked_at_and_put_back(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    """Between the last look and the swap is a moment still."""
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+
+    class Late(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            if not (target / "precious").exists() and not (one / "precious").exists():
+                (target / "index.json").unlink()
+                (target / "precious").write_text("text")
+            super().swap(one, two)
+
+    with pytest.raises(Failure, match="no OCI image layout"):
+        publish.publish(Late(), written, keyset, f"oci:{target}")
+    assert (target / "precious").read_text() == "text"
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EINVAL])
+def test_a_swap_that_fails_loses_nothing(
+    fault: int, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+
+    class Failing(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            if fault == errno.EINVAL:
+                (target / "oci-layout").unlink()  # it becomes something else before it is moved aside
+            raise OSError(fault, "a fault")
+
+    before = snapshot(target)
+    with pytest.raises(Failure, match="cannot put the release in its place|no OCI image layout"):
+        publish.publish(Failing(), written, keyset, f"oci:{target}")
+    assert {**snapshot(target), "oci-layout": before["oci-layout"]} == before
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+def test_a_file_system_that_cannot_swap(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    class Old(Host):
+        def swap(self, one: Path, two: Path) -> None:
+            raise OSError(errno.EINVAL, "not here")
+
+    target = tmp_path / "out/release"
+    first = publish.publish(host, written, keyset, f"oci:{target}")
+    written.write_text(written.read_text().replace("sequence: 42", "sequence: 43"))
+    second = publish.publish(Old(), written, keyset, f"oci:{target}")
+    (listed,) = images.Layout(target).read_index()
+    assert listed.digest == second.index_digest != first.index_digest
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+
+
+# --- What a machine could not start -------------------------------------------------------------------
+
+STARTS = """\
+version: 1
+product: {product}
+sequence: 1
+epoch: 1
+update_type: {update_type}
+targets:
+"""
+
+
+def starts(folder: Path, keyset: keys.Keyset, *targets: str, update_type: str = "partial") -> Path:
+    """Write a manifest of targets that are named like their types."""
+    lines = [
+        f"  - {{service_name: {name}, service_type: {name}, source: 'oci:./{name}', version: '1.0'}}\n"
+        for name in targets
+    ]
+    path = folder / "manifest.yaml"
+    path.write_text(STARTS.format(product=keyset.product, update_type=update_type) + "".join(lines))
+    return path
+
+
+def verity_image(
+    host: Host, folder: Path, content: bytes, count: int = 1, kind: str = images.EROFS_TYPE
+) -> None:
+    """Make an image whose layers claim to be file systems under verity."""
+    layout, file = images.Layout(folder), folder.parent / "layer"
+    file.write_bytes(content + bytes(-len(content) % init.BLOCK))
+    root = images.append_verity(host, file, salt="aa" * 32, name="11" * 32)
+    layer = layout.add_blob(host, file, kind, annotations={images.ROOT_HASH: root})
+    config = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
+    document = {
+        "schemaVersion": 2,
+        "config": config.json(),
+        "layers": [layer.json()] * count,
+        "annotations": {init.UKI_ID_ANNOTATION: "ab" * 32},
+    }
+    layout.write_index(host, [layout.add_blob(host, images.encode(document), images.MANIFEST_TYPE)])
+
+
+def an_erofs(host: Host, folder: Path) -> bytes:
+    (folder / "tree.tar").write_bytes(TREE)
+    images.make_erofs(host, folder / "tree.tar", folder / "erofs")
+    return (folder / "erofs").read_bytes()
+
+
+def a_squashfs(host: Host, folder: Path) -> bytes:
+    (folder / "tree/sbin").mkdir(parents=True)
+    (folder / "tree/sbin/init").write_bytes(PROGRAM * 99)
+    host.run(["mksquashfs", folder / "tree", folder / "squashfs", "-quiet", "-no-progress"])
+    return (folder / "squashfs").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["erofs", "squashfs"])
+@pytest.mark.parametrize("fault", ["none", "magic alone", "superblock alone"])
+def test_a_file_system_that_does_not_mount_is_not_published(
+    fault: str, kind: str, need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    need("mkfs.erofs", "fsck.erofs", "veritysetup", "openssl", "mksquashfs", "unsquashfs")
+    whole = an_erofs(host, tmp_path) if kind == "erofs" else a_squashfs(host, tmp_path)
+    magic = bytes(1024) + whole[1024:1028] if kind == "erofs" else whole[:4]
+    content = {
+        "none": whole,
+        "magic alone": magic + bytes(4092),
+        "superblock alone": whole[: 1152 if kind == "erofs" else 96] + bytes(len(whole)),
+    }[fault]
+    verity_image(host, tmp_path / "hostfs", content)
+    manifest = starts(tmp_path, keyset, "hostfs")
+    if fault == "none":
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+        return
+    with pytest.raises(Failure, match=f"its {kind} cannot be read .*: make it again"):
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+
+
+@pytest.mark.parametrize(("hostfs", "bootkit", "fine"), [(250, 250, True), (251, 250, False)])
+@pytest.mark.parametrize("update_type", ["partial", "complete"])
+def test_no_more_layers_than_one_root_takes(
+    hostfs: int, bootkit: int, fine: bool, update_type: str, need: Need, keyset: keys.Keyset, host: Host,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    need("mkfs.erofs", "fsck.erofs", "veritysetup", "openssl")
+    content = an_erofs(host, tmp_path)
+    verity_image(host, tmp_path / "hostfs", content, hostfs)
+    verity_image(host, tmp_path / "bootkit", content, bootkit)
+    manifest = starts(tmp_path, keyset, "hostfs", "bootkit", update_type=update_type)
+    if fine:
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+        return
+    with pytest.raises(init.Refused, match="OVERLAY-MOUNT: expected at most 500 layers .*, seen 501"):
+        publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release")
+
+
+INTERPRETER = struct.pack("<4s14xH12xQ14xHH", b"\x7fELF", 62, 64, 56, 1).ljust(64, b"\0") + struct.pack(
+    "<I4xQ16xQ", 3, 120, 8
+).ljust(56, b"\0")
+DYNAMIC = INTERPRETER + b"/lib/ld\0"
+
+INITS: dict[str, tuple[list[dict[str, bytes]], bool]] = {
+    "static": ([{"sbin/": b"", "sbin/init": PROGRAM}], True),
+    "systemd": ([{"usr/lib/systemd/": b"", "usr/lib/systemd/systemd": PROGRAM}], True),
+    "merged usr": ([{"usr/sbin/": b"", "usr/sbin/init": PROGRAM, "sbin@": b"usr/sbin"}], True),
+    "absolute link": ([{"sbin/": b"", "opt/": b"", "opt/x": PROGRAM, "sbin/init@": b"/opt/x"}], True),
+    "link upwards": ([{"sbin/": b"", "opt/": b"", "opt/x": PROGRAM, "sbin/init@": b"../../opt/x"}], True),
+    "interpreter": ([{"sbin/": b"", "lib/": b"", "lib/ld": PROGRAM, "sbin/init": DYNAMIC}], True),
+    "upper layer": ([{"etc/": b""}, {"sbin/": b"", "sbin/init": PROGRAM}], True),
+    "removed": ([{"sbin/": b"", "sbin/init": PROGRAM}, {"sbin/.wh.init": b""}], False),
+    "none": ([{"etc/": b""}], False),
+    "empty": ([{"sbin/": b"", "sbin/init": b""}], False),
+    "no program": ([{"sbin/": b"", "sbin/init": b"text"}], False),
+    "no interpreter": ([{"sbin/": b"", "sbin/init": DYNAMIC}], False),
+    "folder": ([{"sbin/": b"", "sbin/init/": b""}], False),
+    "loop": ([{"sbin/": b"", "sbin/init@": b"init"}], False),
+    "dangling": ([{"sbin/": b"", "sbin/init@": b"/opt/x"}], False),
+}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_a_hostfs_without_init_is_refused(
+    name: str, need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    need("mkfs.erofs", "veritysetup", "openssl")
+    layers, fine = INITS[name]
+    layout, made = images.Layout(tmp_path / "hostfs"), [make_tar(files) for files in layers]
+    layout.write_index(host, [image(host, layout, [layout.add_blob(host, tar, TAR) for tar in made], made)])
+    manifest, cache = starts(tmp_path, keyset, "hostfs"), images.open_cache(host)
+    # The second time its layers come from the cache.
+    for _ in range(2):
+        if fine:
+            publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release", cache=cache)
+        else:
+            with pytest.raises(init.Refused, match="HOSTFS-INIT"):
+                publish.publish(host, manifest, keyset, f"oci:{tmp_path}/release", cache=cache)

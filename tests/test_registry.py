@@ -5,7 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import pty
 import re
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +21,13 @@ from mosinit import cli, images, keys, publish, registry
 from mosinit.host import Host, Usage
 from tests import registries
 from tests.registries import PASSWORD, USER
-from tests.test_images import make_tar, plain
+from tests.test_bad_input import full
+from tests.test_images import PROGRAM, make_tar, plain
+
+__all__ = ["full"]  # a fixture
 
 Need = Callable[..., None]
-TREE = make_tar({"sbin/": b"", "sbin/init": b"init " * 5000})
+TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
 
 WRITTEN = """\
 version: 1
@@ -82,6 +90,7 @@ class Command:
         self.folder, self.keyset, self.capsys = folder, keyset, capsys
         # What skopeo must notice itself takes it a second or two, on a busy machine more.
         self.words: list[str] = ["--timeout", "8"]
+        self.out = ""
 
     def patience(self, fault: str) -> None:
         """Give up soon on a registry that says nothing: nobody waits for the end of that."""
@@ -104,6 +113,7 @@ class Command:
         status = cli.main(words, tuple(_outside(verb) for verb in table))
         shown = self.capsys.readouterr()
         assert PASSWORD not in shown.out + shown.err
+        self.out = shown.out
         return status, shown.err
 
     def _words(self, to: str, source: str) -> list[str]:
@@ -128,6 +138,14 @@ def command(
     return made
 
 
+def skopeo(side: str, authority: registries.Authority, folder: Path, *words: str) -> None:
+    """Copy by skopeo: another program than ours, which logs in at the registry of one side."""
+    (folder / "certs").mkdir()
+    shutil.copy(authority.path, folder / "certs/ca.crt")
+    known = [f"--{side}-cert-dir={folder}/certs", f"--{side}-creds={USER}:{PASSWORD}"]
+    subprocess.run(["skopeo", "copy", "--quiet", *known, *words], check=True)
+
+
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -143,16 +161,8 @@ def test_a_release_goes_to_a_registry_and_comes_back_unchanged(
     assert command(f"docker://{real.address}/acme/release:1")[0] == 0
     access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
     reference = registry.parse_reference(f"docker://{real.address}/acme/release:1")
-    with registry.connected(host, access, reference) as connection:
-        raw = registry.read_document(connection, reference)
-        connection.skopeo(
-            "copy",
-            "--all",
-            "--preserve-digests",
-            *connection.words("src"),
-            str(reference),
-            f"oci:{tmp_path}/back",
-        )
+    _, raw = registry.connect(access, reference).manifest("1")
+    skopeo("src", authority, tmp_path, "--all", "--preserve-digests", str(reference), f"oci:{tmp_path}/back")
     (index,) = images.Layout(tmp_path / "release").read_index()
     assert digest_of(raw) == index.digest
     blobs = [{p.name for p in (tmp_path / name / "blobs/sha256").iterdir()} for name in ("release", "back")]
@@ -174,14 +184,80 @@ def test_layers_that_are_there_are_not_sent_again(
     assert first > sent() - first == 2  # the manifest and its signature
 
 
+class Watched(Host):
+    """A host that says at once how far it is."""
+
+    plain_seconds = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_push_tells_how_far_it_is(
+    real: registries.Real, keyset: keys.Keyset, host: Host, tmp_path: Path, authority: registries.Authority
+) -> None:
+    tar = make_tar({"sbin/": b"", "sbin/init": PROGRAM, "random": os.urandom(6 << 20)})
+    plain(host, tmp_path / "hostfs", tar, tar=tar)
+    manifest, to = tmp_path / "manifest.yaml", f"docker://{real.address}/acme/release:1"
+    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
+    sent = []
+    for sequence in (1, 2):
+        manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=sequence))
+        watched = Watched()
+        publish.publish(watched, manifest, keyset, to, access)
+        told = [line for line in watched.said if line.startswith(("sending", "sent"))]
+        assert told[0] == f"sending the release to {to}, without what is there already"
+        # Lines on the way, and one at the end: done, of all, how fast.
+        assert len(told) >= 3
+        found = [re.search(r"(\d+\.\d) of (6\.\d) MiB, \d+\.\d MiB/s$", line) for line in told[1:]]
+        assert all(found)
+        assert told[-1].startswith("sent ")
+        sent.append(float(found[-1][1]) if found[-1] else -1)
+    assert sent[0] >= 6
+    assert sent[1] < 0.5  # the layer is there already
+
+
+def test_progress_and_the_result_as_json_go_different_ways(
+    command: Command, real: registries.Real, source: images.Layout
+) -> None:
+    command.words.append("--json")
+    status, said = command(f"docker://{real.address}/acme/release:1")
+    assert (status, json.loads(command.out)["sequence"]) == (0, 1)
+    assert re.search(r"^mosinit: sent \d+\.\d of \d+\.\d MiB, ", said, re.MULTILINE)
+
+
+BAR = "from mosinit.host import Host\nwith Host().progress('sending', 8 << 20) as advance: advance(8 << 20)"
+
+
+def test_on_a_terminal_there_is_a_bar() -> None:
+    pytest.importorskip("rich")
+    ours, theirs = pty.openpty()
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(cli.__file__).parent.parent),
+        "TERM": "xterm",
+        "COLUMNS": "120",
+    }
+    try:
+        subprocess.run([sys.executable, "-c", BAR], stderr=theirs, check=True, env=env)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "mosinit: sending" in shown
+    assert "8.0/8.0 MiB" in shown
+
+
 def test_a_source_comes_from_a_registry(
     command: Command, real: registries.Real, source: images.Layout, host: Host, tmp_path: Path,
     authority: registries.Authority,
 ) -> None:  # fmt: skip
-    access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
     reference = registry.parse_reference(f"docker://{real.address}/acme/hostfs:1.0")
-    with registry.connected(host, access, reference) as connection:
-        connection.skopeo("copy", *connection.words("dest"), f"oci:{source.path}", str(reference))
+    skopeo("dest", authority, tmp_path, f"oci:{source.path}", str(reference))
     assert command(f"oci:{tmp_path}/one")[0] == 0
     assert command(f"oci:{tmp_path}/two", source=str(reference))[0] == 0
     one, two = (images.Layout(tmp_path / name).read_index() for name in ("one", "two"))
@@ -204,24 +280,16 @@ def test_where_a_login_may_come_from(
     assert command(f"docker://{real.address}/acme/release:1")[0] == 0
 
 
-def test_no_secret_is_ever_an_argument(
+def test_no_program_ever_sees_a_secret(
     command: Command, real: registries.Real, source: images.Layout, keyset: keys.Keyset, tmp_path: Path,
     authority: registries.Authority, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     seen: list[str] = []
 
     class Recorder(Host):
-        def run_moving(self, command: object, **options: object) -> bytes:
-            assert isinstance(command, list)
-            seen.extend(str(word) for word in command)
-            environment = options["env"]
-            assert isinstance(environment, dict)
-            assert registry.LOGIN_VARIABLE not in environment
-            (authfile,) = [word for word in seen if word.startswith(("--authfile=", "--dest-authfile="))][
-                -1:
-            ]
-            assert Path(authfile.partition("=")[2]).stat().st_mode & 0o777 == 0o600
-            return super().run_moving(command, **options)  # type: ignore[arg-type]
+        def run(self, command: object, **options: object) -> bytes:
+            seen.extend((str(command), str(options.get("env")), str(options.get("stdin"))))
+            return super().run(command, **options)  # type: ignore[arg-type]
 
     monkeypatch.setenv(registry.LOGIN_VARIABLE, f"{USER}:{PASSWORD}")
     manifest = tmp_path / "manifest.yaml"
@@ -229,10 +297,11 @@ def test_no_secret_is_ever_an_argument(
     to = f"docker://{real.address}/acme/release:1"
     access = registry.open_access(authority.path, None, 30, to, [])
     assert PASSWORD not in repr(access)
+    assert PASSWORD not in repr(registry.connect(access, registry.parse_reference(to)))
     publish.publish(Recorder(), manifest, keyset, to, access)
-    assert "copy" in seen
-    assert not [word for word in seen if PASSWORD in word or USER in word]
-    assert not [word for word in seen if "authfile=" in word and Path(word.partition("=")[2]).exists()]
+    packed = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    assert seen
+    assert not [words for words in seen if PASSWORD in words or USER in words or packed in words]
 
 
 def test_a_wrong_password_is_one_line_and_changes_nothing(
@@ -252,7 +321,7 @@ Misbehave = Callable[[registries.Handler], None]
 
 FAULTS: dict[str, tuple[Misbehave, str]] = {
     "500": (registries.http_500, "a fault of its own"),
-    "half a body": (registries.half_a_body, "broke off in the middle"),
+    "half a body": (registries.half_a_body, "broke off in the middle|sends more than it announced"),
     "nothing": (registries.nothing, "does not answer"),
     "another digest": (registries.another_digest, "something else than its digest says|is no image"),
     "endless body": (registries.endless_body, "sends more than it announced"),
@@ -324,8 +393,15 @@ def test_a_source_whose_registry_misbehaves(
         ("500", "blob", "a fault of its own"),
         ("500", "upload", "a fault of its own"),
         ("500", "put", "a fault of its own"),
+        ("nothing", "ping", "does not answer"),
+        ("nothing", "manifest", "does not answer"),
+        ("nothing", "blob", "does not answer"),
         ("nothing", "upload", "does not answer"),
         ("nothing", "put", "does not answer"),
+        ("half a body", "manifest", "broke off in the middle"),
+        ("half a body", "upload", "does not answer as registries do"),
+        ("endless body", "manifest", "sends more than it announced"),
+        ("endless body", "put", "something else than its digest says"),
         ("half a body", "put", "something else than its digest says"),
         ("endless body", "upload", "does not answer as registries do"),
     ],
@@ -343,6 +419,46 @@ def test_a_destination_that_misbehaves_keeps_its_old_release(
     assert (status, bad.manifests["1"]) == (1, old)
     assert re.search(says, the_error(said))
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("what", ["token", "upload", "manifest", "blob"])
+def test_a_registry_that_names_a_place_without_tls(
+    what: str, command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    """As one does that knows nothing of what stands before it. The login must not go there, nor anything."""
+    to, nowhere = f"docker://{bad.address}/acme/release:1", "http://192.0.2.1/v2/x"
+    assert command(to)[0] == 0
+    old = bad.manifests["1"]
+
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if what == "token" and kind == "ping":
+            handler.answer(401, b"{}", WWW_Authenticate=f'Bearer realm="{nowhere}",service="x"')
+        elif what == "upload" and handler.command == "POST":
+            handler.answer(202, Location=nowhere, Range="0-0")
+        elif what == kind:
+            handler.answer(307, Location=nowhere)
+        else:
+            return False
+        return True
+
+    bad.fault = fault
+    status, said = command(to, sequence=2)
+    assert (status, bad.manifests["1"]) == (1, old)
+    assert "names a place without TLS (http://): let it know its own address" in the_error(said)
+
+
+def test_a_registry_that_forgets_at_once_is_noticed(
+    command: Command, bad: registries.Registry, source: images.Layout
+) -> None:
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if kind == "put":
+            handler.answer(201, Docker_Content_Digest=digest_of(handler.body()))
+        return kind == "put"
+
+    bad.fault = fault
+    status, said = command(f"docker://{bad.address}/acme/release:1")
+    assert status == 1
+    assert f"{bad.address} took the release and does not have it" in the_error(said)
 
 
 def test_a_registry_that_keeps_something_else_is_noticed(
@@ -379,6 +495,110 @@ def test_a_redirect_to_elsewhere_takes_no_password_along(
     assert [secret for _, _, secret in bad.seen if secret] != []
 
 
+def test_a_blob_may_lie_elsewhere(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    """As at all registries that keep blobs with a content delivery network: by TLS, without the login."""
+    reference = serve(bad, source)
+    with registries.running(authority.server("other")) as other:
+        other.blobs = bad.blobs
+        bad.fault = misbehaving("blob", registries.elsewhere(f"localhost:{other.server_port}"))
+        assert command(f"oci:{tmp_path}/release", source=reference)[0] == 0
+        assert other.seen
+        assert [secret for _, _, secret in other.seen if secret] == []
+
+
+def tokens(handler: registries.Handler, kind: str) -> bool:
+    """Make a token for whoever asks."""
+    asks = handler.path.startswith("/token")
+    if asks:
+        handler.answer(200, b'{"token": "abc", "expires_in": 300}')
+    return asks
+
+
+def wants_token(realm: str) -> registries.Fault:
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        unknown = "Bearer" not in handler.headers.get("Authorization", "")
+        if unknown:
+            handler.body()
+            handler.answer(401, b"{}", WWW_Authenticate=f'Bearer realm="{realm}",service="x"')
+        return unknown
+
+    return fault
+
+
+@pytest.mark.parametrize("way", ["source", "destination"])
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_login_does_not_go_to_another_token_server(
+    tls: bool, way: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    reference = serve(bad, source)
+    with registries.running(authority.server("other") if tls else None) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"http{'s' * tls}://{other.address}/token")
+        if way == "source":
+            status, said = command(f"oci:{tmp_path}/release", source=reference)
+        else:
+            status, said = command(f"docker://{bad.address}/acme/release:2")
+        assert (status, other.seen) == (1, [])
+    if tls:
+        assert f"{bad.address} wants the login to go to {other.address}" in the_error(said)
+        assert f"--token-host {other.address}" in the_error(said)
+    else:
+        assert "names a place without TLS" in the_error(said)
+
+
+def test_a_token_server_that_the_person_named(
+    command: Command, bad: registries.Registry, source: images.Layout, authority: registries.Authority
+) -> None:
+    with registries.running(authority.server("other")) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"https://{other.address}/token")
+        command.words += ["--token-host", other.address]
+        assert command(f"docker://{bad.address}/acme/release:1")[0] == 0
+        assert {secret for _, _, secret in other.seen} == {
+            f"Basic {base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()}"
+        }
+    # The registry itself sees the token alone.
+    assert {secret for _, _, secret in bad.seen} == {"", "Bearer abc"}
+
+
+def test_who_has_no_login_may_be_sent_anywhere_for_a_token(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path,
+    authority: registries.Authority,
+) -> None:  # fmt: skip
+    reference = serve(bad, source)
+    command.words = command.words[:4]
+    with registries.running(authority.server("other")) as other:
+        other.fault = tokens
+        bad.fault = wants_token(f"https://{other.address}/token")
+        assert command(f"oci:{tmp_path}/release", source=reference)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("kind", ["ping", "manifest", "blob"])
+def test_a_redirect_to_a_place_without_tls_is_not_followed(
+    kind: str, name: str, command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    """Whoever is on the way would answer in its stead, and see the login if the name is the same."""
+    reference = serve(bad, source)
+    with registries.running(None) as plainly:
+        serve(plainly, source)
+        where = f"http://{name}:{plainly.server_port}"
+
+        def fault(handler: registries.Handler, asked: str) -> bool:
+            if asked == kind:
+                handler.answer(307, Location=where + handler.path)
+            return asked == kind
+
+        bad.fault = fault
+        status, said = command(f"oci:{tmp_path}/release", source=reference)
+        assert (status, plainly.seen, (tmp_path / "release").exists()) == (1, [], False)
+    assert re.search("names a place without TLS|does not answer as registries do", the_error(said))
+
+
 def test_a_redirect_without_end(
     command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
 ) -> None:
@@ -387,6 +607,29 @@ def test_a_redirect_without_end(
     status, said = command(f"oci:{tmp_path}/release", source=reference)
     assert status == 1
     assert "elsewhere without end" in the_error(said)
+
+
+# --- A full disk --------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_on_the_way_to_a_registry(
+    command: Command, bad: registries.Registry, source: images.Layout, full: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TMPDIR", str(full))
+    status, said = command(f"docker://{bad.address}/acme/release:1")
+    assert (status, bad.manifests, files(full)) == (1, {}, [])
+    assert "make room" in the_error(said)
+
+
+def test_an_image_that_does_not_fit_is_not_fetched(
+    command: Command, bad: registries.Registry, source: images.Layout, full: Path
+) -> None:
+    reference = serve(bad, source)
+    status, said = command(f"oci:{full}/release", source=reference)
+    assert (status, files(full)) == (1, [])
+    assert "make room" in the_error(said)
+    assert [path for _, path, _ in bad.seen if "/blobs/" in path] == []
 
 
 # --- TLS ----------------------------------------------------------------------------------------------
@@ -473,9 +716,76 @@ def test_a_login_is_for_one_registry_that_the_person_named(tmp_path: Path) -> No
             registry.open_access(None, login, 9, "oci:x", sources)
 
 
-def test_the_names_of_a_reference_are_no_message() -> None:
-    """A tag `404` must not turn another fault into "does not have it"."""
-    reference = registry.parse_reference("docker://r.example:500/denied/404:unauthorized")
-    connection = registry.Connection(Host(), registry.Access(), reference, Path("/x"), ("geheim",))
-    said = connection.explain(f"skopeo failed with status 1: {reference}: quite \x1b[1m new, geheim")
-    assert said.endswith("quite ?[1m new, …; look into the registry's log")
+def test_what_a_registry_says_is_no_message(
+    command: Command, bad: registries.Registry, source: images.Layout, tmp_path: Path
+) -> None:
+    """An error's body may hold the password that was sent, or move a terminal's cursor."""
+
+    def fault(handler: registries.Handler, kind: str) -> bool:
+        if kind == "manifest":
+            handler.answer(418, f"{PASSWORD} \x1b[31m {handler.headers['Authorization']}".encode())
+        return kind == "manifest"
+
+    reference = serve(bad, source)
+    bad.fault = fault
+    status, said = command(f"oci:{tmp_path}/release", source=reference)
+    assert status == 1
+    assert "does not answer as registries do" in the_error(said)
+    assert "\x1b" not in said
+
+
+# --- One answer, wherever the image lies --------------------------------------------------------------
+
+
+def an_index(
+    host: Host, layout: images.Layout, *entries: tuple[images.Descriptor, object]
+) -> images.Descriptor:
+    listed = [item.json() | ({"platform": platform} if platform else {}) for item, platform in entries]
+    document = {"schemaVersion": 2, "mediaType": images.INDEX_TYPE, "manifests": listed}
+    return layout.add_blob(host, json.dumps(document).encode(), images.INDEX_TYPE)
+
+
+AMD64, ARM64 = {"os": "linux", "architecture": "amd64"}, {"os": "linux", "architecture": "arm64"}
+Shape = Callable[[Host, images.Layout, images.Descriptor], images.Descriptor]
+SHAPES: dict[str, tuple[Shape, bool]] = {
+    "image": (lambda h, s, i: i, True),
+    "index": (lambda h, s, i: an_index(h, s, (i, AMD64)), True),
+    "two platforms": (lambda h, s, i: an_index(h, s, (i, AMD64), (i, ARM64)), True),
+    "no platform": (lambda h, s, i: an_index(h, s, (i, None)), False),
+    "another platform": (lambda h, s, i: an_index(h, s, (i, ARM64)), False),
+    "two of ours": (lambda h, s, i: an_index(h, s, (i, {**AMD64, "variant": "v4"}), (i, AMD64)), False),
+    "index in index": (lambda h, s, i: an_index(h, s, (an_index(h, s, (i, AMD64)), None)), True),
+    "another's index": (lambda h, s, i: an_index(h, s, (an_index(h, s, (i, AMD64)), ARM64)), False),
+    "too deep": (
+        lambda h, s, i: an_index(h, s, (an_index(h, s, (an_index(h, s, (i, AMD64)), None)), None)),
+        False,
+    ),
+    "in other letters": (
+        lambda h, s, i: s.add_blob(
+            h, s.read_blob(i).replace(b'"layers"', b'"LAYERS":[],"layers"'), i.media_type
+        ),
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_registry_and_layout_agree(
+    name: str, command: Command, bad: registries.Registry, source: images.Layout, host: Host, tmp_path: Path
+) -> None:
+    shape, fine = SHAPES[name]
+    top = shape(host, source, source.read_index()[0])
+    source.write_index(host, [top])
+    reference = serve(bad, source)
+    for blob in (source.path / "blobs/sha256").iterdir():
+        kind = json.loads(blob.read_bytes()).get("mediaType") if blob.stat().st_size < 9999 else None
+        if kind:
+            bad.add("-", kind, blob.read_bytes())
+    statuses = [
+        command(f"oci:{tmp_path}/{number}", source=where)[0]
+        for number, where in enumerate(("oci:./hostfs", reference))
+    ]
+    assert statuses == ([0, 0] if fine else [1, 1])
+    if fine:
+        one, two = (images.Layout(tmp_path / name).read_index() for name in ("0", "1"))
+        assert one == two

@@ -154,3 +154,15 @@ def test_one_change_is_judged_alike(path: tuple[str | int, ...]) -> None:
         strict = not CORE_ALONE & set(path) and path[:1] != ("storage",)
         agree = by_core(document) == validator.is_valid(document)
         assert agree or not (strict or by_core(document)), value
+
+
+def test_addresses_have_one_form_for_both() -> None:
+    """Scopes, masks and leading zeros are the ones that programs read differently."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(schema.manifest())
+    for key, value in [("ipv6", "fe80::1%eth0/64"), ("ipv6", "fe80::1%x\nA=/64"), ("ipv6", "::1/064"),
+                       ("ipv4", "1.2.3.4/0.0.0.255"), ("ipv4", "1.2.3.4/08")]:  # fmt: skip
+        document = copy.deepcopy(FULL)
+        document["targets"][3]["network"][key] = value
+        assert not by_core(document), value
+        assert not validator.is_valid(document), value

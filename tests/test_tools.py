@@ -291,3 +291,58 @@ def test_visible_paths(path: str) -> None:
 def test_hidden_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc")
     assert tools.hidden(tmp_path / "link" / "keys")
+
+
+# --- Whose folder the cache is ------------------------------------------------------------------------
+
+
+def a_tree(folder: Path) -> Path:
+    """Make what looks like a whole tools tree."""
+    tree = folder / f"tools-{tools.key()}"
+    (tree / tools.STAMP).parent.mkdir(parents=True)
+    (tree / tools.STAMP).write_text(tools.key())
+    return tree
+
+
+@pytest.mark.parametrize("what", ["cache", "above", "tree"])
+@pytest.mark.parametrize("how", ["owner", "mode", "group"])
+def test_what_others_may_change_never_runs(what: str, how: str, tmp_path: Path) -> None:
+    """Its programs would run as root."""
+    cache = tmp_path / "above/cache"
+    cache.mkdir(parents=True)
+    tree = a_tree(cache)
+    assert tools.ensure(Recorder(), cache) == tree
+    place = {"cache": cache, "above": cache.parent, "tree": tree}[what]
+    if how == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root gives folders away")
+        os.chown(place, 65534, 65534)
+    else:
+        place.chmod(0o777 if how == "mode" else 0o775)
+    with pytest.raises(Failure, match="others may change, .*: name a folder of your own with XDG_CACHE"):
+        tools.ensure(Recorder(), cache)
+
+
+def test_a_cache_in_a_folder_for_all_that_keeps_owners(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    (tmp_path / "tmp/cache").mkdir()
+    tree = a_tree(tmp_path / "tmp/cache")
+    assert tools.ensure(Recorder(), tmp_path / "tmp/cache") == tree
+
+
+@pytest.mark.parametrize("name", ["tools.lock", "mkosi.lock"])
+def test_a_lock_that_is_a_link_leads_nowhere(name: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's file")
+    (tmp_path / name).symlink_to(victim)
+    with pytest.raises(Failure, match="cannot lock"), tools.locked(tmp_path / name):
+        pass
+    assert victim.read_text() == "somebody's file"
+
+
+def test_a_lock_keeps_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "tools.lock").write_text("text")
+    with tools.locked(tmp_path / "tools.lock"):
+        pass
+    assert (tmp_path / "tools.lock").read_text() == "text"
