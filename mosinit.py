@@ -886,8 +886,9 @@ def parse_signature_database(data: bytes) -> tuple[str, ...]:
         if len(data) < _SIGNATURE_LIST.size:
             raise ValueError("a signature list is cut short")
         kind, size, header, each = _SIGNATURE_LIST.unpack_from(data)
-        body = data[_SIGNATURE_LIST.size + header : size]
-        if not _SIGNATURE_LIST.size + header <= size <= len(data) or each <= 16 or len(body) % each:
+        body = data[_SIGNATURE_LIST.size : size]
+        # No known kind has a header of its own: what hid in one, others might read.
+        if header or not _SIGNATURE_LIST.size < size <= len(data) or each <= 16 or len(body) % each:
             raise ValueError("a signature list has impossible sizes")
         for start in range(0, len(body), each):
             digest = hashlib.sha256(body[start + 16 : start + each]).hexdigest()
@@ -1782,13 +1783,20 @@ _LUKS = struct.Struct(">6sHQQ48s32s64s40s48sQ184s64s3584s")  # the same, 2.1
 assert _LUKS.size == BLOCK
 
 
+class PlatformApproval(NamedTuple):
+    """The platform key's signature for one PCR 7, and the last epoch in which it holds."""
+
+    epoch: int
+    signature: bytes
+
+
 class Tokens(NamedTuple):
     """What config's header carries for the bring-up: the sealed secret, and what others signed about it."""
 
     seal_public: bytes
     seal_private: bytes
     record: bytes
-    approvals: Mapping[str, bytes]  # PCR 7 in hex to the platform key's signature
+    approvals: Mapping[str, PlatformApproval]  # by PCR 7 in hex
     order_statement: bytes
     order_signature: bytes
     order_certificate: bytes
@@ -1922,6 +1930,7 @@ def _base64(least: int, most: int) -> Callable[[object], bool]:
 
 _SALT = _base64(32, 32)
 _PBKDF2 = {"type": "pbkdf2", "hash": "sha256", "iterations": range(1000, 10_000_001), "salt": _SALT}
+_QUICK = {**_PBKDF2, "iterations": range(1000, 100_001)}
 _ARGON2ID = {  # memory in KiB
     "type": "argon2id", "time": range(1, 21), "memory": range(32, MIB + 1), "cpus": range(1, 5),
     "salt": _SALT,
@@ -1945,7 +1954,7 @@ _TOKENS = {
         "signature": _base64(1, 1024), "certificate": _base64(1, 16384),
     },
 }  # fmt: skip
-_APPROVAL = {"pcr7": HEX64, "signature": _base64(256, 256)}
+_APPROVAL = {"pcr7": HEX64, "epoch": range(1, MAX_EPOCH + 1), "signature": _base64(256, 256)}
 
 
 def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
@@ -1964,7 +1973,9 @@ def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
     }  # fmt: skip
     size = -(-LUKS_KEY_BYTES[kind] * 4000 // BLOCK) * BLOCK
     shape = {
-        "keyslots": {slot: _slot_shape(value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()},
+        "keyslots": {
+            slot: _slot_shape(slot, value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()
+        },
         "tokens": _TOKENS if kind == "config" else {},
         "segments": {"0": segment},
         "digests": {"0": digest},
@@ -1980,8 +1991,8 @@ def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
     return tuple(sorted(int(slot) for slot in slots))
 
 
-def _slot_shape(untrusted: object, key_bytes: int, size: int) -> dict[str, object]:
-    """Return what a key slot must be. How costly it is to try is bounded, or it would hold up the boot."""
+def _slot_shape(slot: str, untrusted: object, key_bytes: int, size: int) -> dict[str, object]:
+    """Return what a key slot must be; slot 0, which the boot tries, must cost next to nothing."""
     fields = untrusted if isinstance(untrusted, dict) else {}
     kdf = fields.get("kdf")
     argon = isinstance(kdf, dict) and kdf.get("type") == "argon2id"
@@ -1993,7 +2004,7 @@ def _slot_shape(untrusted: object, key_bytes: int, size: int) -> dict[str, objec
             "type": "raw", "offset": re.compile("[1-9][0-9]{5,6}"), "size": str(size),
             "encryption": LUKS_CIPHER, "key_size": 64,
         },
-        "kdf": _ARGON2ID if argon else _PBKDF2,
+        "kdf": _QUICK if slot == "0" else (_ARGON2ID if argon else _PBKDF2),
         **({"priority": range(3)} if "priority" in fields else {}),
     }  # fmt: skip
 
@@ -2004,12 +2015,12 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
     for index, approval in enumerate(approvals):
         _match(approval, _APPROVAL, f"tokens.2.approvals[{index}]")
     decode = binascii.a2b_base64
-    signatures = {approval["pcr7"]: decode(approval["signature"]) for approval in approvals}
-    if len(signatures) != len(approvals):
+    signed = {a["pcr7"]: PlatformApproval(a["epoch"], decode(a["signature"])) for a in approvals}
+    if len(signed) != len(approvals):
         seen = "tokens.2.approvals: a value of PCR 7 twice"
         raise Refused("LUKS-TOKEN", expected="one approval for each value", seen=seen)
     return Tokens(
-        decode(seal["public"]), decode(seal["private"]), decode(record["certificate"]), signatures,
+        decode(seal["public"]), decode(seal["private"]), decode(record["certificate"]), signed,
         *(decode(order[key]) for key in ("statement", "signature", "certificate")),
     )  # fmt: skip
 
@@ -2065,7 +2076,9 @@ EO_BITCLEAR, ENCRYPT_RESPONSE = 0x000B, 0x40
 SALTED_POLICY = struct.pack(">BHHHH", 1, 0x0006, 128, 0x0043, 0x000B)  # policy session, AES-128-CFB, SHA-256
 
 NvIndex, Handle = NewType("NvIndex", int), NewType("Handle", int)
-SRK = Handle(0x81000001)  # TCG TPM v2.0 Provisioning Guidance, 7.5.1
+# Ours alone, in the owner's range for storage keys (TCG registry of reserved handles, 2.3.1). Provisioning
+# makes a new one each time, so that what was sealed before loads no more.
+SRK = Handle(0x81004D53)
 EPOCH_INDEX = NvIndex(0x01845050)  # ours, in the owner's range (TCG registry of reserved handles, 2.2)
 # Owner write, so that provisioning makes the first bits; policy write, so that a UKI's initrd adds to them;
 # type BITS, auth read, no dictionary attack protection, written (part 2, 13.4 TPMA_NV).
@@ -2158,20 +2171,18 @@ class PolicyKeys(NamedTuple):
         """The public area (TPMT_PUBLIC) of that secret, up to the 32 bytes that each has of its own."""
         return _SEALED_HEAD + self.seal + struct.pack(">HH", 0x0010, 32)
 
-    def unseal_policy(self, pcr11: bytes, epoch: int) -> bytes:
-        """Return what the pcr key signs (with UKI_REF), so that a UKI of this epoch may unseal."""
+    def uki_policy(self, pcr11: bytes, epoch: int, command: Cc) -> bytes:
+        """Return what the pcr key signs (with UKI_REF), so that a UKI of this epoch may do the command."""
         digest = policy_pcr(POLICY_START, {MEASURED: pcr11})
-        return policy_command(policy_epoch(digest, tpm_name(self.epoch_index), epoch), Cc.UNSEAL)
+        return policy_command(policy_epoch(digest, tpm_name(self.epoch_index), epoch), command)
 
-    def platform_policy(self, pcr7: bytes) -> bytes:
-        """Return what the platform key signs (with PLATFORM_REF): with this PCR 7, what pcr approved."""
+    def platform_policy(self, pcr7: bytes, epoch: int) -> bytes:
+        """Return what the platform key signs (with PLATFORM_REF): in this PCR 7 and up to this epoch, what
+        pcr approved.
+        """
         digest = policy_authorize(tpm_name(self.pcr), UKI_REF)
-        return policy_pcr(digest, {PLATFORM_STATE[0]: pcr7, **dict.fromkeys(EXTRA_PCRS, bytes(32))})
-
-
-def epoch_policy(pcr11: bytes) -> bytes:
-    """Return what the pcr key signs (with UKI_REF), so that a UKI may raise the TPM's epoch."""
-    return policy_command(policy_pcr(POLICY_START, {MEASURED: pcr11}), Cc.NV_SETBITS)
+        digest = policy_pcr(digest, {PLATFORM_STATE[0]: pcr7, **dict.fromkeys(EXTRA_PCRS, bytes(32))})
+        return policy_epoch(digest, tpm_name(self.epoch_index), epoch)
 
 
 def policy_keys(pcr: bytes, platform: bytes) -> PolicyKeys:
@@ -2415,6 +2426,12 @@ def authorize(
     )
 
 
+def satisfy_epoch(k: Kernel, session: int, epoch: int) -> None:
+    """Do TPM2_PolicyNV: no bit of the epoch index above `epoch` is set."""
+    bits = _sized(_unset_bits(epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
+    tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session], bits, EMPTY_PASSWORD)
+
+
 def satisfy_pcrs(k: Kernel, session: int, pcrs: Sequence[Pcr]) -> None:
     """Do TPM2_PolicyPCR with the values of now."""
     tpm(k, Cc.POLICY_PCR, [session], _sized(b"") + pcr_selection(pcrs))
@@ -2637,29 +2654,37 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
     return cast(bytes, storage_key)
 
 
+def find_approval(k: Machine, tokens: Tokens) -> tuple[bytes, PlatformApproval]:
+    """Return PCR 7 and its approval, if there is one that the TPM's epoch has not made void."""
+    pcr7, bits = read_pcr(k, PLATFORM_STATE[0]), read_epoch(k)
+    approval = tokens.approvals.get(pcr7.hex())
+    if approval is None:
+        expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
+        raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
+    if bits & ~epoch_bits(approval.epoch):
+        seen = f"one up to epoch {approval.epoch}, the TPM is at {bits.bit_length()}"
+        raise Refused("TPM-APPROVAL", expected=f"an approval of PCR 7 {pcr7.hex()} that holds", seen=seen)
+    return pcr7, approval
+
+
 def satisfy(
     k: Machine, session: Session, tokens: Tokens, keys: PolicyKeys, approval: UkiApproval, command: Cc
 ) -> None:
     """Bring a session to where seal and epoch index want it.
 
-    That is: this UKI before the fence, for one command, in a firmware that is approved.
+    That is: this UKI before the fence, for one command, in a firmware that is approved, no epoch too late.
     """
-    pcrs = read_pcrs(k, (MEASURED, *PLATFORM_STATE))
-    pcr7, pcr11 = pcrs[PLATFORM_STATE[0]], pcrs[MEASURED]
-    if pcr7.hex() not in tokens.approvals:
-        expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
-        raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
+    (pcr7, platform), pcr11 = find_approval(k, tokens), read_pcr(k, MEASURED)
     satisfy_pcrs(k, session.handle, [MEASURED])
-    policy, signature = epoch_policy(pcr11), approval.set_epoch
-    if command == Cc.UNSEAL:
-        bits = _sized(_unset_bits(approval.epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
-        tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session.handle], bits, EMPTY_PASSWORD)
-        policy, signature = keys.unseal_policy(pcr11, approval.epoch), approval.unseal
+    satisfy_epoch(k, session.handle, approval.epoch)
     tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", command))
+    policy = keys.uki_policy(pcr11, approval.epoch, command)
+    signature = approval.unseal if command == Cc.UNSEAL else approval.set_epoch
     authorize(k, session.handle, keys.pcr, policy, UKI_REF, signature)
     satisfy_pcrs(k, session.handle, PLATFORM_STATE)
-    policy, signature = keys.platform_policy(pcr7), tokens.approvals[pcr7.hex()]
-    authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, signature)
+    satisfy_epoch(k, session.handle, platform.epoch)
+    policy = keys.platform_policy(pcr7, platform.epoch)
+    authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, platform.signature)
 
 
 def unseal(
@@ -2683,9 +2708,14 @@ def unseal(
 def raise_epoch(
     k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int
 ) -> None:
-    """Set the TPM's epoch bits up to `epoch`, never above this UKI's own, and see that they are set."""
-    bits, name = epoch_bits(min(epoch, approval.epoch)), tpm_name(keys.epoch_index)
+    """Set the TPM's epoch bits up to `epoch`, and see that they are set.
+
+    Never above the UKI's own epoch, nor above what this firmware is approved for: the next boot would find
+    nothing that opens.
+    """
+    name = tpm_name(keys.epoch_index)
     with asking_tpm(f"the TPM to take epoch {epoch}"):
+        bits = epoch_bits(min(epoch, approval.epoch, find_approval(k, tokens)[1].epoch))
         if read_epoch(k) & bits == bits:
             return
         session = Session(k, storage_key)

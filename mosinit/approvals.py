@@ -101,12 +101,16 @@ def approve_uki(keyset: Keyset, uki: bytes, epoch: int) -> bytes:
 
     The section itself is not measured. Raises `Refused` if the bring-up could not read it.
     """
-    pcr11, sign = predict_pcr11(uki), keyset.signer("pcr").sign
+    pcr11, policies, signer = predict_pcr11(uki), policy_keys(keyset), keyset.signer("pcr")
+
+    def sign(command: init.Cc) -> str:
+        return signer.sign(policies.uki_policy(pcr11, epoch, command) + init.UKI_REF).hex()
+
     fields = {
         "schema": 1,
         "epoch": epoch,
-        "unseal": sign(policy_keys(keyset).unseal_policy(pcr11, epoch) + init.UKI_REF).hex(),
-        "set_epoch": sign(init.epoch_policy(pcr11) + init.UKI_REF).hex(),
+        "unseal": sign(init.Cc.UNSEAL),
+        "set_epoch": sign(init.Cc.NV_SETBITS),
     }
     section = images.encode(fields)
     init.parse_uki_approval(section)
@@ -275,11 +279,13 @@ def _name(event: init.Event) -> str:
         return f"{kind} {event.data[:40]!r}"
 
 
-def approve_platform(keyset: Keyset, pcr7: bytes) -> bytes:
-    """Return the platform key's signature by which a machine with this PCR 7 may open its secrets.
+def approve_platform(keyset: Keyset, pcr7: bytes, epoch: int) -> init.PlatformApproval:
+    """Return the platform key's approval by which a machine with this PCR 7 may open its secrets.
 
-    That the value may be approved is said by `read_platform_log` or `predict_pcr7`.
+    It ends when the machine's epoch is raised above `epoch`: that is how a loader, or a key in db, that is
+    found to be bad is revoked. Whether it may be approved, `read_platform_log` and `predict_pcr7` say.
     """
     if len(pcr7) != 32 or pcr7 in (bytes(32), b"\xff" * 32):
         raise Failure(f"{pcr7.hex()} is no PCR 7 of a machine with firmware: its SHA-256 bank is not in use")
-    return keyset.signer("platform").sign(policy_keys(keyset).platform_policy(pcr7) + init.PLATFORM_REF)
+    policy = policy_keys(keyset).platform_policy(pcr7, epoch)
+    return init.PlatformApproval(epoch, keyset.signer("platform").sign(policy + init.PLATFORM_REF))

@@ -32,7 +32,7 @@ class Approvals(NamedTuple):
 
     # Event log and PCR 7; returns what is worth knowing of it, raises Failure if it is not to be approved.
     read_log: Callable[[Keyset, bytes, bytes], dict[str, object]]
-    approve: Callable[[Keyset, bytes], bytes]
+    approve: Callable[[Keyset, bytes, int], init.PlatformApproval]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def enroll(
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
         certificate,
-        {wanted.pcr7: approvals.approve(keyset, wanted.pcr7)},
+        {wanted.pcr7.hex(): approvals.approve(keyset, wanted.pcr7, epoch)},
         sign_order(keyset, wanted.epoch),
     )
     folder = _file(host, machines, keyset.product, wanted, certificate)

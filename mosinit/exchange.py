@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     """What an organisation answers. Nothing in it is verified."""
 
     certificate: bytes  # DER
-    approvals: Mapping[bytes, bytes]  # signature of each approved PCR 7
+    approvals: Mapping[str, init.PlatformApproval]  # by PCR 7 in hex
     order: Order
 
 
@@ -200,10 +200,16 @@ def _named(record: Request) -> list[tuple[str, object]]:
 # --- Answer ------------------------------------------------------------------------------------------
 
 
-def _approvals(value: object) -> Mapping[bytes, bytes]:
+def _approvals(value: object) -> Mapping[str, init.PlatformApproval]:
     if not isinstance(value, dict) or not 1 <= len(value) <= 16:
         raise ValueError("1 to 16 approvals")
-    return {_hex(32)(pcr7): _hex(256)(signature) for pcr7, signature in value.items()}
+    return {_hex(32)(pcr7).hex(): _approval(item) for pcr7, item in value.items()}
+
+
+def _approval(value: object) -> init.PlatformApproval:
+    if not isinstance(value, dict) or set(value) != set(init.PlatformApproval._fields):
+        raise ValueError("an approval: epoch and signature")
+    return init.PlatformApproval(_epoch(value["epoch"]), _hex(256)(value["signature"]))
 
 
 def _order(value: object) -> Order:
@@ -221,7 +227,10 @@ def answer_fields(answer: Answer) -> dict[str, object]:
     """Return an answer as plain data."""
     return {
         "certificate": _base64(answer.certificate),
-        "approvals": {pcr7.hex(): signature.hex() for pcr7, signature in answer.approvals.items()},
+        "approvals": {
+            pcr7: {"epoch": approval.epoch, "signature": approval.signature.hex()}
+            for pcr7, approval in answer.approvals.items()
+        },
         "order": {name: _base64(item) for name, item in answer.order._asdict().items()},
     }
 
@@ -257,8 +266,7 @@ class Sealed(NamedTuple):
 
     def tokens(self) -> init.Tokens:
         """Return it as the header of the volume holds it."""
-        approvals = {pcr7.hex(): signature for pcr7, signature in self.answer.approvals.items()}
-        return init.Tokens(*self.seal, self.answer.certificate, approvals, *self.answer.order)
+        return init.Tokens(*self.seal, self.answer.certificate, self.answer.approvals, *self.answer.order)
 
 
 def encode_sealed(sealed: Sealed) -> bytes:

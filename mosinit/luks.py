@@ -72,7 +72,8 @@ def _lent(secret: bytes | bytearray) -> Iterator[str]:
 def encode_tokens(tokens: init.Tokens) -> dict[int, bytes]:
     """Encode the tokens of config's header as JSON, by number; `init.parse_luks_header` reads them."""
     approvals = [
-        {"pcr7": pcr7, "signature": _base64(signature)} for pcr7, signature in tokens.approvals.items()
+        {"pcr7": pcr7, "epoch": approval.epoch, "signature": _base64(approval.signature)}
+        for pcr7, approval in tokens.approvals.items()
     ]
     documents: tuple[dict[str, object], ...] = (
         {

@@ -442,18 +442,18 @@ def verify_answer(
 
 
 def verify_approvals(
-    organisation: keys.Organisation, policy: init.PolicyKeys, approvals: Mapping[bytes, bytes]
+    organisation: keys.Organisation, policy: init.PolicyKeys, approvals: Mapping[str, init.PlatformApproval]
 ) -> None:
     """Raise Refused unless the platform key signed each approval: the TPM would say so only at boot."""
     key = serialization.load_pem_public_key(organisation.files["platform.pub"])
     assert isinstance(key, rsa.RSAPublicKey)  # `init.policy_keys` saw it
-    for pcr7, signature in approvals.items():
-        signed = policy.platform_policy(pcr7) + init.PLATFORM_REF
+    for pcr7, approval in approvals.items():
+        signed = policy.platform_policy(bytes.fromhex(pcr7), approval.epoch) + init.PLATFORM_REF
         try:
-            key.verify(signature, signed, padding.PKCS1v15(), hashes.SHA256())
+            key.verify(approval.signature, signed, padding.PKCS1v15(), hashes.SHA256())
         except InvalidSignature as error:
             raise init.Refused(
-                "TPM-APPROVAL", expected="signatures of the platform key", seen=f"another for {pcr7.hex()}"
+                "TPM-APPROVAL", expected="signatures of the platform key", seen=f"another for {pcr7}"
             ) from error
 
 
@@ -472,8 +472,8 @@ def _check_same_tpm(machine: Tpm, state: State, policy: init.PolicyKeys, answer:
             "TPM-INDEX", expected=state.epoch_index.hex(), seen=index.hex() if index else "none"
         )
     _check_epoch(machine, policy, state.epoch)
-    if pcr7 not in answer.approvals:
-        approved = ", ".join(value.hex() for value in answer.approvals)
+    if pcr7.hex() not in answer.approvals:
+        approved = ", ".join(answer.approvals)
         raise init.Refused("TPM-POLICY", expected=f"an approved PCR 7: {approved[:300]}", seen=pcr7.hex())
 
 

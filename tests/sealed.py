@@ -57,18 +57,25 @@ class Material(NamedTuple):
     def approval(self, epoch: int = 1, role: str = "pcr") -> init.UkiApproval:
         """Approve the UKI for an epoch."""
         pcr11 = self.pcrs[init.MEASURED]
-        unseal = self.sign(role, self.keys.unseal_policy(pcr11, epoch) + init.UKI_REF)
-        return init.UkiApproval(epoch, unseal, self.sign(role, init.epoch_policy(pcr11) + init.UKI_REF))
+        policies = [
+            self.keys.uki_policy(pcr11, epoch, command) for command in (init.Cc.UNSEAL, init.Cc.NV_SETBITS)
+        ]
+        return init.UkiApproval(epoch, *(self.sign(role, policy + init.UKI_REF) for policy in policies))
 
-    def tokens(self, seal: Seal | None = None, platform: Mapping[str, bytes] | None = None) -> init.Tokens:
+    def tokens(
+        self, seal: Seal | None = None, platform: Mapping[str, init.PlatformApproval] | None = None
+    ) -> init.Tokens:
         """Return what the header of its config volume carries for the TPM."""
         approvals = self.platform() if platform is None else platform
         return init.Tokens(*(seal or self.seal), b"", approvals, b"", b"", b"")
 
-    def platform(self, pcr7: bytes | None = None, role: str = "platform") -> dict[str, bytes]:
-        """Approve a PCR 7 value, the right one unless told."""
+    def platform(
+        self, pcr7: bytes | None = None, role: str = "platform", epoch: int = 3
+    ) -> dict[str, init.PlatformApproval]:
+        """Approve a PCR 7 value, the right one unless told, up to an epoch."""
         pcr7 = pcr7 or self.pcrs[init.Pcr(7)]
-        return {pcr7.hex(): self.sign(role, self.keys.platform_policy(pcr7) + init.PLATFORM_REF)}
+        signature = self.sign(role, self.keys.platform_policy(pcr7, epoch) + init.PLATFORM_REF)
+        return {pcr7.hex(): init.PlatformApproval(epoch, signature)}
 
 
 def start_up(tpm: Swtpm, *, firmware: bytes = FIRMWARE, uki: bytes = UKI, enter: bool = True) -> TpmMachine:
@@ -172,7 +179,7 @@ def open_secret(
     *,
     seal: Seal | None = None,
     approval: init.UkiApproval | None = None,
-    platform: Mapping[str, bytes] | None = None,
+    platform: Mapping[str, init.PlatformApproval] | None = None,
 ) -> bytes:
     """Do what the bring-up does between reading the header and opening the volume."""
     approval = approval or material.approval(epoch)

@@ -363,7 +363,7 @@ def test_no_spoiled_log_does_more_than_be_refused(data: st.DataObject) -> None:
 @pytest.mark.parametrize("value", [b"", bytes(32), b"\xff" * 32, bytes(20)])
 def test_what_is_no_pcr_7_is_not_approved(keyset: keys.Keyset, value: bytes) -> None:
     with pytest.raises(Failure, match="no PCR 7"):
-        approvals.approve_platform(keyset, value)
+        approvals.approve_platform(keyset, value, 1)
 
 
 # --- Both, and a TPM that opens ---------------------------------------------------------------------
@@ -374,14 +374,14 @@ def sealed(tpm: Swtpm, policies: init.PolicyKeys, secret: bytes) -> list[bytes]:
     (tpm.folder / "seal.policy").write_bytes(policies.seal)
     parent = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt"
     tpm.run("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc256:aes128cfb", "-a", parent, "-c", "srk")
-    tpm.run("tpm2_evictcontrol", "-Q", "-C", "o", "-c", "srk", "0x81000001")
+    tpm.run("tpm2_evictcontrol", "-Q", "-C", "o", "-c", "srk", f"{init.SRK:#x}")
     tpm.run("tpm2_flushcontext", "-t")
     index = f"{init.EPOCH_INDEX:#x}"
     bits = "ownerwrite|policywrite|authread|no_da|nt=bits"
     tpm.run("tpm2_nvdefine", "-Q", index, "-C", "o", "-s", "8", "-a", bits, "-L", "seal.policy")
     tpm.run("tpm2_nvsetbits", "-Q", index, "-C", "o", "-i", "1")
     mode = "fixedtpm|fixedparent|adminwithpolicy|noda"
-    tpm.run("tpm2_create", "-Q", "-C", "0x81000001", "-i", "-", "-L", "seal.policy", "-a", mode,
+    tpm.run("tpm2_create", "-Q", "-C", f"{init.SRK:#x}", "-i", "-", "-L", "seal.policy", "-a", mode,
             "-u", "seal.pub", "-r", "seal.priv", data=secret)  # fmt: skip
     tpm.run("tpm2_flushcontext", "-t")
     return [(tpm.folder / f"seal.{kind}").read_bytes()[2:] for kind in ("pub", "priv")]
@@ -399,7 +399,7 @@ def test_a_tpm_opens_for_what_was_approved_alone(
     policies, secret = approvals.policy_keys(keyset), b"s" * 32
     approval = init.parse_uki_approval(approvals.approve_uki(keyset, make_pe(UKI), 2))
     pcr7 = approvals.predict_pcr7(trusted)
-    platform = {pcr7.hex(): approvals.approve_platform(keyset, pcr7)}
+    platform = {pcr7.hex(): approvals.approve_platform(keyset, pcr7, 64)}
     with swtpm(tmp_path / "tpm") as tpm:
         public, private = sealed(tpm, policies, secret)
         tokens, machine = init.Tokens(public, private, b"", platform, b"", b"", b""), TpmMachine(tpm)

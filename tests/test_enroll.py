@@ -57,7 +57,7 @@ def test_what_a_machine_gets(site: Site) -> None:
     record = init.verify_record(answer.certificate, ca, site.keyset.product)
     assert record.storage_key == init.tpm_name(sent(site).storage_key)
     assert record.epoch_index == init.tpm_name(site.policy().epoch_index)
-    assert list(answer.approvals) == [sent(site).pcr7]
+    assert list(answer.approvals) == [sent(site).pcr7.hex()]
     manifest_ca = site.keyset.certificate_path("manifest-ca").read_bytes()
     assert init.verify_epoch_order(*answer.order, manifest_ca, site.keyset.product) == 1
     assert told["pcr7"] == sent(site).pcr7.hex()

@@ -360,6 +360,8 @@ TAMPERS: list[tuple[str, Change]] = [
     ("keyslots.0.kdf.salt: " + "A" * 42 + "B=", kdf(salt="A" * 42 + "B=")),
     ("keyslots.0.kdf.salt: float", kdf(salt=1.5)),
     ("keyslots.0.kdf: list", slot(kdf=[])),
+    ("keyslots.0.kdf.iterations: 100001", kdf(iterations=100_001)),
+    ("keyslots.0.kdf.type: argon2id", slot(kdf=BOMB)),
     ("keyslots.1.kdf.time: 21", slot("1", kdf={**BOMB, "time": 21})),
     ("keyslots.1.kdf.memory: 1048577", slot("1", kdf={**BOMB, "memory": (1 << 20) + 1})),
     ("keyslots.1.kdf.cpus: 5", slot("1", kdf={**BOMB, "cpus": 5})),
@@ -389,7 +391,7 @@ def test_a_changed_header_is_refused_and_named(
 
 def test_bounds_are_taken(plain: bytes) -> None:
     for change in (
-        kdf(iterations=10_000_000), digest(iterations=10_000_000), slot("1", kdf=BOMB),
+        kdf(iterations=100_000), digest(iterations=10_000_000), slot("1", kdf=BOMB),
         slot("1", kdf={**BOMB, "time": 20, "memory": 32, "cpus": 1}), slot(priority=0), slot(priority=2),
         both(planted("2"), planted("7", offset=3 << 20)), area(offset=str(BYTES - 258048)),
         digest(keyslots=["1", "0"]),
@@ -428,7 +430,7 @@ def b64(size: int) -> str:
     return luks._base64(bytes(size))
 
 
-ONE = {"pcr7": "ab" * 32, "signature": b64(256)}
+ONE = {"pcr7": "ab" * 32, "epoch": 1, "signature": b64(256)}
 SYSTEMD = {
     "type": "systemd-tpm2",
     "keyslots": ["1"],
@@ -476,6 +478,9 @@ TOKEN_TAMPERS: list[tuple[str, Change]] = [
     (f"tokens.2.approvals[1].signature: {b64(255)[:60]}", approval(signature=b64(255))),
     (f"tokens.2.approvals[1].signature: {b64(257)[:60]}", approval(signature=b64(257))),
     ("tokens.2.approvals[1].note: x", approval(note="x")),
+    ("tokens.2.approvals[1].epoch: 0", approval(epoch=0)),
+    ("tokens.2.approvals[1].epoch: 65", approval(epoch=65)),
+    ("tokens.2.approvals[1].epoch: 1", approval(epoch="1")),
 ]  # fmt: skip
 
 

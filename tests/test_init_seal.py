@@ -89,12 +89,14 @@ def test_the_policies_are_those_of_a_trial_session(material: Material, tpm: Swtp
     (tpm.folder / "mask").write_bytes(b"\xff" * 7 + b"\xfc")
     nv = ("tpm2_policynv", "-i", "mask", INDEX, "bc")
     unseal = trial(("tpm2_policypcr", "-l", "sha256:11"), nv, ("tpm2_policycommandcode", "TPM2_CC_Unseal"))
-    assert keys.unseal_policy(pcrs[init.MEASURED], 2) == unseal
-    raising = trial(("tpm2_policypcr", "-l", "sha256:11"), ("tpm2_policycommandcode", "TPM2_CC_NV_SetBits"))
-    assert init.epoch_policy(pcrs[init.MEASURED]) == raising
+    assert keys.uki_policy(pcrs[init.MEASURED], 2, init.Cc.UNSEAL) == unseal
+    command = ("tpm2_policycommandcode", "TPM2_CC_NV_SetBits")
+    raising = trial(("tpm2_policypcr", "-l", "sha256:11"), nv, command)
+    assert keys.uki_policy(pcrs[init.MEASURED], 2, init.Cc.NV_SETBITS) == raising
     (tpm.folder / "ref").write_bytes(b"mosinit-uki")
     inner = ("tpm2_policyauthorize", "-n", "pcr.name", "-q", "ref")
-    assert keys.platform_policy(pcrs[PCR7]) == trial(inner, ("tpm2_policypcr", "-l", "sha256:7,12,13"))
+    outer = trial(inner, ("tpm2_policypcr", "-l", "sha256:7,12,13"), nv)
+    assert keys.platform_policy(pcrs[PCR7], 2) == outer
     assert keys.seal == (material.folder / "seal.policy").read_bytes()
 
 
@@ -209,7 +211,7 @@ def test_an_approval_for_another_command_does_not_count(material: Material, tpm:
     good = material.approval()
     refused("TPM-APPROVAL", lambda: open_secret(k, material, approval=good._replace(unseal=good.set_epoch)))
     # The same policy under the policyRef of another kind.
-    policy = material.keys.unseal_policy(material.pcrs[init.MEASURED], 1)
+    policy = material.keys.uki_policy(material.pcrs[init.MEASURED], 1, init.Cc.UNSEAL)
     mixed = good._replace(unseal=material.sign("pcr", policy + init.PLATFORM_REF))
     refused("TPM-APPROVAL", lambda: open_secret(k, material, approval=mixed))
 
@@ -265,7 +267,7 @@ def test_an_epoch_is_never_raised_above_the_uki_s_own(material: Material, tpm: S
     assert init.read_epoch(k) == 0b111
     k.commands.clear()
     init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(3), 2)
-    assert k.commands == [init.Cc.NV_READ]
+    assert init.Cc.NV_SETBITS not in k.commands
 
 
 def test_after_the_fence_no_epoch_bit_is_set(material: Material, tpm: Swtpm) -> None:
@@ -289,6 +291,43 @@ def test_in_a_firmware_that_is_not_approved_no_epoch_bit_is_set(material: Materi
         raising = (tokens, storage_key, material.keys, material.approval(2), 2)
         refused(check, lambda raising=raising: init.raise_epoch(k, *raising))  # type: ignore[misc]
     assert init.read_epoch(k) == 1
+
+
+def test_an_approval_of_a_firmware_ends_with_its_epoch(material: Material, tpm: Swtpm) -> None:
+    """Otherwise a loader that turned out to be bad could never be revoked: its PCR 7 stays what it was."""
+    k = start_up(tpm)
+    storage_key = init.check_tpm(k, material.record, 3)
+    init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(3), 3)
+    assert open_secret(k, material, 3) == material.secret
+    stale = material.platform(epoch=2)
+    error = refused("TPM-APPROVAL", lambda: open_secret(k, material, 3, platform=stale))
+    assert "up to epoch 2, the TPM is at 3" in error.seen
+    lying = {pcr7: approval._replace(epoch=3) for pcr7, approval in stale.items()}
+    refused("TPM-APPROVAL", lambda: open_secret(k, material, 3, platform=lying))
+
+
+def test_an_epoch_is_never_raised_above_what_the_firmware_is_approved_for(
+    material: Material, tpm: Swtpm
+) -> None:
+    """The next boot would find no approval that holds."""
+    k = start_up(tpm)
+    storage_key = init.check_tpm(k, material.record, 3)
+    tokens = material.tokens(None, material.platform(epoch=2))
+    init.raise_epoch(k, tokens, storage_key, material.keys, material.approval(3), 3)
+    assert init.read_epoch(k) == 0b11
+    assert open_secret(k, material, 3, platform=tokens.approvals) == material.secret
+
+
+def test_a_revoked_uki_cannot_use_epochs_up(material: Material, tpm: Swtpm) -> None:
+    k = start_up(tpm)
+    storage_key = init.check_tpm(k, material.record, 3)
+    init.raise_epoch(k, material.tokens(), storage_key, material.keys, material.approval(2), 2)
+    old = material.approval(1)
+    with init.asking_tpm("x"):
+        session = init.Session(k, storage_key)
+        with pytest.raises(init.TpmError, match="POLICY_NV"):
+            init.satisfy(k, session, material.tokens(), material.keys, old, init.Cc.NV_SETBITS)
+        init.flush(k, session.handle)
 
 
 def test_all_64_epochs_can_be_told_apart() -> None:
@@ -348,7 +387,6 @@ def test_premise_the_tpm_itself_wants_both_approvals(material: Material, tpm: Sw
     start_up(tpm)
     folder, keys, pcr11 = tpm.folder, material.keys, material.pcrs[init.MEASURED]
     approval = material.approval()
-    (folder / "mask").write_bytes(b"\xff" * 7 + b"\xfe")
     tpm.run("tpm2_load", "-C", SRK, "-u", "seal.pub", "-r", "seal.priv", "-c", "seal.ctx")
     tpm.run("tpm2_flushcontext", "-t")
 
@@ -367,16 +405,18 @@ def test_premise_the_tpm_itself_wants_both_approvals(material: Material, tpm: Sw
     def session(*, inner: bool, outer: bool) -> None:
         tpm.run("tpm2_startauthsession", "--policy-session", "-S", "s.ctx")
         if inner:
+            (folder / "mask").write_bytes(b"\xff" * 7 + b"\xfe")
             tpm.run("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:11")
             tpm.run("tpm2_policynv", "-S", "s.ctx", "-i", "mask", INDEX, "bc")
             tpm.run("tpm2_policycommandcode", "-S", "s.ctx", "TPM2_CC_Unseal")
-            authorize("pcr", keys.unseal_policy(pcr11, 1), b"mosinit-uki", approval.unseal)
+            authorize("pcr", keys.uki_policy(pcr11, 1, init.Cc.UNSEAL), b"mosinit-uki", approval.unseal)
         if outer:
+            (folder / "mask").write_bytes(b"\xff" * 7 + b"\xf8")
             tpm.run("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:7,12,13")
+            tpm.run("tpm2_policynv", "-S", "s.ctx", "-i", "mask", INDEX, "bc")
             pcr7 = material.pcrs[PCR7]
-            authorize(
-                "platform", keys.platform_policy(pcr7), b"mosinit-platform", material.platform()[pcr7.hex()]
-            )
+            approved = material.platform()[pcr7.hex()]
+            authorize("platform", keys.platform_policy(pcr7, 3), b"mosinit-platform", approved.signature)
 
     session(inner=True, outer=True)
     assert tpm.run("tpm2_unseal", "-c", "seal.ctx", "-p", "session:s.ctx") == material.secret

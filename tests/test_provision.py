@@ -84,7 +84,7 @@ def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
     record = init.verify_record(sealed.answer.certificate, ca, done.keyset.product)
     machine, policy = TpmMachine(done.tpm), done.policy()
     init.extend_pcr(machine, init.MEASURED, init.ENTER_INITRD)
-    signed = policy.unseal_policy(init.read_pcr(machine, init.MEASURED), 1) + init.UKI_REF
+    signed = policy.uki_policy(init.read_pcr(machine, init.MEASURED), 1, init.Cc.UNSEAL) + init.UKI_REF
     approval = init.UkiApproval(1, done.keyset.signer("pcr").sign(signed), bytes(256))
 
     def unseal() -> bytearray:
@@ -274,8 +274,8 @@ def key_with_password(site: Site) -> None:
         (set_endorsement, "TPM-STATE.*seen endorsement password"),
         (set_lockout, "TPM-STATE.*seen lockout password"),
         (lock_out, "TPM-LOCKOUT"),
-        (foreign_key, "another object at 0x81000001.*tpm2_evictcontrol"),
-        (endorsed_key, "another object at 0x81000001"),
+        (foreign_key, "another object at 0x81004d53.*tpm2_evictcontrol"),
+        (endorsed_key, "another object at 0x81004d53"),
         (key_with_password, "the storage root key has a password: remove it"),
         (foreign_index, "TPM-INDEX"),
         (later_epoch, "EPOCH.*epoch 1 or before.*seen epoch 2"),
@@ -464,7 +464,7 @@ def foreign_approval(site: Site) -> None:
     assert answer is None
     site.enroll()
     answer = exchange.parse_answer(site.answer.read_bytes(), "answer")
-    change_answer(site, approvals={pcr7: bytes(256) for pcr7 in answer.approvals})
+    change_answer(site, approvals={pcr7: init.PlatformApproval(1, bytes(256)) for pcr7 in answer.approvals})
 
 
 def other_firmware(site: Site) -> None:

@@ -182,8 +182,8 @@ def test_systemd_measure_agrees_on_what_is_approved(
     approval, policies = approval_of(run), approvals.policy_keys(keyset)
     assert approval.epoch == EPOCH
     signed = (
-        (approval.unseal, policies.unseal_policy(pcr11, EPOCH) + b"mosinit-uki"),
-        (approval.set_epoch, init.epoch_policy(pcr11) + b"mosinit-uki"),
+        (approval.unseal, policies.uki_policy(pcr11, EPOCH, init.Cc.UNSEAL) + b"mosinit-uki"),
+        (approval.set_epoch, policies.uki_policy(pcr11, EPOCH, init.Cc.NV_SETBITS) + b"mosinit-uki"),
     )
     verify: list[str | Path] = ["openssl", "dgst", "-sha256", "-verify", keyset.public_path("pcr")]
     for signature, data in signed:
