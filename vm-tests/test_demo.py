@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mosinit import init, tools
+from mosinit import init, keys, tools
 
 pytestmark = pytest.mark.cold
 
@@ -49,7 +49,7 @@ def test_no_unit_failed_and_the_kernels_modules_are_there(first: tuple[Path, dic
 def test_private_keys_are_for_their_owner_alone(first: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = first
     modes = {path.name: path.stat().st_mode & 0o777 for path in (folder / "keys").glob("*.key")}
-    assert len(modes) == 9
+    assert len(modes) == len(keys.ROLES)
     assert set(modes.values()) == {0o600}
 
 
