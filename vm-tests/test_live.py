@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from programs import init_program
-from world import GOOD_HOSTFS, HELLO, World, check_refused, flip, part_of, retouch
+from world import GOOD_HOSTFS, HELLO, Stacker, World, check_refused, flip, part_of, retouch
 
 from mosinit import disk, firmware, init, keys, tools, uki, vm
 from mosinit.machine import VARIABLES, Hardware
@@ -78,7 +78,8 @@ def bad_content(world: World, release: Path) -> dict[str, Callable[[], Path]]:
             release, "bad-signature", signature, lambda data: flip(data, len(data) - 1)
         ),
         "certificate": lambda: retouch(release, "bad-certificate", certificate, in_base64),
-        "no init": lambda: world.release("no-init", {"etc/hostname": b"nothing\n"}),
+        # Publishing looks for an init itself, but not into layers that came with their own verity data.
+        "no init": lambda: world.release("no-init", [Stacker({"etc/hostname": b"nothing\n"})]),
     }
 
 
