@@ -269,6 +269,21 @@ CHECKS: dict[str, Check] = {
         "the install manifest belongs to another UKI than the one that runs",
         "make the medium again, so that UKI and manifest come from the same build",
     ),
+    "MANIFEST-SEQUENCE": Check(
+        "an install manifest is not the one, or is newer than, what its generation says",
+        "install the release again, or boot another generation",
+    ),
+    "GENERATION": Check(
+        "no generation of this machine belongs to the UKI that runs",
+        "boot a UKI that was installed on this machine, or install the release again",
+    ),
+    "GIT-REF": Check("manifest.git has no branch main", "restore the config volume with `mosinit recover`"),
+    "GIT-OBJECT": Check(
+        "an object of manifest.git is missing or damaged", "restore the config volume with `mosinit recover`"
+    ),
+    "GIT-PACKED": Check(
+        "somebody's git packed manifest.git", "unpack it (`git unpack-objects`) with `mosinit recover`"
+    ),
     "MANIFEST-TARGET": Check(
         "the install manifest does not name one hostfs and one bootkit to start from",
         "add the missing target to the manifest, or remove the doubled one, and publish it again",
@@ -2080,6 +2095,153 @@ def open_volume(k: Kernel, header: LuksHeader, device: str, secret: bytearray, n
     """
     with refusing("VOLUME-KEY", f"the volume {header.uuid} opened by this machine's key"):
         k.open_luks(detached_header(header), device, secret, 0, name)
+
+
+# --- Generations: manifest.git, read without git -----------------------------------------------------------
+
+CONFIG = "/config"
+MANIFEST_GIT = f"{CONFIG}/manifest.git"
+MAX_GENERATIONS = 64
+
+
+class Generation(NamedTuple):
+    """One commit of manifest.git: which install manifest defines each target, and the UKI that boots it."""
+
+    commit: str
+    sequence: int
+    uki: str
+    targets: tuple[tuple[str, str], ...]  # service name, SHA-256 of an install manifest
+    files: Mapping[str, str]  # name in the commit to object id
+    parent: str | None
+
+
+_GENERATION = _record(lambda **values: values, {
+    "version": Field(_number(1, 1), REQUIRED),
+    "product": Field(_text(UUID, "a product id"), REQUIRED),
+    "sequence": Field(_number(1, MAX_SEQUENCE), REQUIRED),
+    "uki": Field(_text(HEX64, "the id of a UKI"), REQUIRED),
+    "targets": Field(_list_of(_record(lambda **values: (values["service_name"], values["manifest"]), {
+        "service_name": Field(_name, REQUIRED),
+        "manifest": Field(_text(HEX64, "the SHA-256 of an install manifest"), REQUIRED),
+    }), 256), REQUIRED),
+})  # fmt: skip
+_GIT_NAME = re.compile(r"manifest\.yaml|[0-9a-f]{64}\.(yaml|yaml\.signed|pem)")
+
+
+def read_git_object(k: Machine, name: str, kind: str) -> bytes:
+    """Return a loose object of manifest.git (gitformat-loose(5)) if it is of that kind and has its SHA-1.
+
+    Git vouches for nothing here: what counts in these files is signed.
+    """
+    path = f"{MANIFEST_GIT}/objects/{name[:2]}/{name[2:]}"
+    if not k.exists(path) and k.names(f"{MANIFEST_GIT}/objects/pack"):
+        raise Refused("GIT-PACKED", expected=f"the loose {kind} {name}", seen="packs")
+    stream, data, whole = zlib.decompressobj(), b"", False
+    with refusing("GIT-OBJECT", f"{kind} {name}"), contextlib.suppress(zlib.error):
+        data = stream.decompress(k.read(path), MIB)
+        whole = stream.eof and not stream.unused_data
+    head, _, body = data.partition(b"\0")
+    if not whole or head != f"{kind} {len(body)}".encode() or hashlib.sha1(data).hexdigest() != name:
+        raise Refused("GIT-OBJECT", expected=f"{kind} {name}", seen=f"{head[:40]!r}, {len(data)} bytes")
+    return body
+
+
+def read_git_tree(k: Machine, name: str) -> dict[str, str]:
+    """Return the files of a tree, name to object id: only those that belong into manifest.git."""
+    data, files = read_git_object(k, name, "tree"), {}
+    while data:
+        head, zero, rest = data.partition(b"\0")
+        mode, _, file = head.decode(errors="replace").partition(" ")
+        if mode != "100644" or not zero or not _GIT_NAME.fullmatch(file) or len(rest) < 20 or file in files:
+            raise Refused("GIT-OBJECT", expected="manifests, signatures, certificates", seen=repr(head[:90]))
+        files[file], data = rest[:20].hex(), rest[20:]
+    return files
+
+
+def read_generations(k: Machine, product: str) -> Iterator[Generation]:
+    """Yield the generations that manifest.git has, newest first, along first parents."""
+    with refusing("GIT-REF", "the branch main"):
+        untrusted = k.read(f"{MANIFEST_GIT}/refs/heads/main", 64)
+    commit: str | None = untrusted.decode(errors="replace").rstrip("\n")
+    for _ in range(MAX_GENERATIONS):
+        if commit is None:
+            return
+        head = re.match(rb"tree ([0-9a-f]{40})\n(?:parent ([0-9a-f]{40})\n)?", read_commit(k, commit))
+        if head is None:
+            raise Refused("GIT-OBJECT", expected="a commit", seen=commit)
+        files = read_git_tree(k, head[1].decode())
+        if "manifest.yaml" not in files:
+            raise Refused("GIT-OBJECT", expected="manifest.yaml", seen=", ".join(files)[:200])
+        values = _GENERATION(parse_yaml(read_git_object(k, files["manifest.yaml"], "blob")), "")
+        if values["product"] != product:
+            raise Refused("MANIFEST-PRODUCT", expected=product, seen=values["product"])
+        parent = head[2].decode() if head[2] else None
+        yield Generation(commit, values["sequence"], values["uki"], values["targets"], files, parent)
+        commit = parent
+
+
+def read_commit(k: Machine, name: str) -> bytes:
+    """Return a commit."""
+    if not re.fullmatch(r"[0-9a-f]{40}", name):
+        raise Refused("GIT-REF", expected="the id of a commit", seen=repr(name[:64]))
+    return read_git_object(k, name, "commit")
+
+
+def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Manifest:
+    """Return the targets of a generation, each from the install manifest that defines it, all verified."""
+    verified: dict[str, Manifest] = {}
+    targets: list[Target] = []
+    volumes: dict[str, Volume] = {}
+    for service_name, sha256 in generation.targets:
+        if sha256 not in verified:
+            parts = [f"{sha256}{ending}" for ending in (".yaml", ".yaml.signed", ".pem")]
+            if missing := [part for part in parts if part not in generation.files]:
+                raise Refused("MANIFEST-ABSENT", expected=", ".join(missing), seen=generation.commit)
+            blobs = [read_git_object(k, generation.files[part], "blob") for part in parts]
+            manifest = verified[sha256] = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+            if manifest.sha256 != sha256 or manifest.contents.sequence > generation.sequence:
+                seen = f"{manifest.sha256}, sequence {manifest.contents.sequence}"
+                raise Refused(
+                    "MANIFEST-SEQUENCE", expected=f"{sha256}, at most {generation.sequence}", seen=seen
+                )
+        contents = verified[sha256].contents
+        found = [target for target in contents.targets if target.service_name == service_name]
+        if not found or any(target.service_name == service_name for target in targets):
+            raise Refused("MANIFEST-TARGET", expected=f"one target {service_name}", seen=sha256)
+        targets += found
+        volumes |= {volume.label: volume for volume in contents.storage}
+    newest = max(verified.values(), key=lambda manifest: manifest.contents.sequence, default=None)
+    if newest is None:
+        raise Refused("MANIFEST-TARGET", expected="targets", seen="none")
+    contents = newest.contents._replace(targets=tuple(targets), storage=tuple(volumes.values()))
+    return Manifest(contents, newest.sha256)
+
+
+def pick_generation(k: Machine, policy: Policy) -> Manifest:
+    """Return the generation that the boot menu named, if it is this UKI's and all of it verifies.
+
+    Otherwise the newest that is and does.
+    """
+    entry = k.efi_read("LoaderEntrySelected", LOADER_GUID)
+    named = (
+        re.match(r"mosinit_([0-9]{1,19})(?:\+|\.efi)", entry[1].decode("utf-16-le", "replace"))
+        if entry
+        else None
+    )
+    wanted = int(named[1]) if named and not (entry and entry[0] & EFI_NON_VOLATILE) else 0
+    ours = [each for each in read_generations(k, policy.product) if each.uki == policy.uki_id]
+    ours.sort(key=lambda generation: generation.sequence != wanted)  # stable: then newest first
+    failure = Refused("GENERATION", expected=f"a generation of UKI {policy.uki_id}", seen="none")
+    for generation in ours:
+        try:
+            manifest = verify_generation(k, generation, policy)
+        except Refused as error:
+            k.log(f"generation {generation.sequence}: {error}")
+            failure = error if failure.check == "GENERATION" else failure
+            continue
+        k.report.facts |= {"generation": generation.commit, "sequence": generation.sequence}
+        return manifest
+    raise failure
 
 
 # --- TPM: commands of our own, the policy tree, and the fence ----------------------------------------------
