@@ -78,255 +78,152 @@ class Check(NamedTuple):
     remedy: str
 
 
-CHECKS: dict[str, Check] = {
-    "MODULE-LOAD": Check(
-        "a kernel module that the build listed does not load",
-        "the UKI and its initrd do not fit each other: build the UKI again with `mosinit build`",
-    ),
-    "MODULE-PARAMETER": Check(
-        "a kernel module does not have the parameter that the build set",
-        "build the UKI again; if it repeats, the kernel does not know the parameter",
-    ),
-    "SB-OFF": Check("Secure Boot is off", "switch Secure Boot on in the firmware's setup"),
-    "SB-MODE": Check(
-        "the firmware is in setup or audit mode, where anybody can enrol keys",
-        "choose `Enroll Secure Boot keys` in the menu that the restarted medium shows for a minute, or "
-        "enrol the keyset's PK, KEK and db certificates in the firmware's setup",
-    ),
-    "SB-DB": Check(
-        "the firmware trusts other certificates than this system was built for",
-        "make the firmware's db hold exactly the uki and the layer certificate of your keyset",
-    ),
-    "SB-MOK": Check(
-        "a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it",
-        "it has been deleted; restart. If it returns, remove shim and its variables from this machine",
-    ),
-    "SB-KEYRING": Check(
-        "the kernel trusts keys that this system was not built for",
-        "find where the extra key comes from (db, shim, firmware) and remove it there",
-    ),
-    "SB-LOCKDOWN": Check(
-        "the kernel is not locked down, so its memory can be read",
-        "boot the UKI as it was built, under Secure Boot",
-    ),
-    "TPM-ABSENT": Check(
-        "there is no TPM 2.0",
-        "switch the TPM on in the firmware's setup (also called PTT, fTPM or security device)",
-    ),
-    "TPM-BANK": Check(
-        "the TPM's SHA-256 bank does not hold the measurements of this boot",
-        "switch the TPM's SHA-256 bank on in the firmware's setup; boot the UKI through the firmware",
-    ),
-    "TPM-EXTEND": Check(
-        "the TPM does not take measurements",
-        "switch the machine off and on; if it repeats, the TPM is broken",
-    ),
-    "TPM-FENCE": Check(
-        "the TPM does not close, so secrets could still be taken from it",
-        "the machine is switched off; switch it on again. If it repeats, the TPM is broken",
-    ),
-    "TPM-ANSWER": Check(
-        "the TPM did not do what it was asked, or answered what makes no sense",
-        "switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus",
-    ),
-    "TPM-STATE": Check(
-        "the TPM is not in the state in which provisioning leaves it",
-        "finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again",
-    ),
-    "TPM-LOCKOUT": Check(
-        "the TPM is locked out after too many wrong passwords",
-        "leave the machine on until the lockout ends, or end it with the lockout password of the recovery "
-        "record (`tpm2_dictionarylockout --clear-lockout`)",
-    ),
-    "TPM-CLEARED": Check(
-        "the TPM was cleared after this machine was provisioned",
-        "if it was you: provision the machine as a new one and seal its disk again with the recovery key",
-    ),
-    "TPM-SRK": Check(
-        "the TPM has no storage root key, although it was provisioned",
-        "somebody with the owner password removed it: clear the TPM and provision the machine again",
-    ),
-    "TPM-IDENTITY": Check(
-        "this TPM is not the one in the machine record: the disk of another machine, or a new TPM",
-        "put the disk back into its machine, or seal it to this one with the recovery key",
-    ),
-    "TPM-INDEX": Check(
-        "the TPM's epoch index is missing or is not the one that provisioning made",
-        "somebody with the owner password changed it: clear the TPM and provision the machine again",
-    ),
-    "TPM-SEAL": Check(
-        "the sealed secret was not made by this TPM for this system",
-        "seal the disk to this machine with the recovery key",
-    ),
-    "TPM-APPROVAL": Check(
-        "an approval of this UKI or of this firmware's state is not valid",
-        "install the release again as it was published; approve the firmware's state with `mosinit approve`",
-    ),
-    "TPM-POLICY": Check(
-        "the TPM does not open the disk: firmware, its keys or the boot loader changed without approval",
-        "undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key",
-    ),
-    "EPOCH": Check(
-        "this system is older than what its publisher still calls safe",
-        "boot or install a newer release",
-    ),
-    "EPOCH-ORDER": Check(
-        "the order to raise the epoch is not valid",
-        "install the release again as it was published",
-    ),
-    "RECORD-FORMAT": Check(
-        "the machine record is damaged", "enroll the machine again, or restore its config volume's header"
-    ),
-    "RECORD-SIGNATURE": Check(
-        "the machine record is not signed by this system's SUDI CA",
-        "enroll the machine with the keyset that this UKI was built with",
-    ),
-    "RECORD-PRODUCT": Check(
-        "the machine record is for another product",
-        "use a UKI of the product that this machine was enrolled for",
-    ),
-    "VOLUME-IDENTITY": Check(
-        "the config volume is not the one in the machine record: somebody else's was put in its place",
-        "do not use this disk: install the machine again, and find out who changed it",
-    ),
-    "CMDLINE": Check(
-        "the kernel command line is not the signed one",
-        "remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI",
-    ),
-    "ESP-EXTRA": Check(
-        "the boot stub took credentials, extensions or add-ons that the UKI does not sign",
-        "remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP",
-    ),
-    "DISK-HINT": Check(
-        "the boot stub did not say from which partition it was started",
-        "boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart",
-    ),
-    "DISK-ABSENT": Check(
-        "the disk that this system was booted from does not show up",
-        "check cable and controller; if what was seen names a GPT fault, write the medium again",
-    ),
-    "DISK-AMBIGUOUS": Check(
-        "two disks carry the partition that this system was booted from",
-        "remove the copy of the disk or medium",
-    ),
-    "DISK-PARTITION": Check(
-        "the boot disk does not have exactly one partition of a kind that is needed",
-        "write the medium again from its image",
-    ),
-    "GPT-HEADER": Check("the partition table's header is damaged", "write the medium again from its image"),
-    "GPT-ENTRY": Check(
-        "an entry of the partition table is not valid", "write the medium again from its image"
-    ),
-    "LUKS-HEADER": Check(
-        "the header of an encrypted volume is not one that mosinit makes",
-        "something changed it: restore its backup on live media, or install this machine again",
-    ),
-    "LUKS-TOKEN": Check(
-        "the config volume does not carry exactly the tokens of a provisioned machine",
-        "provision this machine again on live media, with the recovery key",
-    ),
-    "VOLUME-KEY": Check(
-        "an encrypted volume does not open with this machine's key",
-        "use the disk that belongs to this machine, or the recovery key on live media",
-    ),
-    "STORE-SEAL": Check("the medium's seal is damaged", "write the medium again from its image"),
-    "STORE-SIGNATURE": Check(
-        "the kernel does not accept the signature of the medium's store",
-        "write the medium again from its image, made with the layer key that is in this firmware's db",
-    ),
-    "STORE-READ": Check(
-        "the store cannot be read as it was sealed",
-        "the medium is damaged or was changed: write it again from its image, or use another one",
-    ),
-    "MANIFEST-ABSENT": Check(
-        "the store holds no install manifest",
-        "make the medium again with `mosinit build`",
-    ),
-    "MANIFEST-FORMAT": Check(
-        "the install manifest is not valid", "correct what is named here and publish it again"
-    ),
-    "MANIFEST-CERTIFICATE": Check(
-        "the certificate of the install manifest is not one that can sign manifests",
-        "publish the manifest with the keyset's product key",
-    ),
-    "MANIFEST-CHAIN": Check(
-        "the certificate of the install manifest was not issued by this system's manifest CA",
-        "publish the manifest with the keyset that this UKI was built with",
-    ),
-    "MANIFEST-SIGNATURE": Check(
-        "the signature of the install manifest is wrong",
-        "the manifest was changed after it was signed: publish it again",
-    ),
-    "MANIFEST-PRODUCT": Check(
-        "the install manifest is for another product",
-        "use a manifest and medium of this machine's product",
-    ),
-    "MANIFEST-EPOCH": Check(
-        "the install manifest is older than what its publisher still calls safe",
-        "use a newer release",
-    ),
-    "MANIFEST-UKI": Check(
-        "the install manifest belongs to another UKI than the one that runs",
-        "make the medium again, so that UKI and manifest come from the same build",
-    ),
-    "MANIFEST-SEQUENCE": Check(
-        "an install manifest is not the one, or is newer than, what its generation says",
-        "install the release again, or boot another generation",
-    ),
-    "GENERATION": Check(
-        "no generation of this machine belongs to the UKI that runs",
-        "boot a UKI that was installed on this machine, or install the release again",
-    ),
-    "GIT-REF": Check("manifest.git has no branch main", "restore the config volume with `mosinit recover`"),
-    "GIT-OBJECT": Check(
-        "an object of manifest.git is missing or damaged", "restore the config volume with `mosinit recover`"
-    ),
-    "GIT-PACKED": Check(
-        "somebody's git packed manifest.git", "unpack it (`git unpack-objects`) with `mosinit recover`"
-    ),
-    "MANIFEST-TARGET": Check(
-        "the install manifest does not name one hostfs and one bootkit to start from",
-        "add the missing target to the manifest, or remove the doubled one, and publish it again",
-    ),
-    "IMAGE-DIGEST": Check(
-        "an image manifest is not the signed one", "the store is damaged: fetch or write it again"
-    ),
-    "IMAGE-FORMAT": Check(
-        "an image manifest is not valid", "publish the image again with `mosinit publish`"
-    ),
-    "LAYER-ROOTHASH": Check(
-        "a layer has no dm-verity root hash",
-        "publish the image again with `mosinit publish`, which converts layers",
-    ),
-    "LAYER-SIZE": Check(
-        "a layer does not have its signed size", "the store is damaged: fetch or write it again"
-    ),
-    "LAYER-SUPERBLOCK": Check(
-        "the dm-verity superblock of a layer is not what mosinit accepts",
-        "publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes",
-    ),
-    "LAYER-SIGNATURE": Check(
-        "the kernel does not accept the signature of a layer",
-        "publish the image again with the layer key that is in this firmware's db",
-    ),
-    "LAYER-READ": Check(
-        "a layer does not hold what was signed", "the store is damaged: fetch or write it again"
-    ),
-    "LAYER-FILESYSTEM": Check(
-        "a layer is neither erofs nor squashfs",
-        "publish the image again with `mosinit publish`, which converts layers",
-    ),
-    "OVERLAY-MOUNT": Check(
-        "the layers of hostfs cannot be stacked", "see what was seen; use fewer or other layers"
-    ),
-    "OVERLAY-MOUNTPOINT": Check(
-        "hostfs lacks a folder that something must be mounted on",
-        "add the folder to the hostfs image, as a folder and not a link",
-    ),
-    "HOSTFS-INIT": Check(
-        "hostfs has no init", "add /sbin/init (a program, for example systemd's) to the hostfs image"
-    ),
-}
+def parse_checks(table: str) -> dict[str, Check]:
+    """Read lines ID: TITLE, the remedy of each in the indented lines below it."""
+    rows = re.findall(r"^([A-Z0-9-]+): (.*)\n((?: {4}.*\n)+)", table, re.MULTILINE)
+    return {name: Check(title, " ".join(remedy.split())) for name, title, remedy in rows}
+
+
+CHECKS = parse_checks(
+    """
+MODULE-LOAD: a kernel module that the build listed does not load
+    the UKI and its initrd do not fit each other: build the UKI again with `mosinit build`
+MODULE-PARAMETER: a kernel module does not have the parameter that the build set
+    build the UKI again; if it repeats, the kernel does not know the parameter
+SB-OFF: Secure Boot is off
+    switch Secure Boot on in the firmware's setup
+SB-MODE: the firmware is in setup or audit mode, where anybody can enrol keys
+    choose `Enroll Secure Boot keys` in the menu that the restarted medium shows for a minute, or enrol the
+    keyset's PK, KEK and db certificates in the firmware's setup
+SB-DB: the firmware trusts other certificates than this system was built for
+    make the firmware's db hold exactly the uki and the layer certificate of your keyset
+SB-MOK: a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it
+    it has been deleted; restart. If it returns, remove shim and its variables from this machine
+SB-KEYRING: the kernel trusts keys that this system was not built for
+    find where the extra key comes from (db, shim, firmware) and remove it there
+SB-LOCKDOWN: the kernel is not locked down, so its memory can be read
+    boot the UKI as it was built, under Secure Boot
+TPM-ABSENT: there is no TPM 2.0
+    switch the TPM on in the firmware's setup (also called PTT, fTPM or security device)
+TPM-BANK: the TPM's SHA-256 bank does not hold the measurements of this boot
+    switch the TPM's SHA-256 bank on in the firmware's setup; boot the UKI through the firmware
+TPM-EXTEND: the TPM does not take measurements
+    switch the machine off and on; if it repeats, the TPM is broken
+TPM-FENCE: the TPM does not close, so secrets could still be taken from it
+    the machine is switched off; switch it on again. If it repeats, the TPM is broken
+TPM-ANSWER: the TPM did not do what it was asked, or answered what makes no sense
+    switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus
+TPM-STATE: the TPM is not in the state in which provisioning leaves it
+    finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again
+TPM-LOCKOUT: the TPM is locked out after too many wrong passwords
+    leave the machine on until the lockout ends, or end it with the lockout password of the recovery record
+    (`tpm2_dictionarylockout --clear-lockout`)
+TPM-CLEARED: the TPM was cleared after this machine was provisioned
+    if it was you: provision the machine as a new one and seal its disk again with the recovery key
+TPM-SRK: the TPM has no storage root key, although it was provisioned
+    somebody with the owner password removed it: clear the TPM and provision the machine again
+TPM-IDENTITY: this TPM is not the one in the machine record: the disk of another machine, or a new TPM
+    put the disk back into its machine, or seal it to this one with the recovery key
+TPM-INDEX: the TPM's epoch index is missing or is not the one that provisioning made
+    somebody with the owner password changed it: clear the TPM and provision the machine again
+TPM-SEAL: the sealed secret was not made by this TPM for this system
+    seal the disk to this machine with the recovery key
+TPM-APPROVAL: an approval of this UKI or of this firmware's state is not valid
+    install the release again as it was published; approve the firmware's state with `mosinit approve`
+TPM-POLICY: the TPM does not open the disk: firmware, its keys or the boot loader changed without approval
+    undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key
+EPOCH: this system is older than what its publisher still calls safe
+    boot or install a newer release
+EPOCH-ORDER: the order to raise the epoch is not valid
+    install the release again as it was published
+RECORD-FORMAT: the machine record is damaged
+    enroll the machine again, or restore its config volume's header
+RECORD-SIGNATURE: the machine record is not signed by this system's SUDI CA
+    enroll the machine with the keyset that this UKI was built with
+RECORD-PRODUCT: the machine record is for another product
+    use a UKI of the product that this machine was enrolled for
+VOLUME-IDENTITY: the config volume is not the one in the machine record: somebody else's was put in its place
+    do not use this disk: install the machine again, and find out who changed it
+CMDLINE: the kernel command line is not the signed one
+    remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI
+ESP-EXTRA: the boot stub took credentials, extensions or add-ons that the UKI does not sign
+    remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP
+DISK-HINT: the boot stub did not say from which partition it was started
+    boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart
+DISK-ABSENT: the disk that this system was booted from does not show up
+    check cable and controller; if what was seen names a GPT fault, write the medium again
+DISK-AMBIGUOUS: two disks carry the partition that this system was booted from
+    remove the copy of the disk or medium
+DISK-PARTITION: the boot disk does not have exactly one partition of a kind that is needed
+    write the medium again from its image
+GPT-HEADER: the partition table's header is damaged
+    write the medium again from its image
+GPT-ENTRY: an entry of the partition table is not valid
+    write the medium again from its image
+LUKS-HEADER: the header of an encrypted volume is not one that mosinit makes
+    something changed it: restore its backup on live media, or install this machine again
+LUKS-TOKEN: the config volume does not carry exactly the tokens of a provisioned machine
+    provision this machine again on live media, with the recovery key
+VOLUME-KEY: an encrypted volume does not open with this machine's key
+    use the disk that belongs to this machine, or the recovery key on live media
+STORE-SEAL: the medium's seal is damaged
+    write the medium again from its image
+STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
+    write the medium again from its image, made with the layer key that is in this firmware's db
+STORE-READ: the store cannot be read as it was sealed
+    the medium is damaged or was changed: write it again from its image, or use another one
+MANIFEST-ABSENT: the store holds no install manifest
+    make the medium again with `mosinit build`
+MANIFEST-FORMAT: the install manifest is not valid
+    correct what is named here and publish it again
+MANIFEST-CERTIFICATE: the certificate of the install manifest is not one that can sign manifests
+    publish the manifest with the keyset's product key
+MANIFEST-CHAIN: the certificate of the install manifest was not issued by this system's manifest CA
+    publish the manifest with the keyset that this UKI was built with
+MANIFEST-SIGNATURE: the signature of the install manifest is wrong
+    the manifest was changed after it was signed: publish it again
+MANIFEST-PRODUCT: the install manifest is for another product
+    use a manifest and medium of this machine's product
+MANIFEST-EPOCH: the install manifest is older than what its publisher still calls safe
+    use a newer release
+MANIFEST-UKI: the install manifest belongs to another UKI than the one that runs
+    make the medium again, so that UKI and manifest come from the same build
+MANIFEST-SEQUENCE: an install manifest is not the one, or is newer than, what its generation says
+    install the release again, or boot another generation
+GENERATION: no generation of this machine belongs to the UKI that runs
+    boot a UKI that was installed on this machine, or install the release again
+GIT-REF: manifest.git has no branch main
+    restore the config volume with `mosinit recover`
+GIT-OBJECT: an object of manifest.git is missing or damaged
+    restore the config volume with `mosinit recover`
+GIT-PACKED: somebody's git packed manifest.git
+    unpack it (`git unpack-objects`) with `mosinit recover`
+MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
+    add the missing target to the manifest, or remove the doubled one, and publish it again
+IMAGE-DIGEST: an image manifest is not the signed one
+    the store is damaged: fetch or write it again
+IMAGE-FORMAT: an image manifest is not valid
+    publish the image again with `mosinit publish`
+LAYER-ROOTHASH: a layer has no dm-verity root hash
+    publish the image again with `mosinit publish`, which converts layers
+LAYER-SIZE: a layer does not have its signed size
+    the store is damaged: fetch or write it again
+LAYER-SUPERBLOCK: the dm-verity superblock of a layer is not what mosinit accepts
+    publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes
+LAYER-SIGNATURE: the kernel does not accept the signature of a layer
+    publish the image again with the layer key that is in this firmware's db
+LAYER-READ: a layer does not hold what was signed
+    the store is damaged: fetch or write it again
+LAYER-FILESYSTEM: a layer is neither erofs nor squashfs
+    publish the image again with `mosinit publish`, which converts layers
+OVERLAY-MOUNT: the layers of hostfs cannot be stacked
+    see what was seen; use fewer or other layers
+OVERLAY-MOUNTPOINT: hostfs lacks a folder that something must be mounted on
+    add the folder to the hostfs image, as a folder and not a link
+HOSTFS-INIT: hostfs has no init
+    add /sbin/init (a program, for example systemd's) to the hostfs image
+"""
+)
 
 
 # --- Constants: formats and numbers of others, with their source -------------------------------------------
