@@ -91,17 +91,10 @@ class Installed:
         self.write_disk(self.tokens())
         return self
 
-    def options(self, **more: object) -> vm.BootOptions:
-        """Return how to boot it."""
-        hardware = more.pop("hardware", Hardware())
-        return vm.BootOptions(
-            self.disk,
-            self.state,
-            until="pivoted",
-            timeout=240,
-            hardware=hardware,
-            **more,  # type: ignore[arg-type]
-        )
+    def options(self, *, snapshot: bool = False) -> vm.BootOptions:
+        """Return how to boot it up to the end of the bring-up."""
+        hardware = Hardware(snapshot=snapshot)
+        return vm.BootOptions(self.disk, self.state, until="pivoted", timeout=240, hardware=hardware)
 
     # --- What lies in config's header
 
