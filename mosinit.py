@@ -3403,11 +3403,12 @@ def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None
 
 
 def hand_over(k: Machine, policy: Policy, folders: Sequence[str], init: str) -> NoReturn:
-    """Leave the report and the organisation's public parts, free the initramfs, become hostfs's init."""
+    """Leave the report, the policy and the public parts of the keyset, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
     document = json.dumps(k.report.document("pivoted"))
     k.make_folder(f"{LEFT}/organisation")
     k.write(f"{LEFT}/report.json", document.encode() + b"\n")
+    k.write(f"{LEFT}/policy.json", k.read(f"{POLICY_FOLDER}/policy.json"))
     for name, content in policy.organisation.items():
         k.write(f"{LEFT}/organisation/{name}", content)
     if policy.mode == "live":
