@@ -756,6 +756,7 @@ class Machine(Kernel):
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def stage(step: F) -> F:
@@ -787,6 +788,13 @@ def demand(k: Machine, check: str, *, expected: str, seen: str) -> None:
     k.report.passed(check, expected, seen)
 
 
+def only(items: Sequence[T], check: str, expected: str) -> T:
+    """Return the one item that there is, refuse if there are none or more."""
+    if len(items) != 1:
+        raise Refused(check, expected=expected, seen=str(len(items)))
+    return items[0]
+
+
 @contextlib.contextmanager
 def refusing(check: str, expected: str) -> Iterator[None]:
     """Turn an operating-system error into a refusal by `check`."""
@@ -812,6 +820,27 @@ def parse_json(data: bytes, check: str) -> object:
         return cast(object, json.loads(data, object_pairs_hook=once))
     except (ValueError, RecursionError) as error:
         raise Refused(check, expected="JSON", seen=str(error)) from error
+
+
+def match(value: object, shape: object, path: str, check: str) -> None:
+    """Refuse a value that is not of a shape: a mapping of shapes, a pattern, range, test or constant."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key in {**shape, **value}:
+            here = f"{path}.{key}"[:100].strip(".")
+            match(value.get(key, ...), shape.get(key, ...), here, check)  # what is not there is no JSON
+        return
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and bool(shape.fullmatch(value))
+    elif isinstance(shape, range):
+        fits = type(value) is int and value in shape
+    elif callable(shape):
+        fits = bool(shape(value))
+    else:
+        fits = type(value) is type(shape) and value == shape
+    if not fits:
+        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
+        seen = f"{path}: {'missing' if value is ... else words}"
+        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
 
 
 def _sha256(*parts: bytes) -> bytes:
@@ -1252,6 +1281,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
 MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
+EPOCHS = range(1, MAX_EPOCH + 1)
 
 
 class Volume(NamedTuple):
@@ -1649,14 +1679,12 @@ def verify_epoch_order(statement: bytes, signature: bytes, certificate: bytes, p
     """Return the epoch that the publisher's statement orders; it is signed and checked like a manifest."""
     try:
         verify_signature(verify_certificate(certificate, policy), signature, statement)
-        fields = parse_json(statement, "EPOCH-ORDER")
+        fields = cast(dict[str, Any], parse_json(statement, "EPOCH-ORDER"))
+        match(fields, {**epoch_statement(policy.product, 1), "epoch": EPOCHS}, "", "EPOCH-ORDER")
     except Refused as error:
         seen = f"{error.check}: {error.seen}"
         raise Refused("EPOCH-ORDER", expected=error.expected, seen=seen) from error
-    epoch, product = fields.get("epoch") if isinstance(fields, dict) else None, policy.product
-    if type(epoch) is not int or not 1 <= epoch <= MAX_EPOCH or fields != epoch_statement(product, epoch):
-        raise Refused("EPOCH-ORDER", expected=f"an epoch of {product}", seen=repr(statement[:200]))
-    return epoch
+    return int(fields["epoch"])
 
 
 def epoch_statement(product: str, epoch: int) -> dict[str, object]:
@@ -1819,28 +1847,6 @@ def _choose_luks_copy(first: _LuksCopy | None, second: _LuksCopy | None) -> tupl
     raise Refused("LUKS-HEADER", expected="a LUKS2 header", seen="no copy with the right checksum")
 
 
-def _match(value: object, shape: object, path: str) -> None:
-    """Refuse a value that is not of a shape: a mapping of shapes, a pattern, range, test or constant."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key in {**shape, **value}:
-            here = f"{path}.{key}"[:100].strip(".")
-            _match(value.get(key, ...), shape.get(key, ...), here)  # what is not there is no JSON
-        return
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and bool(shape.fullmatch(value))
-    elif isinstance(shape, range):
-        fits = type(value) is int and value in shape
-    elif callable(shape):
-        fits = bool(shape(value))
-    else:
-        fits = type(value) is type(shape) and value == shape
-    if not fits:
-        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
-        seen = f"{path}: {'missing' if value is ... else words}"
-        check = "LUKS-TOKEN" if path.startswith("tokens") else "LUKS-HEADER"
-        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
-
-
 def _base64(least: int, most: int) -> Callable[[object], bool]:
     """Make the test for base64, in its one spelling, of so many bytes."""
 
@@ -1899,12 +1905,12 @@ def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
     size = -(-LUKS_KEY_BYTES[kind] * 4000 // BLOCK) * BLOCK
     shape = {
         "keyslots": {slot: _slot_shape(value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()},
-        "tokens": _TOKENS if kind == "config" else {},
         "segments": {"0": segment},
         "digests": {"0": digest},
         "config": {"json_size": str(LUKS_COPY - BLOCK), "keyslots_size": str(LUKS_SLOT_BYTES)},
     }
-    _match(raw, shape, "")
+    match(raw.get("tokens", ...), _TOKENS if kind == "config" else {}, "tokens", "LUKS-TOKEN")
+    match({key: value for key, value in raw.items() if key != "tokens"}, shape, "", "LUKS-HEADER")
     free = 2 * LUKS_COPY
     for start, slot in sorted((int(value["area"]["offset"]), slot) for slot, value in slots.items()):
         if start % BLOCK or not free <= start <= LUKS_BYTES - size:
@@ -1936,7 +1942,7 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
     """Take apart the tokens of config, whose outer shape is checked."""
     seal, record, approvals, order = raw["0"], raw["1"], raw["2"]["approvals"], raw["3"]
     for index, approval in enumerate(approvals):
-        _match(approval, _APPROVAL, f"tokens.2.approvals[{index}]")
+        match(approval, _APPROVAL, f"tokens.2.approvals[{index}]", "LUKS-TOKEN")
     decode = binascii.a2b_base64
     signatures = {approval["pcr7"]: decode(approval["signature"]) for approval in approvals}
     if len(signatures) != len(approvals):
@@ -2257,18 +2263,10 @@ class UkiApproval(NamedTuple):
 
 def parse_uki_approval(data: bytes) -> UkiApproval:
     """Parse the section .pcrsig as the stub hands it over. It is not measured: the TPM checks it."""
-    raw = parse_json(data, "TPM-APPROVAL")
-    fields = raw if isinstance(raw, dict) else {}
-    epoch, words = fields.get("epoch"), [fields.get(name) for name in ("unseal", "set_epoch")]
-    if not (
-        type(epoch) is int
-        and 1 <= epoch <= MAX_EPOCH
-        and set(fields) == {"schema", "epoch", "unseal", "set_epoch"}
-        and fields["schema"] == 1
-        and all(isinstance(word, str) and SIGNATURE.fullmatch(word) for word in words)
-    ):
-        raise Refused("TPM-APPROVAL", expected="an approval of this UKI", seen=repr(data[:80]))
-    return UkiApproval(epoch, *(bytes.fromhex(cast(str, word)) for word in words))
+    raw = cast(dict[str, Any], parse_json(data, "TPM-APPROVAL"))
+    shape = {"schema": 1, "epoch": EPOCHS, "unseal": SIGNATURE, "set_epoch": SIGNATURE}
+    match(raw, shape, "", "TPM-APPROVAL")
+    return UkiApproval(raw["epoch"], *(bytes.fromhex(raw[name]) for name in ("unseal", "set_epoch")))
 
 
 class TpmError(OSError):
@@ -2965,11 +2963,7 @@ def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
 
 def open_partition(k: Machine, disk: BootDisk, kind: str, name: str = "") -> tuple[int, Partition]:
     """Open the one partition of that type (and name) on the boot disk, where kernel and table agree."""
-    partitions = disk.find(kind, name)
-    if len(partitions) != 1:
-        seen = str(len(partitions))
-        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind} {name}".strip(), seen=seen)
-    partition = partitions[0]
+    partition = only(disk.find(kind, name), "DISK-PARTITION", f"one partition of type {kind} {name}".strip())
     expected = f"partition {partition.number} of {partition.size} bytes at {partition.start}"
     for name in k.names(f"/sys/block/{disk.name}"):
         folder = f"/sys/block/{disk.name}/{name}"
@@ -3189,14 +3183,12 @@ def find_release(k: Machine) -> dict[str, Descriptor]:
     with refusing("MANIFEST-ABSENT", "a release"):
         data = k.read(f"{STORE}/{REPOSITORY}/index.json")
     _, releases = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    if len(releases) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one release", seen=str(len(releases)))
-    data = read_blob(k, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    release = only(releases, "MANIFEST-ABSENT", "one release")
+    data = read_blob(k, release.digest, release.size, "MANIFEST-ABSENT")
     _, images = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
     artefacts = [image for image in images if image.artifact_type == RELEASE_ARTIFACT]
-    if len(artefacts) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one install artefact", seen=str(len(artefacts)))
-    data = read_blob(k, artefacts[0].digest, artefacts[0].size, "MANIFEST-ABSENT")
+    artefact = only(artefacts, "MANIFEST-ABSENT", "one install artefact")
+    data = read_blob(k, artefact.digest, artefact.size, "MANIFEST-ABSENT")
     _, parts = parse_descriptors(data, "layers", "MANIFEST-ABSENT")
     return {part.media_type: part for part in reversed(parts)}
 
@@ -3403,7 +3395,7 @@ def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None
 
 
 def hand_over(k: Machine, policy: Policy, folders: Sequence[str], init: str) -> NoReturn:
-    """Leave the report, the policy and the public parts of the keyset, free the initramfs, become hostfs's init."""
+    """Leave the report and what is public of the keyset, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
     document = json.dumps(k.report.document("pivoted"))
     k.make_folder(f"{LEFT}/organisation")
