@@ -2,9 +2,10 @@
 """mosinit - bring a machine from its signed initrd to hostfs.
 
 Runs as PID 1. In order: mount the pseudo file systems, load the modules that the build listed, check the
-firmware, measure, find the boot disk, close the fence, verify the manifest, set up the verity layers, stack
-hostfs, hand over. Each step fails closed, and there is one way out: `main` fences, says on one screen what
-was refused and what to do, and restarts the machine.
+firmware, measure, find the boot disk, have the TPM give its secret, close the fence, open the volumes,
+verify the manifest, set up the verity layers, stack hostfs, hand over. Live mode has no secret, and a signed
+medium in place of volumes. Each step fails closed, and there is one way out: `main` fences, says on one
+screen what was refused and what to do, and restarts the machine.
 
 One file: standard library, cryptography, yaml; the last two are imported only where they are used. Every
 line here is in the signed initrd: a change is a new UKI. Words: `untrusted_*` is a byte string from disk
@@ -37,21 +38,14 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 # What functions below import when they need it. The build freezes these beside this file, and nothing else.
+_PRIMITIVES = (
+    "asymmetric.ec", "asymmetric.ed25519", "asymmetric.padding", "asymmetric.rsa", "ciphers", "hashes",
+    "serialization",
+)  # fmt: skip
 FROZEN_IMPORTS = (
-    "cryptography.exceptions",
-    "cryptography.hazmat.primitives.asymmetric.ec",
-    "cryptography.hazmat.primitives.asymmetric.ed25519",
-    "cryptography.hazmat.primitives.asymmetric.padding",
-    "cryptography.hazmat.primitives.asymmetric.rsa",
-    "cryptography.hazmat.primitives.ciphers",
-    "cryptography.hazmat.primitives.hashes",
-    "cryptography.hazmat.primitives.serialization",
-    "cryptography.x509",
-    "cryptography.x509.oid",
-    "encodings.utf_16_le",
-    "ipaddress",
-    "yaml",
-)
+    "cryptography.exceptions", *(f"cryptography.hazmat.primitives.{name}" for name in _PRIMITIVES),
+    "cryptography.x509", "cryptography.x509.oid", "encodings.utf_16_le", "ipaddress", "yaml",
+)  # fmt: skip
 
 # --- Errors: what is refused, and the table of everything that can be --------------------------------------
 
@@ -166,6 +160,8 @@ LUKS-TOKEN: the config volume does not carry exactly the tokens of a provisioned
     provision this machine again on live media, with the recovery key
 VOLUME-KEY: an encrypted volume does not open with this machine's key
     use the disk that belongs to this machine, or the recovery key on live media
+VOLUME-READ: an encrypted volume does not hold the file system that mosinit made there
+    the disk is damaged or was changed: install this machine again, or use its recovery key on live media
 STORE-SEAL: the medium's seal is damaged
     write the medium again from its image
 STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
@@ -182,6 +178,8 @@ MANIFEST-CERTIFICATE: the certificate of the install manifest is not one that ca
     publish the manifest with the keyset's product key
 MANIFEST-CHAIN: the certificate of the install manifest was not issued by this system's manifest CA
     publish the manifest with the keyset that this UKI was built with
+MANIFEST-REVOKED: the certificate of the install manifest was revoked
+    publish the manifest again with the product key that replaced the revoked one
 MANIFEST-SIGNATURE: the signature of the install manifest is wrong
     the manifest was changed after it was signed: publish it again
 MANIFEST-PRODUCT: the install manifest is for another product
@@ -190,6 +188,16 @@ MANIFEST-EPOCH: the install manifest is older than what its publisher still call
     use a newer release
 MANIFEST-UKI: the install manifest belongs to another UKI than the one that runs
     make the medium again, so that UKI and manifest come from the same build
+MANIFEST-SEQUENCE: an install manifest is not the one, or is newer than, what its generation says
+    install the release again, or boot another generation
+GENERATION: no generation of this machine belongs to the UKI that runs
+    boot a UKI that was installed on this machine, or install the release again
+GIT-REF: manifest.git has no branch main
+    restore the config volume with `mosinit recover`
+GIT-OBJECT: an object of manifest.git is missing or damaged
+    restore the config volume with `mosinit recover`
+GIT-PACKED: somebody's git packed manifest.git
+    unpack it (`git unpack-objects`) with `mosinit recover`
 MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
     add the missing target to the manifest, or remove the doubled one, and publish it again
 IMAGE-DIGEST: an image manifest is not the signed one
@@ -226,6 +234,11 @@ BLOCK = 4096  # of dm-verity data and hashes, of layers and the store: pinned, n
 MIB = 1 << 20
 
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"  # UEFI specification 5.3.3
+# The three of mos, and its tools know them; the fourth: Discoverable Partitions Specification.
+CONFIG_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771a"
+STORE_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771b"
+SCRATCH_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771c"
+LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 LIVE_STORE_TYPE = "7299327d-41b9-4c11-9222-cba2654b5141"  # ours: the store of a live medium
 LIVE_SEAL_TYPE = "1b71b0fa-830c-4ab4-91c4-0b5287589b46"  # ours: its root hash and signature
 
@@ -244,8 +257,13 @@ EXTRA_PCRS = (Pcr(12), Pcr(13))  # the same: command-line additions and credenti
 ENTER_INITRD, LEAVE_INITRD = b"enter-initrd", b"leave-initrd"  # systemd-pcrphase's words
 
 REPOSITORY = "mosinit"  # the OCI layout in the store
-STORE, SCRATCH, SYSROOT = "/atomfs-cache", "/scratch-writes", "/sysroot"
+CONFIG, STORE, SCRATCH, SYSROOT = "/config", "/atomfs-cache", "/scratch-writes", "/sysroot"
+MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)  # into the new root, of live mode too
+STATE = "state"  # the GPT name of the storage volume that is mounted at /var
 POLICY_FOLDER = "/etc/mosinit"
+OURS = f"{POLICY_FOLDER}/organisation"
+APPROVAL_FILE = "/.extra/tpm2-pcr-signature.json"  # where the stub leaves the section .pcrsig
+LEFT = "/run/mosinit"  # what the bring-up leaves to hostfs
 
 WATCHDOG_SECONDS = 240  # the whole bring-up; an iTCO watchdog takes at most 613 s
 DISK_SECONDS = 30  # a USB stick behind hubs may take ten
@@ -304,6 +322,7 @@ class DmCommand(enum.IntEnum):
     DEV_CREATE = 0xC138FD03
     DEV_REMOVE = 0xC138FD04
     DEV_SUSPEND = 0xC138FD06
+    DEV_STATUS = 0xC138FD07
     TABLE_LOAD = 0xC138FD09
 
 
@@ -370,9 +389,9 @@ class Kernel:
         finally:
             os.close(fd)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write a file in one write(2), as pseudo files want it."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:
+        """Write a file in one write(2), as pseudo files want it; `mode` is that of a new file."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             os.write(fd, data)
         finally:
@@ -492,9 +511,7 @@ class Kernel:
     # Modules, keys, devices
 
     def load_module(self, path: str, parameters: str) -> None:
-        """Load a kernel module with its parameters; one that is loaded, or whose hardware is absent, is no
-        error.
-        """
+        """Load a kernel module with its parameters, unless it is loaded or its hardware is absent."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             failed = self._libc.syscall(SYS["finit_module"], fd, parameters.encode(), 0) < 0
@@ -504,9 +521,7 @@ class Kernel:
             os.close(fd)
 
     def keyring(self, name: str) -> list[str] | None:
-        """Return the description of each key in one of the kernel's own keyrings, None if there is no such
-        keyring.
-        """
+        """Return the description of each key in one of the kernel's own keyrings, None if it has none."""
         pattern = re.compile(rf"^([0-9a-f]+) .* keyring +{re.escape(name)}: ", re.MULTILINE)
         found = pattern.search(self.read("/proc/keys").decode(errors="replace"))
         if found is None:
@@ -532,9 +547,7 @@ class Kernel:
     def dm(
         self, command: DmCommand, name: str, flags: int = 0, table: tuple[int, str, str] | None = None
     ) -> str:
-        """Do one device-mapper ioctl; `table` is (sectors, target type, parameters). Returns the device's
-        path.
-        """
+        """Do one device-mapper ioctl; `table`: (sectors, type, parameters). Returns the device's path."""
         payload = b""
         if table is not None:
             sectors, kind, parameters = table
@@ -623,6 +636,13 @@ class Kernel:
             os.close(file)
         if code < 0:
             raise OSError(-code, f"cannot open {device} by key slot {slot}: {os.strerror(-code)}")
+
+    def format_ext4(self, device: str) -> None:
+        """Make an ext4 file system that needs no journal, for nothing in it outlives this boot."""
+        words = ["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal"]
+        child = os.posix_spawn(words[0], [*words, "-E", "lazy_itable_init=1,nodiscard", device], {})
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise OSError(errno.EIO, f"mke2fs ended with status {code}")
 
     def close(self, fd: int) -> None:
         """Close a file descriptor."""
@@ -775,6 +795,13 @@ def demand(k: Machine, check: str, *, expected: str, seen: str) -> None:
     k.report.passed(check, expected, seen)
 
 
+def only(items: Sequence[T], check: str, expected: str) -> T:
+    """Return the one item that there is, refuse if there are none or more."""
+    if len(items) != 1:
+        raise Refused(check, expected=expected, seen=str(len(items)))
+    return items[0]
+
+
 @contextlib.contextmanager
 def refusing(check: str, expected: str) -> Iterator[None]:
     """Turn an operating-system error into a refusal by `check`."""
@@ -828,10 +855,33 @@ def parse_json(data: bytes, check: str) -> object:
         raise Refused(check, expected="JSON", seen=str(error)) from error
 
 
+def match(value: object, shape: object, path: str, check: str) -> None:
+    """Refuse a value that is not of a shape: a mapping of shapes, a pattern, range, test or constant."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key in {**shape, **value}:
+            here = f"{path}.{key}"[:100].strip(".")
+            match(value.get(key, ...), shape.get(key, ...), here, check)  # what is not there is no JSON
+        return
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and bool(shape.fullmatch(value))
+    elif isinstance(shape, range):
+        fits = type(value) is int and value in shape
+    elif callable(shape):
+        fits = bool(shape(value))
+    else:
+        fits = type(value) is type(shape) and value == shape
+    if not fits:
+        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
+        seen = f"{path}: {'missing' if value is ... else words}"
+        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
+
+
+def _sha256(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
 class Module(NamedTuple):
-    """A kernel module to load: name as in /sys/module, path in the initrd, parameters, probing without a
-    wait.
-    """
+    """A kernel module to load: name as in /sys/module, path, parameters, probing without a wait."""
 
     name: str
     path: str
@@ -850,21 +900,28 @@ class Policy(NamedTuple):
     db: tuple[str, ...]  # SHA-256 of each DER certificate that the firmware's db must hold, no other
     platform: tuple[str, ...]  # how the kernel describes those certificates in its keyring
     modules: tuple[Module, ...]
+    revoked: tuple[str, ...]  # SHA-256 of each product certificate (DER) that counts no more
     uki_id: str
-    manifest_ca: bytes
+    organisation: Mapping[str, bytes]  # the public parts of the keyset, by file name
+
+    @property
+    def manifest_ca(self) -> bytes:
+        """The certificate (PEM) under which product certificates are issued."""
+        return self.organisation["manifest-ca.pem"]
 
 
-def parse_policy(data: bytes, uki_id: bytes, manifest_ca: bytes) -> Policy:
+def parse_policy(data: bytes, uki_id: bytes, organisation: Mapping[str, bytes]) -> Policy:
     """Parse the policy of a signed initrd. It is our own build's: a fault is a crash, not a refusal."""
     raw = cast(dict[str, Any], json.loads(data))
-    if (raw["schema"], raw["mode"]) != (1, "live"):
-        raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: this program knows 1, live")
+    if raw["schema"] != 1 or raw["mode"] not in ("live", "run"):
+        raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: known are 1, live and run")
     modules = tuple(
         Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
     )
+    db, platform, revoked = (tuple(raw[key]) for key in ("db", "platform", "revoked"))
     return Policy(
-        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], tuple(raw["db"]),
-        tuple(raw["platform"]), modules, uki_id.decode().strip(), manifest_ca,
+        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], db, platform, modules,
+        revoked, uki_id.decode().strip(), organisation,
     )  # fmt: skip
 
 
@@ -878,9 +935,7 @@ _SIGNATURE_LIST = struct.Struct("<16sIII")  # UEFI specification 32.4.1, EFI_SIG
 
 
 def parse_signature_database(data: bytes) -> tuple[str, ...]:
-    """Return each entry of an EFI signature database: the SHA-256 of a certificate, or TYPE:SHA-256 of
-    another kind.
-    """
+    """Return the entries of an EFI signature database: SHA-256 of certificates, TYPE:SHA-256 of others."""
     entries = []
     while data:
         if len(data) < _SIGNATURE_LIST.size:
@@ -905,6 +960,7 @@ class Partition(NamedTuple):
     uuid: str
     start: int
     size: int
+    name: str
 
 
 _GPT = struct.Struct("<8sIIIIQQQQ16sQIII")  # UEFI specification 5.3.2
@@ -916,11 +972,7 @@ assert _GPT_ENTRY.size == 128
 def parse_gpt(
     untrusted_header: bytes, untrusted_entries: bytes, sector: int, sectors: int
 ) -> tuple[Partition, ...]:
-    """Read a primary GPT of a disk of `sectors`; the header is one sector, the entries follow it.
-
-    Strict where the specification leaves room: entries at sector 2, 128 bytes each, none overlapping, ids
-    unique.
-    """
+    """Read a primary GPT, strictly: entries at sector 2, 128 bytes each, none overlapping, ids unique."""
     entries_crc = _check_gpt_header(untrusted_header, sectors)
     first, last, count = struct.unpack_from("<QQ24xI", untrusted_header, 40)
     table = untrusted_entries[: count * _GPT_ENTRY.size]
@@ -928,36 +980,32 @@ def parse_gpt(
         raise Refused("GPT-ENTRY", expected=f"checksum {entries_crc:08x}", seen=f"{zlib.crc32(table):08x}")
     found = []
     for number in range(count):
-        kind, uuid, start, end, _, _ = _GPT_ENTRY.unpack_from(table, number * _GPT_ENTRY.size)
+        kind, uuid, start, end, _, label = _GPT_ENTRY.unpack_from(table, number * _GPT_ENTRY.size)
         if kind == bytes(16):
             continue
         if not first <= start <= end <= last:
             raise Refused("GPT-ENTRY", expected=f"sectors within {first}-{last}", seen=f"{start}-{end}")
-        size = (end - start + 1) * sector
-        found.append(Partition(number + 1, format_guid(kind), format_guid(uuid), start * sector, size))
+        size, name = (end - start + 1) * sector, label.decode("utf-16-le", "replace").partition("\0")[0]
+        found.append(Partition(number + 1, format_guid(kind), format_guid(uuid), start * sector, size, name))
     _check_partitions_apart(found)
     return tuple(found)
 
 
 def _check_gpt_header(untrusted: bytes, sectors: int) -> int:
     """Check the fixed fields of a GPT header and return the checksum of its entries."""
-    magic, revision, size, crc, zero, mine, _, first, last, _, table, count, each, entries_crc = (
-        _GPT.unpack_from(untrusted)
-    )
+    magic, revision, size, crc, zero, mine, _, first, last, _, *rest = _GPT.unpack_from(untrusted)
+    table, count, each, entries_crc = rest
     if magic != b"EFI PART":
         raise Refused("GPT-HEADER", expected="a GPT", seen="no signature")
-    seen = zlib.crc32(untrusted[:16] + bytes(4) + untrusted[20:92])
-    if seen != crc:
-        raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{seen:08x}")
+    found = zlib.crc32(untrusted[:16] + bytes(4) + untrusted[20:92])
+    if found != crc:
+        raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{found:08x}")
     fixed = (revision, size, zero, mine, table, each)
     if fixed != (0x10000, 92, 0, 1, 2, 128) or any(untrusted[92:]):
-        raise Refused(
-            "GPT-HEADER", expected="revision 1.0 at sector 1 with its entries at sector 2", seen=str(fixed)
-        )
+        raise Refused("GPT-HEADER", expected="revision 1.0, entries at sector 2", seen=str(fixed))
     if not (1 <= count <= 128 and 2 < first <= last < sectors):
-        raise Refused(
-            "GPT-HEADER", expected=f"within {sectors} sectors", seen=f"{count} entries, {first}-{last}"
-        )
+        seen = f"{count} entries, {first}-{last}"
+        raise Refused("GPT-HEADER", expected=f"within {sectors} sectors", seen=seen)
     return int(entries_crc)
 
 
@@ -967,24 +1015,20 @@ def _check_partitions_apart(partitions: list[Partition]) -> None:
     ordered = sorted(partitions, key=lambda partition: partition.start)
     for one, two in zip(ordered, ordered[1:], strict=False):
         if one.start + one.size > two.start:
-            raise Refused(
-                "GPT-ENTRY", expected="partitions apart", seen=f"{one.number} and {two.number} overlap"
-            )
+            seen = f"{one.number} and {two.number} overlap"
+            raise Refused("GPT-ENTRY", expected="partitions apart", seen=seen)
 
 
 class LiveSeal(NamedTuple):
-    """What vouches for the store of a live medium: its size in blocks, its root hash, the layer key's
-    PKCS#7.
-    """
+    """What vouches for the store of a live medium: size in blocks, root hash, the layer key's PKCS#7."""
 
     data_blocks: int
     root_hash: str
     signature: bytes
 
 
-LIVE_SEAL = struct.Struct(
-    "<8sIIQ32s32s"
-)  # magic, version, signature's bytes, data blocks, root hash, checksum
+# magic, version, signature's bytes, data blocks, root hash, checksum
+LIVE_SEAL = struct.Struct("<8sIIQ32s32s")
 LIVE_SEAL_MAGIC = b"MOSLIVE1"
 assert LIVE_SEAL.size == 88
 
@@ -1042,9 +1086,7 @@ def verity_data_blocks(size: int) -> int:
         else:
             high = middle - 1
     if size % BLOCK or low + 1 + verity_tree_blocks(low) != blocks:
-        raise Refused(
-            "LAYER-SIZE", expected="data, superblock and hash tree in 4096-byte blocks", seen=f"{size} bytes"
-        )
+        raise Refused("LAYER-SIZE", expected="whole blocks of data and hashes", seen=f"{size} bytes")
     return low
 
 
@@ -1054,9 +1096,7 @@ assert _VERITY.size == 512
 
 
 def parse_verity_salt(untrusted: bytes, data_blocks: int) -> str:
-    """Return the salt of a verity superblock, after a check that everything else in it is what we pin
-    anyway.
-    """
+    """Return the salt of a verity superblock in which everything else is what we pin anyway."""
     magic, version, kind, _, name, data, hashes, blocks, size, salt = _VERITY.unpack_from(untrusted)
     fixed = (magic, version, kind, name.rstrip(b"\0"), data, hashes, blocks)
     pinned = (b"verity\0\0", 1, 1, b"sha256", BLOCK, BLOCK, data_blocks)
@@ -1075,7 +1115,7 @@ ROOT_HASH_ANNOTATIONS = (
     "io.stackeroci.stacker.squashfs_verity_root_hash",
 )
 UKI_MEDIA_TYPE = "application/vnd.machine.uki.v1+efi"
-UKI_ID_ANNOTATION = "io.mosinit.uki-id"
+UKI_ID_ANNOTATIONS = {"run": "io.mosinit.uki-id", "live": "io.mosinit.live-uki-id"}  # of a bootkit
 RELEASE_ARTIFACT = "application/vnd.machine.install"
 MANIFEST_MEDIA_TYPE = "application/vnd.machine.install.v1+yaml"
 SIGNATURE_MEDIA_TYPE = "application/vnd.machine.signature"
@@ -1108,7 +1148,7 @@ class Image(NamedTuple):
     """What the bring-up takes from an OCI image manifest."""
 
     layers: tuple[Layer, ...]
-    uki_id: str | None
+    uki_ids: Mapping[str, str]  # of a bootkit: by mode, the UKI that belongs to it
 
 
 def parse_descriptor(raw: object, check: str) -> Descriptor:
@@ -1144,22 +1184,20 @@ def parse_image(data: bytes) -> Image:
     """Parse an OCI image manifest whose digest is signed."""
     raw, descriptors = parse_descriptors(data, "layers", "IMAGE-FORMAT")
     annotations = raw.get("annotations")
-    uki_id = annotations.get(UKI_ID_ANNOTATION) if isinstance(annotations, dict) else None
+    named = annotations if isinstance(annotations, dict) else {}
+    ids = {mode: str(named[key]) for mode, key in UKI_ID_ANNOTATIONS.items() if key in named}
     layers = []
     for item in descriptors:
         if item.media_type == UKI_MEDIA_TYPE:
             continue
         roots = {item.annotations[name] for name in ROOT_HASH_ANNOTATIONS if name in item.annotations}
         if len(roots) != 1 or not HEX64.fullmatch(min(roots)):
-            raise Refused(
-                "LAYER-ROOTHASH",
-                expected="one dm-verity root hash",
-                seen=f"{sorted(roots)} in {item.digest}",
-            )
+            seen = f"{sorted(roots)} in {item.digest}"
+            raise Refused("LAYER-ROOTHASH", expected="one dm-verity root hash", seen=seen)
         layers.append(Layer(item.media_type, item.digest, item.size, min(roots)))
     if not layers:
         raise Refused("IMAGE-FORMAT", expected="at least one layer", seen="none")
-    return Image(tuple(layers), uki_id if isinstance(uki_id, str) else None)
+    return Image(tuple(layers), ids)
 
 
 # --- YAML: the small language in which manifests are written -----------------------------------------------
@@ -1177,24 +1215,17 @@ class Node(NamedTuple):
 
 def fault(node: Node, path: str, expected: str) -> Refused:
     """Make the refusal that names line, key and what should stand there."""
-    seen = node.value if isinstance(node.value, str | int) else type(node.value).__name__
-    return Refused(
-        "MANIFEST-FORMAT", expected=expected, seen=f"line {node.line}, {path or 'top'}: {str(seen)[:100]!r}"
-    )
+    words = str(node.value if isinstance(node.value, str | int) else type(node.value).__name__)
+    seen = f"line {node.line}, {path or 'top'}: {words[:100]!r}"
+    return Refused("MANIFEST-FORMAT", expected=expected, seen=seen)
 
 
 def parse_yaml(data: bytes) -> Node:
-    """Parse one YAML document of plain mappings, sequences, strings, whole numbers and true/false.
-
-    Anchors, aliases, tags, repeated keys, several documents and words that YAML versions read differently
-    are refused.
-    """
+    """Parse one YAML document: no anchors, tags, repeated keys, nor words that versions read differently."""
     import yaml
 
     if len(data) > MANIFEST_BYTES:
-        raise Refused(
-            "MANIFEST-FORMAT", expected=f"at most {MANIFEST_BYTES} bytes", seen=f"{len(data)} bytes"
-        )
+        raise Refused("MANIFEST-FORMAT", expected="at most 1 MiB", seen=f"{len(data)} bytes")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         events = iter(list(_bounded(yaml.parse(data, Loader=loader))))
@@ -1220,9 +1251,8 @@ def _yaml_document(events: Iterator[Any]) -> Node:
     next(events)  # document end
     after = next(events)
     if type(after).__name__ != "StreamEndEvent":
-        raise Refused(
-            "MANIFEST-FORMAT", expected="one YAML document", seen=f"another at line {_line(after)}"
-        )
+        seen = f"another at line {_line(after)}"
+        raise Refused("MANIFEST-FORMAT", expected="one YAML document", seen=seen)
     return node
 
 
@@ -1279,9 +1309,7 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
         return int(text)
     # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
     if (not text or _AMBIGUOUS.fullmatch(text)) and not _ONE_READING.fullmatch(text):
-        raise fault(
-            Node(text, line), path, "a value that can be read in one way only (put text into quotes)"
-        )
+        raise fault(Node(text, line), path, "a value of one reading only (put text into quotes)")
     return text
 
 
@@ -1293,6 +1321,7 @@ VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
 IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/(0|[1-9][0-9]?)")
 IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}/(0|[1-9][0-9]{0,2})")
 MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
+EPOCHS = range(1, MAX_EPOCH + 1)
 
 
 class Volume(NamedTuple):
@@ -1328,9 +1357,7 @@ class StorageMount(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One image with a role. `source` stands in a person's manifest, digest, size and signatures in a signed
-    one.
-    """
+    """One image with a role. A person's manifest has a source, a signed one digest, size, signatures."""
 
     service_name: str
     service_type: str
@@ -1466,19 +1493,16 @@ def _mount_path(node: Node, path: str) -> str:
 _name = _text(NAME, "a name of a-z, 0-9, '.', '_', '-', at most 64 characters")
 _digest = _text(DIGEST, "sha256: and 64 hex digits")
 _NO_NETWORK = Network("none", "", "", ())
-_PORT = _record(
-    Port, {"host": Field(_number(1, 65535), REQUIRED), "container": Field(_number(1, 65535), REQUIRED)}
-)
+_PORT = _record(Port, dict.fromkeys(("host", "container"), Field(_number(1, 65535), REQUIRED)))
 _NETWORK = _record(Network, {
     "type": Field(_choice("host", "none", "simple"), REQUIRED),
     "ipv4": Field(_address(IPV4, 4), ""),
     "ipv6": Field(_address(IPV6, 6), ""),
     "ports": Field(_list_of(_PORT, 1024), ()),
 })  # fmt: skip
-_STORAGE_MOUNT = _record(StorageMount, {
-    "dest": Field(_mount_path, REQUIRED),
-    "label": Field(_name, REQUIRED),
-})  # fmt: skip
+_STORAGE_MOUNT = _record(
+    StorageMount, {"dest": Field(_mount_path, REQUIRED), "label": Field(_name, REQUIRED)}
+)
 _VOLUME = _record(Volume, {
     "label": Field(_name, REQUIRED),
     "persistent": Field(_boolean, REQUIRED),
@@ -1494,16 +1518,9 @@ _TARGET = {
     "network": Field(_NETWORK, _NO_NETWORK),
     "storage": Field(_list_of(_STORAGE_MOUNT, 64), ()),
 }
-_WRITTEN = {
-    **_TARGET,
-    "source": Field(
-        _text(
-            re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}"),
-            "oci:DIR[:TAG], docker-archive:FILE or docker://…",
-        ),
-        REQUIRED,
-    ),
-}
+_SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
+_SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
+_WRITTEN = {**_TARGET, "source": Field(_text(_SOURCE, _SOURCE_WORDS), REQUIRED)}
 _SIGNED = {
     **_TARGET,
     "digest": Field(_digest, REQUIRED),
@@ -1527,16 +1544,13 @@ def _contents(target: Mapping[str, Field]) -> Callable[[Node, str], Any]:
 
 
 def parse_manifest(text: bytes, *, published: bool = True) -> Contents:
-    """Parse an install manifest: as signed (`published`) or as a person writes it. Raises Refused with line
-    and key.
-    """
+    """Parse an install manifest: as signed (`published`) or as a person writes it."""
     node = parse_yaml(text)
     contents = cast(Contents, _contents(_SIGNED if published else _WRITTEN)(node, ""))
     fields = cast(dict[str, Node], node.value)
     _check_unique([volume.label for volume in contents.storage], fields.get("storage"), "storage", "label")
-    _check_unique(
-        [target.service_name for target in contents.targets], fields["targets"], "targets", "service_name"
-    )
+    services = [target.service_name for target in contents.targets]
+    _check_unique(services, fields["targets"], "targets", "service_name")
     labels = {volume.label for volume in contents.storage}
     for index, target in enumerate(contents.targets):
         item = cast(list[Node], fields["targets"].value)[index]
@@ -1553,34 +1567,26 @@ def _check_unique(names: list[str], node: Node | None, path: str, key: str) -> N
 
 def _check_target(target: Target, labels: set[str], node: Node, path: str) -> None:
     """Check what one target's keys must be together."""
+    network = Node(target.network.type, node.line)
     for mount in target.storage:
         if mount.label not in labels:
-            raise fault(
-                Node(mount.label, node.line), f"{path}.storage", f"a label of storage: {sorted(labels)}"
-            )
+            expected = f"a label of storage: {sorted(labels)}"
+            raise fault(Node(mount.label, node.line), f"{path}.storage", expected)
     if (target.service_type in ("hostfs", "bootkit")) and target.service_name != target.service_type:
-        raise fault(
-            node, f"{path}.service_name", f"the name {target.service_type} for a target of that type"
-        )
+        raise fault(node, f"{path}.service_name", f"the name {target.service_type} for such a target")
     if target.writable and target.service_type != "hostfs":
         raise fault(Node(target.writable, node.line), f"{path}.writable", "writable at hostfs only")
     if target.network.type != "simple" and target.network[1:] != _NO_NETWORK[1:]:
-        raise fault(
-            Node(target.network.type, node.line),
-            f"{path}.network",
-            "addresses and ports with type simple only",
-        )
+        raise fault(network, f"{path}.network", "addresses and ports with type simple only")
     if target.network != _NO_NETWORK and target.service_type != "container":
-        raise fault(Node(target.network.type, node.line), f"{path}.network", "a network at containers only")
+        raise fault(network, f"{path}.network", "a network at containers only")
 
 
 # --- Trust: who signed this, and is it exactly what they signed? -------------------------------------------
 
 
 class Manifest(NamedTuple):
-    """An install manifest whose signature, chain, product and epoch were verified: only `verify_manifest`
-    makes one.
-    """
+    """An install manifest that is proven: only `verify_manifest` makes one."""
 
     contents: Contents
     sha256: str
@@ -1588,27 +1594,27 @@ class Manifest(NamedTuple):
 
 def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, policy: Policy) -> Manifest:
     """Return the manifest if this product's certificate, under the manifest CA, signed just these bytes."""
-    signer = verify_certificate(certificate, policy.manifest_ca, policy.product)
+    signer = verify_certificate(certificate, policy)
     verify_signature(signer, signature, untrusted)
     contents = parse_manifest(untrusted)
     if contents.product != policy.product:
         raise Refused("MANIFEST-PRODUCT", expected=policy.product, seen=contents.product)
     if contents.epoch < policy.epoch:
-        raise Refused(
-            "MANIFEST-EPOCH", expected=f"epoch {policy.epoch} or later", seen=f"epoch {contents.epoch}"
-        )
+        expected = f"epoch {policy.epoch} or later"
+        raise Refused("MANIFEST-EPOCH", expected=expected, seen=f"epoch {contents.epoch}")
     return Manifest(contents, hashlib.sha256(untrusted).hexdigest())
 
 
-def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certificate:
-    """Return the certificate if the CA issued it to sign manifests of `product` (RFC 5280).
+def verify_certificate(untrusted: bytes, policy: Policy) -> x509.Certificate:
+    """Return the certificate if the manifest CA issued it to sign manifests of the product (RFC 5280).
 
     Validity dates do not count here: a machine with a flat clock battery must boot. They count when a
     manifest is published or installed.
     """
     from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
 
-    authority = x509.load_pem_x509_certificate(ca)
+    authority = x509.load_pem_x509_certificate(policy.manifest_ca)
     try:
         if untrusted.count(b"-----BEGIN") != 1 or len(untrusted) > 16384:
             raise ValueError("not one PEM certificate")
@@ -1616,28 +1622,32 @@ def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certif
         uses, issuer = _certificate_uses(certificate), certificate.issuer.rfc4514_string()
         certificate.public_key()
     except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
-        seen = f"{type(error).__name__}: {error}"
-        raise Refused(
-            "MANIFEST-CERTIFICATE", expected="a certificate for code signing", seen=seen
-        ) from error
+        expected, seen = "a certificate for code signing", f"{type(error).__name__}: {error}"
+        raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=seen) from error
+    check_issuer(certificate, authority, issuer, "MANIFEST-CHAIN")
+    if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
+        raise Refused("MANIFEST-CERTIFICATE", expected="a leaf for code signing", seen=", ".join(uses))
+    if uses[-1] != f"urn:uuid:{policy.product}":
+        raise Refused("MANIFEST-PRODUCT", expected=f"one for urn:uuid:{policy.product}", seen=uses[-1])
+    if (digest := _sha256(certificate.public_bytes(Encoding.DER)).hex()) in policy.revoked:
+        raise Refused("MANIFEST-REVOKED", expected="a certificate that still counts", seen=digest)
+    return certificate
+
+
+def check_issuer(
+    certificate: x509.Certificate, authority: x509.Certificate, issuer: str, check: str
+) -> None:
+    """Refuse by `check` a certificate that the authority did not sign."""
     try:
         certificate.verify_directly_issued_by(authority)
     except Exception as error:
         seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
         expected = f"issued by {authority.subject.rfc4514_string()}"
-        raise Refused("MANIFEST-CHAIN", expected=expected, seen=seen) from error
-    expected = f"a leaf for code signing with the name urn:uuid:{product}"
-    if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
-        raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=", ".join(uses))
-    if uses[-1] != f"urn:uuid:{product}":
-        raise Refused("MANIFEST-PRODUCT", expected=f"a certificate for urn:uuid:{product}", seen=uses[-1])
-    return certificate
+        raise Refused(check, expected=expected, seen=seen) from error
 
 
 def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str]:
-    """Return what a certificate may be used for, in words: leaf or ca, key usage, extended usage, its one
-    URI.
-    """
+    """Return what a certificate is for, in words: leaf or ca, key usage, extended usage, its one URI."""
     from cryptography import x509
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -1648,14 +1658,12 @@ def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str
     find = certificate.extensions.get_extension_for_class
     usage = find(x509.KeyUsage).value
     signs_only = usage.digital_signature and not (usage.key_cert_sign or usage.crl_sign)
-    extended = find(x509.ExtendedKeyUsage).value
+    code = list(find(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CODE_SIGNING]
     names = find(x509.SubjectAlternativeName).value.get_values_for_type(x509.UniformResourceIdentifier)
     return (
         "ca" if find(x509.BasicConstraints).value.ca else "leaf",
         "digitalSignature" if signs_only else "other key usage",
-        "codeSigning"
-        if list(extended) == [ExtendedKeyUsageOID.CODE_SIGNING]
-        else "other extended key usage",
+        "codeSigning" if code else "other extended key usage",
         names[0] if len(names) == 1 else f"{len(names)} names",
     )
 
@@ -1694,20 +1702,13 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
         extension = cast(x509.UnrecognizedExtension, certificate.extensions.get_extension_for_oid(oid).value)
         head, body = extension.value[:2], extension.value[2:]
         version, raw, proof, storage_key, index = RECORD.unpack(body)
+        issuer = certificate.issuer.rfc4514_string()
         if (head, version, storage_key[:2], index[:2]) != (RECORD_HEAD, 1, b"\0\x0b", b"\0\x0b"):
             raise ValueError("not a machine record of version 1")
     except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
-        seen = f"{type(error).__name__}: {error}"
-        raise Refused(
-            "RECORD-FORMAT", expected="a SUDI certificate with a machine record", seen=seen
-        ) from error
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception as error:
-        expected = f"issued by {authority.subject.rfc4514_string()}"
-        raise Refused(
-            "RECORD-SIGNATURE", expected=expected, seen=str(error) or "another signature"
-        ) from error
+        expected, seen = "a SUDI certificate with a machine record", f"{type(error).__name__}: {error}"
+        raise Refused("RECORD-FORMAT", expected=expected, seen=seen) from error
+    check_issuer(certificate, authority, issuer, "RECORD-SIGNATURE")
     text = raw.hex()
     named = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
     if named != product:
@@ -1715,22 +1716,16 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
     return MachineRecord(named, proof, storage_key, index)
 
 
-def verify_epoch_order(
-    statement: bytes, signature: bytes, certificate: bytes, ca: bytes, product: str
-) -> int:
+def verify_epoch_order(statement: bytes, signature: bytes, certificate: bytes, policy: Policy) -> int:
     """Return the epoch that the publisher's statement orders; it is signed and checked like a manifest."""
     try:
-        verify_signature(verify_certificate(certificate, ca, product), signature, statement)
-        fields = parse_json(statement, "EPOCH-ORDER")
+        verify_signature(verify_certificate(certificate, policy), signature, statement)
+        fields = cast(dict[str, Any], parse_json(statement, "EPOCH-ORDER"))
+        match(fields, {**epoch_statement(policy.product, 1), "epoch": EPOCHS}, "", "EPOCH-ORDER")
     except Refused as error:
         seen = f"{error.check}: {error.seen}"
         raise Refused("EPOCH-ORDER", expected=error.expected, seen=seen) from error
-    epoch = fields.get("epoch") if isinstance(fields, dict) else None
-    if type(epoch) is not int or not 1 <= epoch <= MAX_EPOCH or fields != epoch_statement(product, epoch):
-        raise Refused(
-            "EPOCH-ORDER", expected=f"an epoch of {product}", seen=statement[:200].decode(errors="replace")
-        )
-    return epoch
+    return int(fields["epoch"])
 
 
 def epoch_statement(product: str, epoch: int) -> dict[str, object]:
@@ -1759,16 +1754,11 @@ def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: byte
         elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= 3072:
             key.verify(signature, untrusted, padding.PKCS1v15(), hashes.SHA256())
         else:
-            raise Refused(
-                "MANIFEST-CERTIFICATE",
-                expected="ECDSA P-256 or P-384, Ed25519 or RSA from 3072 bits",
-                seen=str(key),
-            )
+            expected = "ECDSA P-256 or P-384, Ed25519 or RSA from 3072 bits"
+            raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=str(key))
     except InvalidSignature as error:
         seen = f"a signature that does not fit the manifest or {signer.subject.rfc4514_string()}"
-        raise Refused(
-            "MANIFEST-SIGNATURE", expected="the signature of exactly these bytes", seen=seen
-        ) from error
+        raise Refused("MANIFEST-SIGNATURE", expected="the signature of these bytes", seen=seen) from error
 
 
 # --- LUKS2: the header of a volume, taken apart before anything else reads it ------------------------------
@@ -1821,10 +1811,25 @@ class _LuksCopy(NamedTuple):
 
 
 def read_luks_header(k: Kernel, fd: int, kind: str) -> LuksHeader:
-    """Read everything in front of a volume's data, once; nothing else of it may be read again."""
+    """Read everything in front of a volume's data, once; nothing of it may be read again."""
     with refusing("LUKS-HEADER", "a header that can be read"):
         untrusted = k.read_at(fd, 0, LUKS_BYTES)
+        if kind == "config":
+            check_integrity(k.read_at(fd, LUKS_DATA, 512))
     return parse_luks_header(untrusted, kind)
+
+
+def check_integrity(untrusted: bytes) -> None:
+    """See that the superblock of config's dm-integrity, which no key protects, asks for nothing unusual.
+
+    Its flags could have tags computed anew, its journal could take any amount of memory.
+    """
+    # linux/drivers/md/dm-integrity.c, struct superblock; flag 8: SB_FLAG_FIXED_PADDING
+    *fixed, journal, _, flags, block = struct.unpack_from("<8sBBHIQIB", untrusted)
+    pinned = [b"integrt\0", 4, 15, 32, 8, 3]
+    if [*fixed, flags, block] != pinned or not 0 < journal <= 64 or any(untrusted[30:]):
+        seen = f"{[*fixed, flags, block]}, {journal} sections, {untrusted[30:64].hex()}"
+        raise Refused("LUKS-HEADER", expected=f"integrity as {pinned}", seen=seen)
 
 
 def parse_luks_header(untrusted: bytes, kind: str) -> LuksHeader:
@@ -1869,9 +1874,8 @@ def _parse_luks_copy(untrusted: bytes, offset: int) -> _LuksCopy | None:
     if raw != ours or not UUID.fullmatch(copy.uuid):
         pairs = zip(fields, _LUKS.unpack_from(ours), strict=True)
         seen = [field for field, wanted in pairs if field != wanted] or [copy.uuid]
-        raise Refused(
-            "LUKS-HEADER", expected="a header as mosinit makes it", seen=f"{str(seen[0])[:60]} at {offset}"
-        )
+        words = f"{str(seen[0])[:60]} at {offset}"
+        raise Refused("LUKS-HEADER", expected="a header as mosinit makes it", seen=words)
     return copy
 
 
@@ -1889,30 +1893,6 @@ def _choose_luks_copy(first: _LuksCopy | None, second: _LuksCopy | None) -> tupl
     if chosen := first or second:
         return chosen, "" if first and second else "one copy of the header is damaged"
     raise Refused("LUKS-HEADER", expected="a LUKS2 header", seen="no copy with the right checksum")
-
-
-def _match(value: object, shape: object, path: str) -> None:
-    """Refuse a value that is not of a shape: a mapping with exactly these keys, a pattern, a range, a test
-    or a constant.
-    """
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key in {**shape, **value}:
-            here = f"{path}.{key}"[:100].strip(".")
-            _match(value.get(key, ...), shape.get(key, ...), here)  # what is not there is no JSON
-        return
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and bool(shape.fullmatch(value))
-    elif isinstance(shape, range):
-        fits = type(value) is int and value in shape
-    elif callable(shape):
-        fits = bool(shape(value))
-    else:
-        fits = type(value) is type(shape) and value == shape
-    if not fits:
-        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
-        seen = f"{path}: {'missing' if value is ... else words}"
-        check = "LUKS-TOKEN" if path.startswith("tokens") else "LUKS-HEADER"
-        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
 
 
 def _base64(least: int, most: int) -> Callable[[object], bool]:
@@ -1976,12 +1956,12 @@ def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
         "keyslots": {
             slot: _slot_shape(slot, value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()
         },
-        "tokens": _TOKENS if kind == "config" else {},
         "segments": {"0": segment},
         "digests": {"0": digest},
         "config": {"json_size": str(LUKS_COPY - BLOCK), "keyslots_size": str(LUKS_SLOT_BYTES)},
     }
-    _match(raw, shape, "")
+    match(raw.get("tokens", ...), _TOKENS if kind == "config" else {}, "tokens", "LUKS-TOKEN")
+    match({key: value for key, value in raw.items() if key != "tokens"}, shape, "", "LUKS-HEADER")
     free = 2 * LUKS_COPY
     for start, slot in sorted((int(value["area"]["offset"]), slot) for slot, value in slots.items()):
         if start % BLOCK or not free <= start <= LUKS_BYTES - size:
@@ -2013,7 +1993,7 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
     """Take apart the tokens of config, whose outer shape is checked."""
     seal, record, approvals, order = raw["0"], raw["1"], raw["2"]["approvals"], raw["3"]
     for index, approval in enumerate(approvals):
-        _match(approval, _APPROVAL, f"tokens.2.approvals[{index}]")
+        match(approval, _APPROVAL, f"tokens.2.approvals[{index}]", "LUKS-TOKEN")
     decode = binascii.a2b_base64
     signed = {a["pcr7"]: PlatformApproval(a["epoch"], decode(a["signature"])) for a in approvals}
     if len(signed) != len(approvals):
@@ -2026,24 +2006,155 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
 
 
 def open_volume(k: Kernel, header: LuksHeader, device: str, secret: bytearray, name: str | None) -> None:
-    """Open a volume by its checked header and key slot 0; without a name, only try the secret.
-
-    The secret stays the caller's, who wipes it.
-    """
+    """Open a volume by its checked header and key slot 0; without a name, only try the secret."""
     with refusing("VOLUME-KEY", f"the volume {header.uuid} opened by this machine's key"):
         k.open_luks(detached_header(header), device, secret, 0, name)
+
+
+# --- Generations: manifest.git, read without git -----------------------------------------------------------
+
+MANIFEST_GIT = f"{CONFIG}/manifest.git"
+MAX_GENERATIONS = 64
+
+
+class Generation(NamedTuple):
+    """One commit of manifest.git: which install manifest defines each target, and the UKI that boots it."""
+
+    commit: str
+    sequence: int
+    uki: str
+    targets: tuple[tuple[str, str], ...]  # service name, SHA-256 of an install manifest
+    files: Mapping[str, str]  # name in the commit to object id
+    parent: str | None
+
+
+_GENERATION = _record(lambda **values: values, {
+    "version": Field(_number(1, 1), REQUIRED),
+    "product": Field(_text(UUID, "a product id"), REQUIRED),
+    "sequence": Field(_number(1, MAX_SEQUENCE), REQUIRED),
+    "uki": Field(_text(HEX64, "the id of a UKI"), REQUIRED),
+    "targets": Field(_list_of(_record(lambda **values: (values["service_name"], values["manifest"]), {
+        "service_name": Field(_name, REQUIRED),
+        "manifest": Field(_text(HEX64, "the SHA-256 of an install manifest"), REQUIRED),
+    }), 256), REQUIRED),
+})  # fmt: skip
+_GIT_NAME = re.compile(r"manifest\.yaml|[0-9a-f]{64}\.(yaml|yaml\.signed|pem)")
+
+
+def read_git_object(k: Machine, name: str, kind: str) -> bytes:
+    """Return a loose object of manifest.git (gitformat-loose(5)) if it is of that kind and has its SHA-1.
+
+    Git vouches for nothing here: what counts in these files is signed.
+    """
+    path = f"{MANIFEST_GIT}/objects/{name[:2]}/{name[2:]}"
+    if not k.exists(path) and k.names(f"{MANIFEST_GIT}/objects/pack"):
+        raise Refused("GIT-PACKED", expected=f"the loose {kind} {name}", seen="packs")
+    stream, data, whole = zlib.decompressobj(), b"", False
+    with refusing("GIT-OBJECT", f"{kind} {name}"), contextlib.suppress(zlib.error):
+        data = stream.decompress(k.read(path), MIB)
+        whole = stream.eof and not stream.unused_data
+    head, _, body = data.partition(b"\0")
+    if not whole or head != f"{kind} {len(body)}".encode() or hashlib.sha1(data).hexdigest() != name:
+        raise Refused("GIT-OBJECT", expected=f"{kind} {name}", seen=f"{head[:40]!r}, {len(data)} bytes")
+    return body
+
+
+def read_git_tree(k: Machine, name: str) -> dict[str, str]:
+    """Return the files of a tree, name to object id: only those that belong into manifest.git."""
+    data, files = read_git_object(k, name, "tree"), {}
+    while data:
+        head, zero, rest = data.partition(b"\0")
+        mode, _, file = head.decode(errors="replace").partition(" ")
+        if mode != "100644" or not zero or not _GIT_NAME.fullmatch(file) or len(rest) < 20 or file in files:
+            raise Refused("GIT-OBJECT", expected="manifests, signatures, certificates", seen=repr(head[:90]))
+        files[file], data = rest[:20].hex(), rest[20:]
+    return files
+
+
+def read_generations(k: Machine, product: str) -> Iterator[Generation]:
+    """Yield the generations that manifest.git has, newest first, along first parents."""
+    with refusing("GIT-REF", "the branch main"):
+        untrusted = k.read(f"{MANIFEST_GIT}/refs/heads/main", 64)
+    commit: str | None = untrusted.decode(errors="replace").rstrip("\n")
+    for _ in range(MAX_GENERATIONS):
+        if commit is None:
+            return
+        head = re.match(rb"tree ([0-9a-f]{40})\n(?:parent ([0-9a-f]{40})\n)?", read_commit(k, commit))
+        if head is None:
+            raise Refused("GIT-OBJECT", expected="a commit", seen=commit)
+        files = read_git_tree(k, head[1].decode())
+        if "manifest.yaml" not in files:
+            raise Refused("GIT-OBJECT", expected="manifest.yaml", seen=", ".join(files)[:200])
+        values = _GENERATION(parse_yaml(read_git_object(k, files["manifest.yaml"], "blob")), "")
+        if values["product"] != product:
+            raise Refused("MANIFEST-PRODUCT", expected=product, seen=values["product"])
+        parent = head[2].decode() if head[2] else None
+        yield Generation(commit, values["sequence"], values["uki"], values["targets"], files, parent)
+        commit = parent
+
+
+def read_commit(k: Machine, name: str) -> bytes:
+    """Return a commit."""
+    if not re.fullmatch(r"[0-9a-f]{40}", name):
+        raise Refused("GIT-REF", expected="the id of a commit", seen=repr(name[:64]))
+    return read_git_object(k, name, "commit")
+
+
+def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Manifest:
+    """Return the targets of a generation, each from the install manifest that defines it, all verified."""
+    verified: dict[str, Manifest] = {}
+    targets: list[Target] = []
+    volumes: dict[str, Volume] = {}
+    for service_name, sha256 in generation.targets:
+        if sha256 not in verified:
+            parts = [f"{sha256}{ending}" for ending in (".yaml", ".yaml.signed", ".pem")]
+            if missing := [part for part in parts if part not in generation.files]:
+                raise Refused("MANIFEST-ABSENT", expected=", ".join(missing), seen=generation.commit)
+            blobs = [read_git_object(k, generation.files[part], "blob") for part in parts]
+            manifest = verified[sha256] = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+            if manifest.sha256 != sha256 or manifest.contents.sequence > generation.sequence:
+                seen = f"{manifest.sha256}, sequence {manifest.contents.sequence}"
+                expected = f"{sha256}, at most {generation.sequence}"
+                raise Refused("MANIFEST-SEQUENCE", expected=expected, seen=seen)
+        contents = verified[sha256].contents
+        found = [target for target in contents.targets if target.service_name == service_name]
+        if not found or any(target.service_name == service_name for target in targets):
+            raise Refused("MANIFEST-TARGET", expected=f"one target {service_name}", seen=sha256)
+        targets += found
+        volumes |= {volume.label: volume for volume in contents.storage}
+    newest = max(verified.values(), key=lambda manifest: manifest.contents.sequence, default=None)
+    if newest is None:
+        raise Refused("MANIFEST-TARGET", expected="targets", seen="none")
+    contents = newest.contents._replace(targets=tuple(targets), storage=tuple(volumes.values()))
+    return Manifest(contents, newest.sha256)
+
+
+def pick_generation(k: Machine, policy: Policy) -> Manifest:
+    """Return the newest generation of this UKI that verifies, or before it the one the menu named."""
+    attributes, value = k.efi_read("LoaderEntrySelected", LOADER_GUID) or (EFI_NON_VOLATILE, b"")
+    named = re.match(r"mosinit_([0-9]{1,19})(?:\+|\.efi)", value.decode("utf-16-le", "replace"))
+    wanted = int(named[1]) if named and not attributes & EFI_NON_VOLATILE else 0
+    ours = [each for each in read_generations(k, policy.product) if each.uki == policy.uki_id]
+    ours.sort(key=lambda generation: generation.sequence != wanted)  # stable: then newest first
+    failure = Refused("GENERATION", expected=f"a generation of UKI {policy.uki_id}", seen="none")
+    for generation in ours:
+        try:
+            manifest = verify_generation(k, generation, policy)
+        except Refused as error:
+            k.log(f"generation {generation.sequence}: {error}")
+            failure = error if failure.check == "GENERATION" else failure
+            continue
+        k.report.facts |= {"generation": generation.commit, "sequence": generation.sequence}
+        return manifest
+    raise failure
 
 
 # --- TPM: commands of our own, the policy tree, and the fence ----------------------------------------------
 
 TPM_SYSFS = "/sys/class/tpm/tpm0"
 MEASURE_LOG = "/run/log/systemd/tpm2-measure.log"
-TPM_ALGORITHMS = {
-    "sha1": 0x0004,
-    "sha256": 0x000B,
-    "sha384": 0x000C,
-    "sha512": 0x000D,
-}  # TCG algorithm registry
+# TCG algorithm registry
+TPM_ALGORITHMS = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
 
 
 class Cc(enum.IntEnum):
@@ -2102,10 +2213,6 @@ POLICY_START = bytes(32)
 def _sized(data: bytes) -> bytes:
     """Encode a TPM2B."""
     return struct.pack(">H", len(data)) + data
-
-
-def _sha256(*parts: bytes) -> bytes:
-    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def tpm_name(public: bytes) -> bytes:
@@ -2212,20 +2319,10 @@ class UkiApproval(NamedTuple):
 
 def parse_uki_approval(data: bytes) -> UkiApproval:
     """Parse the section .pcrsig as the stub hands it over. It is not measured: the TPM checks it."""
-    raw = parse_json(data, "TPM-APPROVAL")
-    fields = raw if isinstance(raw, dict) else {}
-    epoch, words = fields.get("epoch"), [fields.get(name) for name in ("unseal", "set_epoch")]
-    if not (
-        type(epoch) is int
-        and 1 <= epoch <= MAX_EPOCH
-        and set(fields) == {"schema", "epoch", "unseal", "set_epoch"}
-        and fields["schema"] == 1
-        and all(isinstance(word, str) and SIGNATURE.fullmatch(word) for word in words)
-    ):
-        raise Refused(
-            "TPM-APPROVAL", expected="an approval of this UKI", seen=data[:80].decode(errors="replace")
-        )
-    return UkiApproval(epoch, *(bytes.fromhex(cast(str, word)) for word in words))
+    raw = cast(dict[str, Any], parse_json(data, "TPM-APPROVAL"))
+    shape = {"schema": 1, "epoch": EPOCHS, "unseal": SIGNATURE, "set_epoch": SIGNATURE}
+    match(raw, shape, "", "TPM-APPROVAL")
+    return UkiApproval(raw["epoch"], *(bytes.fromhex(raw[name]) for name in ("unseal", "set_epoch")))
 
 
 class TpmError(OSError):
@@ -2331,10 +2428,7 @@ def read_pcr(k: Kernel, pcr: Pcr) -> bytes:
 
 
 def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
-    """Extend every bank of a PCR with a word, and append the event to systemd's measurement log.
-
-    Raises OSError if the TPM does not take it.
-    """
+    """Extend every bank of a PCR with a word, append the event to systemd's log; OSError if that fails."""
     digests = {bank: hashlib.new(bank, word).digest() for bank in active_banks(k)}
     values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
     tpm(k, Cc.PCR_EXTEND, [pcr], struct.pack(">I", len(digests)) + values, EMPTY_PASSWORD)
@@ -2342,9 +2436,7 @@ def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
 
 
 class Session:
-    """A policy session, salted and encrypted (part 1, 19): only the TPM with the storage root key can make
-    its answers, and only we can read them.
-    """
+    """A policy session, salted and encrypted to the storage root key (part 1, 19): only its TPM answers."""
 
     def __init__(self, k: Kernel, storage_key: bytes) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -2394,9 +2486,8 @@ def tpm_in(
     if command != Cc.UNSEAL:
         return bytearray()
     keys, inner = kdfa(session.key, b"CFB", nonce_tpm, nonce), Answer(command, body)
-    secret = bytearray(
-        Cipher(algorithms.AES(keys[:16]), modes.CFB(keys[16:])).decryptor().update(inner.sized())
-    )
+    cipher = Cipher(algorithms.AES(keys[:16]), modes.CFB(keys[16:]))
+    secret = bytearray(cipher.decryptor().update(inner.sized()))
     inner.end()
     return secret
 
@@ -2418,12 +2509,8 @@ def authorize(
         ticket = tpm(k, Cc.VERIFY_SIGNATURE, [loaded], signed).rest()
     finally:
         flush(k, loaded)
-    tpm(
-        k,
-        Cc.POLICY_AUTHORIZE,
-        [session],
-        _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket,
-    )
+    approved = _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket
+    tpm(k, Cc.POLICY_AUTHORIZE, [session], approved)
 
 
 def satisfy_epoch(k: Kernel, session: int, epoch: int) -> None:
@@ -2560,11 +2647,8 @@ def asking_tpm(expected: str) -> Iterator[None]:
     try:
         yield
     except TpmError as error:
-        check = (
-            "TPM-LOCKOUT"
-            if error.code == RC_LOCKOUT
-            else TPM_REFUSALS.get((error.command, error.code), "TPM-ANSWER")
-        )
+        check = TPM_REFUSALS.get((error.command, error.code), "TPM-ANSWER")
+        check = "TPM-LOCKOUT" if error.code == RC_LOCKOUT else check
         raise Refused(check, expected=expected, seen=str(error.strerror)) from error
     except OSError as error:
         raise Refused("TPM-ANSWER", expected=expected, seen=str(error)) from error
@@ -2636,9 +2720,8 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
     name = tpm_name(storage_key) if storage_key else b""
     if name != record.storage_key:
         check = ("TPM-IDENTITY" if storage_key else "TPM-SRK") if whole else "TPM-CLEARED"
-        raise Refused(
-            check, expected=f"storage key {record.storage_key.hex()}", seen=f"{name.hex() or 'none'}, {seen}"
-        )
+        expected, seen = f"storage key {record.storage_key.hex()}", f"{name.hex() or 'none'}, {seen}"
+        raise Refused(check, expected=expected, seen=seen)
     k.report.passed("TPM-IDENTITY", name.hex(), name.hex())
     demand(k, "TPM-STATE", expected=f"{PROVISIONED!r}", seen=f"{permanent & PROVISIONED!r}")
     with asking_tpm("the epoch index"):
@@ -2647,9 +2730,8 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
         bits = read_epoch(k)
     k.report.facts["tpm_epoch"] = bits.bit_length()
     if bits & ~epoch_bits(epoch):
-        raise Refused(
-            "EPOCH", expected=f"a TPM at epoch {epoch} or before", seen=f"epoch {bits.bit_length()}"
-        )
+        seen = f"epoch {bits.bit_length()}"
+        raise Refused("EPOCH", expected=f"a TPM at epoch {epoch} or before", seen=seen)
     k.report.passed("EPOCH", f"at most {epoch}", str(bits.bit_length()))
     return cast(bytes, storage_key)
 
@@ -2731,10 +2813,7 @@ def raise_epoch(
 
 
 def check_secret(record: MachineRecord, secret: bytearray) -> None:
-    """See that the unsealed secret is the one of the machine record.
-
-    A volume that somebody else sealed to the same public policy ends here, before it is opened.
-    """
+    """See that the secret is the record's: what somebody else sealed to the same policy ends here."""
     proof = secret_proof(secret, record.product)
     if len(secret) != 32 or not hmac.compare_digest(proof, record.secret_proof):
         raise Refused("VOLUME-IDENTITY", expected=record.secret_proof.hex(), seen=proof.hex())
@@ -2743,6 +2822,17 @@ def check_secret(record: MachineRecord, secret: bytearray) -> None:
 def secret_proof(secret: bytes | bytearray, product: str) -> bytes:
     """Return what a machine record says of the config volume's secret (HMAC-SHA256)."""
     return hmac.digest(bytes(secret), b"mosinit config volume\0" + product.encode(), "sha256")
+
+
+def derive_key(secret: bytearray, purpose: str, partition: str = "") -> bytearray:
+    """Return a key of 32 bytes for one purpose (RFC 5869: HKDF-SHA256 without salt). The caller wipes it."""
+    # The purpose and not the place alone, or two partitions whose entries were exchanged would both open.
+    root = bytearray(hmac.digest(bytes(32), secret, "sha256"))
+    try:
+        info = f"mosinit {purpose} volume {partition}".encode()
+        return bytearray(hmac.digest(root, info + b"\1", "sha256"))
+    finally:
+        wipe(root)
 
 
 def wipe(secret: bytearray) -> None:
@@ -2763,17 +2853,10 @@ def set_up(k: Machine) -> Policy:
     k.mount("securityfs", "/sys/kernel/security", "securityfs", SAFE)
     k.open_consoles()
     k.quiet_kernel(4)
-    policy = parse_policy(
-        k.read(f"{POLICY_FOLDER}/policy.json"),
-        k.read(f"{POLICY_FOLDER}/uki-id"),
-        k.read(f"{POLICY_FOLDER}/manifest-ca.pem"),
-    )
-    k.report.facts |= {
-        "mode": policy.mode,
-        "product": policy.product,
-        "uki_id": policy.uki_id,
-        "epoch": policy.epoch,
-    }
+    data, uki_id = (k.read(f"{POLICY_FOLDER}/{name}") for name in ("policy.json", "uki-id"))
+    policy = parse_policy(data, uki_id, {name: k.read(f"{OURS}/{name}") for name in k.names(OURS)})
+    facts = {"mode": policy.mode, "product": policy.product, "uki_id": policy.uki_id, "epoch": policy.epoch}
+    k.report.facts |= facts
     return policy
 
 
@@ -2790,19 +2873,15 @@ def load_modules(k: Machine, policy: Policy) -> None:
     """Load what the build listed, in its order, read parameters back, arm the watchdog once it is there."""
     armed = False
     for module in policy.modules:
-        words = [f"{name}={value}" for name, value in module.parameters.items()]
-        words += ["async_probe=1"] if module.background else []
+        given = [f"{name}={value}" for name, value in module.parameters.items()]
+        given += ["async_probe=1"] if module.background else []
         with refusing("MODULE-LOAD", f"{module.name} to load"):
-            k.load_module(module.path, " ".join(words))
+            k.load_module(module.path, " ".join(given))
         for name, value in module.parameters.items():
             with refusing("MODULE-PARAMETER", f"{module.name}.{name}={value}"):
                 seen = k.read(f"/sys/module/{module.name}/parameters/{name}", BLOCK).decode().strip()
-            demand(
-                k,
-                "MODULE-PARAMETER",
-                expected=f"{module.name}.{name}={value}",
-                seen=f"{module.name}.{name}={seen}",
-            )
+            words = f"{module.name}.{name}="
+            demand(k, "MODULE-PARAMETER", expected=words + value, seen=words + seen)
         armed = armed or k.arm_watchdog(WATCHDOG_SECONDS)
     k.report.facts["watchdog"] = armed
 
@@ -2835,9 +2914,7 @@ def _check_secure_boot(k: Machine) -> None:
 
 
 def _check_trusted_keys(k: Machine, policy: Policy) -> None:
-    """See that the firmware's db and the kernel's keyrings hold what the build listed, and nothing of
-    shim's.
-    """
+    """See that the firmware's db and the kernel's keyrings hold what the build listed, nothing of shim."""
     shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID) and name not in SHIM_HARMLESS]
     for name in shim:
         with contextlib.suppress(OSError):
@@ -2873,18 +2950,13 @@ def _check_tpm(k: Machine) -> None:
     demand(k, "TPM-ABSENT", expected="TPM 2", seen=f"TPM {major.decode().strip()}")
     with refusing("TPM-BANK", "a SHA-256 bank"):
         value = read_pcr(k, MEASURED)
-    measured = value not in (bytes(32), b"\xff" * 32)
-    demand(
-        k,
-        "TPM-BANK",
-        expected="measured into PCR 11",
-        seen=f"{'measured' if measured else 'nothing'} into PCR 11",
-    )
+    seen = "nothing into PCR 11" if value in (bytes(32), b"\xff" * 32) else "measured into PCR 11"
+    demand(k, "TPM-BANK", expected="measured into PCR 11", seen=seen)
 
 
 def _check_nothing_extra(k: Machine) -> None:
     """See that the stub took nothing from beside the UKI: no credential, extension, add-on, command line."""
-    signed = ("os-release", "tpm2-pcr-signature.json")
+    signed = ("os-release", APPROVAL_FILE.rpartition("/")[2])
     extra = [f"/.extra/{name}" for name in k.names("/.extra") if name not in signed]
     extra += [f"PCR {pcr}" for pcr in EXTRA_PCRS if any(read_pcr(k, pcr))]
     demand(k, "ESP-EXTRA", expected="nothing", seen=", ".join(extra) or "nothing")
@@ -2902,6 +2974,10 @@ class BootDisk(NamedTuple):
 
     name: str
     partitions: tuple[Partition, ...]
+
+    def find(self, kind: str, name: str = "") -> list[Partition]:
+        """Return the partitions of that type and, if one is given, name."""
+        return [each for each in self.partitions if each.kind == kind and name in ("", each.name)]
 
 
 @stage
@@ -2923,9 +2999,8 @@ def find_disk(k: Machine) -> BootDisk:
             break
         k.sleep(0.02)
     if not found:
-        raise Refused(
-            "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(others) or "no disk"
-        )
+        seen = "; ".join(others) or "no disk"
+        raise Refused("DISK-ABSENT", expected=f"a disk with partition {wanted}", seen=seen)
     twins = " and ".join(disk.name for disk in found[1:])
     demand(k, "DISK-AMBIGUOUS", expected="on one disk", seen=f"on {twins} too" if twins else "on one disk")
     return found[0]
@@ -2961,21 +3036,17 @@ def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
         k.close(fd)
 
 
-def open_partition(k: Machine, disk: BootDisk, kind: str) -> tuple[int, Partition]:
-    """Open the one partition of that type on the boot disk, where kernel and table agree on it."""
-    partitions = [partition for partition in disk.partitions if partition.kind == kind]
-    if len(partitions) != 1:
-        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind}", seen=str(len(partitions)))
-    partition = partitions[0]
+def open_partition(k: Machine, disk: BootDisk, kind: str, name: str = "") -> tuple[int, Partition]:
+    """Open the one partition of that type (and name) on the boot disk, where kernel and table agree."""
+    partition = only(disk.find(kind, name), "DISK-PARTITION", f"one partition of type {kind} {name}".strip())
     expected = f"partition {partition.number} of {partition.size} bytes at {partition.start}"
     for name in k.names(f"/sys/block/{disk.name}"):
         folder = f"/sys/block/{disk.name}/{name}"
         if not k.exists(f"{folder}/partition"):
             continue
         with refusing("DISK-PARTITION", expected):
-            number, start, size = (
-                int(k.read(f"{folder}/{file}", 64)) for file in ("partition", "start", "size")
-            )
+            files = ("partition", "start", "size")
+            number, start, size = (int(k.read(f"{folder}/{file}", 64)) for file in files)
         if number == partition.number:
             seen = f"partition {number} of {size * 512} bytes at {start * 512}"
             demand(k, "DISK-PARTITION", expected=expected, seen=seen)
@@ -2995,17 +3066,10 @@ class Verity(NamedTuple):
 
 
 def activate_verity(
-    k: Machine,
-    name: str,
-    device: str,
-    data_blocks: int,
-    root_hash: str,
-    salt: str,
-    signature: bytes,
+    k: Machine, name: str, device: str, data_blocks: int, root_hash: str, salt: str, signature: bytes,
     check: str,
-) -> Verity:
-    """Make a dm-verity device whose root hash the kernel itself checked; refused by `check` if it does not
-    agree.
+) -> Verity:  # fmt: skip
+    """Make a dm-verity device whose root hash the kernel itself checked, or refuse by `check`.
 
     `device` is MAJOR:MINOR and holds data, one block of superblock, and the tree.
     """
@@ -3032,17 +3096,126 @@ def load_verity_table(k: Machine, verity: Verity, *extra: str) -> None:
     options = ("root_hash_sig_key_desc", key, *extra)
     k.add_key(key, verity.signature)
     try:
-        table = (
-            verity.data_blocks * (BLOCK // 512),
-            "verity",
-            f"{verity.parameters} {len(options)} {' '.join(options)}",
-        )
+        words = f"{verity.parameters} {len(options)} {' '.join(options)}"
+        table = (verity.data_blocks * (BLOCK // 512), "verity", words)
         k.dm(DmCommand.TABLE_LOAD, verity.name, DM_READONLY, table)
     finally:
         k.clear_keys()
 
 
+class Config(NamedTuple):
+    """The config volume before it is opened: the descriptor that all of this was read from, and its key."""
+
+    fd: int
+    header: LuksHeader
+    secret: bytearray
+
+
 @stage
+def unlock(k: Machine, disk: BootDisk, policy: Policy, owned: contextlib.ExitStack) -> Config | None:
+    """Have the TPM give config's secret to the machine and volume of the record, and raise its epoch.
+
+    None in live mode, which no approval lets unseal. What is to be wiped and closed goes to `owned`.
+    """
+    if policy.mode != "run":
+        return None
+    fd, _ = open_partition(k, disk, CONFIG_TYPE)
+    owned.callback(k.close, fd)
+    header, ours = read_luks_header(k, fd, "config"), policy.organisation
+    k.report.passed("LUKS-HEADER", "a header as mosinit makes it", header.note or header.uuid)
+    tokens = cast(Tokens, header.tokens)
+    record = verify_record(tokens.record, ours["sudi-ca.pem"], policy.product)
+    order = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
+    epoch = verify_epoch_order(*order, policy)
+    with refusing("TPM-APPROVAL", "an approval of this UKI"):
+        approval = parse_uki_approval(k.read(APPROVAL_FILE))
+    keys = policy_keys(ours["pcr.pub"], ours["platform.pub"])
+    storage_key = check_tpm(k, record, policy.epoch)
+    secret = unseal(k, tokens, storage_key, keys, approval)
+    owned.callback(wipe, secret)
+    check_secret(record, secret)
+    for check in ("RECORD-SIGNATURE", "EPOCH-ORDER", "TPM-POLICY", "VOLUME-IDENTITY"):
+        k.report.passed(check, "valid", "valid")
+    raise_epoch(k, tokens, storage_key, keys, approval, min(epoch, policy.epoch))
+    return Config(fd, header, secret)
+
+
+class Volumes(NamedTuple):
+    """What was opened: verity devices, folders that the new root gets, the device of the volume `state`."""
+
+    devices: tuple[Verity, ...]
+    folders: tuple[str, ...]
+    state: str
+
+
+@stage
+def open_volumes(k: Machine, disk: BootDisk, config: Config | None, owned: contextlib.ExitStack) -> Volumes:
+    """Open what this system runs from: the machine's encrypted volumes, or the medium's sealed store."""
+    if config is None:
+        store = open_live_store(k, disk)
+        k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
+        return Volumes((store,), MOVED, "")
+    device = open_encrypted(k, config.fd, config.header, config.secret, "config")
+    mount_ext4(k, device, CONFIG)
+    mount_ext4(k, open_derived(k, disk, config.secret, "store", STORE_TYPE, owned), STORE)
+    state = ""
+    if disk.find(LINUX_TYPE, STATE):
+        state = open_derived(k, disk, config.secret, STATE, LINUX_TYPE, owned, STATE)
+    mount_ext4(k, make_scratch(k, disk, owned), SCRATCH, SAFE)
+    services = derive_key(config.secret, "service")
+    owned.callback(wipe, services)
+    k.make_folder(LEFT)
+    k.write(f"{LEFT}/volume-secret", services, 0o400)
+    return Volumes((), (*MOVED, CONFIG), state)
+
+
+def open_derived(
+    k: Machine, disk: BootDisk, secret: bytearray, purpose: str, kind: str, owned: contextlib.ExitStack,
+    name: str = "",
+) -> str:  # fmt: skip
+    """Open a volume whose key follows from config's secret and return its device."""
+    fd, partition = open_partition(k, disk, kind, name)
+    owned.callback(k.close, fd)
+    key = derive_key(secret, purpose, partition.uuid)
+    owned.callback(wipe, key)
+    return open_encrypted(k, fd, read_luks_header(k, fd, "plain"), key, purpose)
+
+
+def open_encrypted(k: Machine, fd: int, header: LuksHeader, key: bytearray, purpose: str) -> str:
+    """Open a volume by the header that was checked and the descriptor that it came from."""
+    name = f"mosinit-{purpose}"
+    # No name is looked up again: what the path leads to is the open device, whatever /dev now says.
+    open_volume(k, header, f"/proc/self/fd/{fd}", key, name)
+    k.report.passed("VOLUME-KEY", "opened by this machine's key", f"{purpose} {header.uuid}")
+    return k.dm(DmCommand.DEV_STATUS, name)
+
+
+def mount_ext4(
+    k: Machine, device: str, target: str, flags: MountFlag = RO_SAFE | MountFlag.NOSYMFOLLOW
+) -> None:
+    """Mount the file system of a volume that this machine's key opened."""
+    with refusing("VOLUME-READ", f"an ext4 file system for {target}"):
+        k.mount(device, target, "ext4", flags)
+
+
+def make_scratch(k: Machine, disk: BootDisk, owned: contextlib.ExitStack) -> str:
+    """Make a fresh file system under a key that nobody will ever have again; return its device."""
+    fd, partition = open_partition(k, disk, SCRATCH_TYPE)
+    owned.callback(k.close, fd)
+    name = "mosinit-scratch"
+    words = f"{LUKS_CIPHER} :64:user:{name} 0 {k.device_number(fd)} 0 2 sector_size:{BLOCK} iv_large_sectors"
+    with refusing("VOLUME-READ", "a fresh scratch volume"):
+        path = k.dm(DmCommand.DEV_CREATE, name)
+        k.add_key(name, k.random(64))
+        try:
+            k.dm(DmCommand.TABLE_LOAD, name, 0, (partition.size // BLOCK * 8, "crypt", words))
+        finally:
+            k.clear_keys()
+        k.dm(DmCommand.DEV_SUSPEND, name)  # without the suspend flag: resume
+        k.format_ext4(path)
+    return path
+
+
 def open_live_store(k: Machine, disk: BootDisk) -> Verity:
     """Mount the medium's store: one erofs image under verity, its root hash signed by the layer key."""
     seal_fd, partition = open_partition(k, disk, LIVE_SEAL_TYPE)
@@ -3052,15 +3225,12 @@ def open_live_store(k: Machine, disk: BootDisk) -> Verity:
     store_fd, partition = open_partition(k, disk, LIVE_STORE_TYPE)
     needed = (seal.data_blocks + 1 + verity_tree_blocks(seal.data_blocks)) * BLOCK
     if needed > partition.size:
-        raise Refused(
-            "STORE-SEAL", expected=f"a store within {partition.size} bytes", seen=f"{needed} bytes"
-        )
+        expected = f"a store within {partition.size} bytes"
+        raise Refused("STORE-SEAL", expected=expected, seen=f"{needed} bytes")
     # The descriptor stays open: its device number cannot pass to another disk before device-mapper holds it.
     device, salt = k.device_number(store_fd), live_store_salt(seal.data_blocks)
-    name = "mosinit-store"
-    verity = activate_verity(
-        k, name, device, seal.data_blocks, seal.root_hash, salt, seal.signature, "STORE-SIGNATURE"
-    )
+    sealed = (seal.data_blocks, seal.root_hash, salt, seal.signature)
+    verity = activate_verity(k, "mosinit-store", device, *sealed, "STORE-SIGNATURE")
     with refusing("STORE-READ", "an erofs file system"):
         k.mount(verity.path, STORE, "erofs", RO_SAFE | MountFlag.NOSYMFOLLOW)
     return verity
@@ -3072,9 +3242,7 @@ def blob_path(digest: str) -> str:
 
 
 def read_blob(k: Machine, digest: str, size: int, check: str) -> bytes:
-    """Return a small blob of the store if it is exactly what `digest` and `size` say, refused by `check` if
-    not.
-    """
+    """Return a small blob of the store if it is exactly what digest and size say, or else `check`."""
     if size > 4 * MIB:
         raise Refused(check, expected="at most 4 MiB", seen=f"{size} bytes")
     with refusing("STORE-BLOB", f"blob {digest}"):
@@ -3090,21 +3258,18 @@ def find_release(k: Machine) -> dict[str, Descriptor]:
     with refusing("MANIFEST-ABSENT", "a release"):
         data = k.read(f"{STORE}/{REPOSITORY}/index.json")
     _, releases = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    if len(releases) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one release", seen=str(len(releases)))
-    data = read_blob(k, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    release = only(releases, "MANIFEST-ABSENT", "one release")
+    data = read_blob(k, release.digest, release.size, "MANIFEST-ABSENT")
     _, images = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
     artefacts = [image for image in images if image.artifact_type == RELEASE_ARTIFACT]
-    if len(artefacts) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one install artefact", seen=str(len(artefacts)))
-    data = read_blob(k, artefacts[0].digest, artefacts[0].size, "MANIFEST-ABSENT")
+    artefact = only(artefacts, "MANIFEST-ABSENT", "one install artefact")
+    data = read_blob(k, artefact.digest, artefact.size, "MANIFEST-ABSENT")
     _, parts = parse_descriptors(data, "layers", "MANIFEST-ABSENT")
     return {part.media_type: part for part in reversed(parts)}
 
 
-@stage
-def load_manifest(k: Machine, policy: Policy) -> Manifest:
-    """Verify the medium's install manifest: signature, chain, product, epoch."""
+def verify_release(k: Machine, policy: Policy) -> Manifest:
+    """Return the install manifest of the store's one release: signature, chain, product, epoch hold."""
     release = find_release(k)
     blobs = []
     for kind in (MANIFEST_MEDIA_TYPE, SIGNATURE_MEDIA_TYPE, CERTIFICATE_MEDIA_TYPE):
@@ -3112,8 +3277,16 @@ def load_manifest(k: Machine, policy: Policy) -> Manifest:
             raise Refused("MANIFEST-ABSENT", expected=kind, seen=", ".join(release))
         blobs.append(read_blob(k, release[kind].digest, release[kind].size, "MANIFEST-ABSENT"))
     manifest = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+    k.report.facts["sequence"] = manifest.contents.sequence
+    return manifest
+
+
+@stage
+def load_manifest(k: Machine, policy: Policy) -> Manifest:
+    """Verify what is to run: a generation of this machine, or the release of the live medium."""
+    manifest = (pick_generation if policy.mode == "run" else verify_release)(k, policy)
     contents = manifest.contents
-    k.report.facts |= {"sequence": contents.sequence, "manifest": manifest.sha256}
+    k.report.facts["manifest"] = manifest.sha256
     for check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-SIGNATURE", "MANIFEST-FORMAT"):
         k.report.passed(check, "valid", manifest.sha256)
     k.report.passed("MANIFEST-PRODUCT", policy.product, contents.product)
@@ -3157,14 +3330,10 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
     for target in (hostfs, bootkit):
         image = parse_image(read_blob(k, target.digest, target.size, "IMAGE-DIGEST"))
         if target is bootkit:
-            demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_id))
+            demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_ids.get(policy.mode)))
         if len(image.layers) != len(target.layer_signatures):
-            seen = f"{len(target.layer_signatures)} signatures for {len(image.layers)} layers"
-            raise Refused(
-                "LAYER-SIGNATURE",
-                expected="a signature for each layer",
-                seen=f"{seen} of {target.service_name}",
-            )
+            seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
+            raise Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
         k.report.passed("IMAGE-DIGEST", target.digest, target.digest)
         check_lowers(len(folders) + len(image.layers))
         # The last layer of an image is its uppermost.
@@ -3231,17 +3400,13 @@ def plan_root(layers: tuple[str, ...], writable: str) -> list[Overlay]:
     if writable == "all":
         return [Overlay(SYSROOT, layers, f"{SCRATCH}/root")]
     root = Overlay(SYSROOT, layers, "")
-    return (
-        [root, Overlay(f"{SYSROOT}/etc", (f"{SYSROOT}/etc",), f"{SCRATCH}/etc")]
-        if writable == "etc"
-        else [root]
-    )
+    etc = Overlay(f"{SYSROOT}/etc", (f"{SYSROOT}/etc",), f"{SCRATCH}/etc")
+    return [root, etc] if writable == "etc" else [root]
 
 
 @stage
 def stack(k: Machine, layers: Mounted) -> str:
     """Stack the verified layers under a fresh writable one and return the init of the result."""
-    k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
     for overlay in plan_root(layers.folders, layers.writable):
         # Nothing in a layer may redirect to data of another place than its own.
         options = {"redirect_dir": "nofollow", "metacopy": "off", "index": "off", "xino": "off"}
@@ -3271,9 +3436,9 @@ def _is_program(k: Machine, path: str) -> bool:
     if found is None or not stat.S_ISREG(found[0]) or not found[0] & 0o111:
         return False
     interpreter = find_interpreter(found[1])
-    return interpreter == "" or (
-        interpreter is not None and k.read_in_root(SYSROOT, interpreter, 4) is not None
-    )
+    if not interpreter:
+        return interpreter is not None
+    return k.read_in_root(SYSROOT, interpreter, 4) is not None
 
 
 def find_interpreter(head: bytes) -> str | None:
@@ -3282,9 +3447,8 @@ def find_interpreter(head: bytes) -> str | None:
         words = head[2:].split(b"\n")[0].split()
         return words[0].decode(errors="replace") if words else None
     try:
-        magic, machine, table, size, count = struct.unpack_from(
-            "<4s14xH12xQ14xHH", head
-        )  # elf(5), Elf64_Ehdr
+        # elf(5), Elf64_Ehdr
+        magic, machine, table, size, count = struct.unpack_from("<4s14xH12xQ14xHH", head)
         if (magic, machine, size) != (b"\x7fELF", 62, 56):
             return None
         for number in range(count):
@@ -3296,22 +3460,17 @@ def find_interpreter(head: bytes) -> str | None:
     return ""
 
 
-MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)
-
-
 @stage
-def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
-    """Make the new root ready: mount points, restart on corruption, no kexec."""
-    for folder in MOVED:
+def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None:
+    """Make the new root ready: mount points, the volume `state`, restart on corruption, no kexec."""
+    for folder in (*volumes.folders, *(["/var"] if volumes.state else [])):
         with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
             if not k.is_folder(SYSROOT + folder):
                 k.make_folder(SYSROOT + folder)
-        demand(
-            k,
-            "OVERLAY-MOUNTPOINT",
-            expected=folder,
-            seen=folder if k.is_folder(SYSROOT + folder) else "a link",
-        )
+        seen = folder if k.is_folder(SYSROOT + folder) else "a link"
+        demand(k, "OVERLAY-MOUNTPOINT", expected=folder, seen=seen)
+    if volumes.state:
+        mount_ext4(k, volumes.state, f"{SYSROOT}/var", MountFlag.NOSUID | MountFlag.NODEV)
 
     def swap(device: Verity) -> None:
         with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
@@ -3320,6 +3479,7 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
 
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
     # with it. What the bring-up itself reads is refused at the next boot; the rest restarts again.
+    devices = (*volumes.devices, *layers)
     for device in devices:
         with refusing("LAYER-SIGNATURE", f"{device.name} to load its table again"):
             load_verity_table(k, device, "restart_on_corruption")
@@ -3328,17 +3488,18 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
     k.write("/proc/sys/kernel/kexec_load_disabled", b"1")
 
 
-def hand_over(k: Machine, init: str) -> NoReturn:
-    """Leave the report, free the initramfs, become hostfs's init."""
+def hand_over(k: Machine, policy: Policy, folders: Sequence[str], init: str) -> NoReturn:
+    """Leave the report and what is public of the keyset, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
     document = json.dumps(k.report.document("pivoted"))
-    k.make_folder("/run/mosinit")
-    k.write("/run/mosinit/report.json", document.encode() + b"\n")
-    if k.report.facts["mode"] == "live":
-        k.print(
-            "mosinit: live system: nothing of an installed one was opened, nothing written here survives\n"
-        )
-    for folder in MOVED:
+    k.make_folder(f"{LEFT}/organisation")
+    k.write(f"{LEFT}/report.json", document.encode() + b"\n")
+    k.write(f"{LEFT}/policy.json", k.read(f"{POLICY_FOLDER}/policy.json"))
+    for name, content in policy.organisation.items():
+        k.write(f"{LEFT}/organisation/{name}", content)
+    if policy.mode == "live":
+        k.print("mosinit: live: nothing of an installed system was opened, nothing written here survives\n")
+    for folder in folders:
         k.mount(folder, SYSROOT + folder, "", MountFlag.MOVE)
     k.free_initramfs()
     k.enter_root(SYSROOT)
@@ -3361,18 +3522,20 @@ def boot(k: Machine) -> NoReturn:
     policy = set_up(k)
     _thread.start_new_thread(import_ahead, ())
     load_modules(k, policy)
-    try:
-        check_firmware(k, policy)
-        measure(k)
-        disk = find_disk(k)
-    finally:
-        fence(k)  # from here nobody can unseal, we included
-    store = open_live_store(k, disk)
+    with contextlib.ExitStack() as owned:  # secrets are wiped at its end, however that comes
+        try:
+            check_firmware(k, policy)
+            measure(k)
+            disk = find_disk(k)
+            config = unlock(k, disk, policy, owned)
+        finally:
+            fence(k)  # from here nobody can unseal, we included
+        volumes = open_volumes(k, disk, config, owned)
     manifest = load_manifest(k, policy)
     layers = mount_layers(k, manifest, policy)
     init = stack(k, layers)
-    prepare_root(k, (store, *layers.devices))
-    hand_over(k, init)
+    prepare_root(k, volumes, layers.devices)
+    hand_over(k, policy, volumes.folders, init)
 
 
 REFUSAL_VARIABLE = "MosinitRefusal"
@@ -3380,20 +3543,14 @@ FIRST_WAIT, LONGEST_WAIT = 10, 600
 
 
 def read_refusal(k: Machine) -> dict[str, object] | None:
-    """Return what the last refused boot left behind. Anybody can write it: it is shown and counts a wait, no
-    more.
-    """
+    """Return what the last refused boot left. Anybody can write it: it is shown and counts a wait."""
     try:
         untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
         if untrusted is None or len(untrusted[1]) > 1024:
             return None
         raw = json.loads(untrusted[1], parse_constant=int)
-        keep = {
-            "id": str(raw["id"]),
-            "sequence": raw["sequence"],
-            "uki": str(raw["uki"]),
-            "count": raw["count"],
-        }
+        words = {"id": str(raw["id"]), "uki": str(raw["uki"])}
+        keep: dict[str, object] = {**words, "sequence": raw["sequence"], "count": raw["count"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     numbers = type(keep["count"]) is int and 0 < keep["count"] <= 64
@@ -3421,10 +3578,8 @@ def screen(report: Mapping[str, object], error: BaseException) -> str:
         rows = [("check", error.check), ("", check.title), *rows]
         rows += [("expected", error.expected), ("seen", error.seen), ("what to do", check.remedy)]
     else:
-        rows += [
-            ("crash", f"{type(error).__name__}: {error}"),
-            ("what to do", "this is a fault of mosinit: report it"),
-        ]
+        rows.append(("crash", f"{type(error).__name__}: {error}"))
+        rows.append(("what to do", "this is a fault of mosinit: report it"))
     uki = str(report.get("uki_id"))[:16]
     facts = f"UKI {uki}, manifest sequence {report['sequence']}, mode {report['mode']}"
     lines = [f"  {name:<12}{_printable(text)[:600]}" for name, text in (*rows, ("system", facts))]
@@ -3441,10 +3596,8 @@ def tell(k: Machine, error: BaseException) -> int:
     if isinstance(error, Refused):
         report = k.report.document("refused", error)
     else:
-        report = {
-            **k.report.document("crashed"),
-            "crash": f"{type(error).__name__}: {error} {_where(error)}"[:1000],
-        }
+        crash = f"{type(error).__name__}: {error} {_where(error)}"[:1000]
+        report = {**k.report.document("crashed"), "crash": crash}
     k.log(str(error))
     k.quiet_kernel(1)
     k.print(screen(report, error))

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mosinit import init
 from mosinit.host import Failure, Host, Usage, closed_environment
 
 SCHEMA = 1
@@ -242,6 +243,15 @@ class Organisation:
     def certificate(self, role: str) -> x509.Certificate:
         """Return a role's certificate."""
         return x509.load_pem_x509_certificate(self.files[f"{role}.pem"])
+
+    def policy(self) -> init.Policy:
+        """Return the policy by which what its keys signed is verified outside of a boot."""
+        return trust(self.product, self.files)
+
+
+def trust(product: str, files: Mapping[str, bytes], revoked: Iterable[str] = ()) -> init.Policy:
+    """Return the policy of a machine of the product, as far as it decides whose signatures count."""
+    return init.Policy("run", product, 1, "", "", (), (), (), tuple(revoked), "", files)
 
 
 def open_organisation(folder: Path) -> Organisation:

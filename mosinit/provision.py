@@ -435,9 +435,7 @@ def verify_answer(
         )  # fmt: skip
     verify_approvals(organisation, policy, untrusted.approvals)
     order = untrusted.order
-    init.verify_epoch_order(
-        order.statement, order.signature, order.certificate, organisation.files["manifest-ca.pem"], product
-    )
+    init.verify_epoch_order(order.statement, order.signature, order.certificate, organisation.policy())
     return record
 
 

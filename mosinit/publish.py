@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, kept, registry, tars
+from mosinit import images, init, initrd, kept, registry, tars
 from mosinit.host import Failure, Host, Usage, closed_environment
-from mosinit.keys import Keyset
+from mosinit.keys import Keyset, trust
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
@@ -182,7 +182,9 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         raise Failure(
             f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
         )
-    init.verify_certificate(_pem(keyset, "product"), _pem(keyset, "manifest-ca"), keyset.product)
+    organisation = {"manifest-ca.pem": _pem(keyset, "manifest-ca")}
+    policy = trust(keyset.product, organisation, initrd.revoked(keyset))
+    init.verify_certificate(_pem(keyset, "product"), policy)
     now = datetime.datetime.now(datetime.timezone.utc)
     for role in ("product", "manifest-ca", "layer"):
         certificate = keyset.certificate(role)
@@ -191,7 +193,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
             raise Failure(
                 f"the {role} certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}: renew it"
             )
-    return init.Policy("run", keyset.product, 1, "", "", (), (), (), "", _pem(keyset, "manifest-ca"))
+    return policy
 
 
 def _pem(keyset: Keyset, role: str) -> bytes:
@@ -307,7 +309,7 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
     The manifest is found, read and verified by what the bring-up itself calls. Raises `Refused`.
     """
     store = Store(layout)
-    manifest: init.Manifest = init.load_manifest(store, policy)
+    manifest = init.verify_release(store, policy)
     order = read_epoch_order(store, policy)
     if order.epoch != manifest.contents.epoch:
         raise init.Refused(
@@ -324,10 +326,9 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
     init.check_lowers(sum(len(image.layers) for target, image in pairs if target.service_type in starts))
     seen_layers = set()
     for target, image in pairs:
-        if target.service_type == "bootkit" and not init.HEX64.fullmatch(str(image.uki_id)):
-            raise init.Refused(
-                "MANIFEST-UKI", expected="a bootkit that names its UKI", seen=str(image.uki_id)
-            )
+        if target.service_type == "bootkit" and not init.HEX64.fullmatch(image.uki_ids.get("run", "")):
+            seen = str(dict(image.uki_ids))
+            raise init.Refused("MANIFEST-UKI", expected="a bootkit that names its UKI", seen=seen)
         if len(image.layers) != len(target.layer_signatures):
             seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
             raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
@@ -358,7 +359,7 @@ def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
             raise init.Refused("EPOCH-ORDER", expected=kind, seen=", ".join(release))
         blobs.append(init.read_blob(store, release[kind].digest, release[kind].size, "EPOCH-ORDER"))
     statement, signature, certificate = blobs
-    epoch = init.verify_epoch_order(statement, signature, certificate, policy.manifest_ca, policy.product)
+    epoch = init.verify_epoch_order(statement, signature, certificate, policy)
     return EpochOrder(epoch, statement, signature, certificate)
 
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, records
+from mosinit import cli, enroll, exchange, init, keys, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
 from tests.provisioned import Site
@@ -58,8 +58,8 @@ def test_what_a_machine_gets(site: Site) -> None:
     assert record.storage_key == init.tpm_name(sent(site).storage_key)
     assert record.epoch_index == init.tpm_name(site.policy().epoch_index)
     assert list(answer.approvals) == [sent(site).pcr7.hex()]
-    manifest_ca = site.keyset.certificate_path("manifest-ca").read_bytes()
-    assert init.verify_epoch_order(*answer.order, manifest_ca, site.keyset.product) == 1
+    policy = keys.open_organisation(site.keyset.folder).policy()
+    assert init.verify_epoch_order(*answer.order, policy) == 1
     assert told["pcr7"] == sent(site).pcr7.hex()
     assert told["enrolled_before"] == []
 

@@ -166,12 +166,12 @@ def test_a_statement_is_no_manifest_and_a_manifest_no_statement(
     manifest = blobs[init.MANIFEST_MEDIA_TYPE], blobs[init.SIGNATURE_MEDIA_TYPE]
     certificate = blobs[init.CERTIFICATE_MEDIA_TYPE]
     assert init.verify_manifest(*manifest, certificate, policy).contents.epoch == 3
-    assert init.verify_epoch_order(*statement, certificate, policy.manifest_ca, policy.product) == 3
+    assert init.verify_epoch_order(*statement, certificate, policy) == 3
     with pytest.raises(init.Refused) as refused:
         init.verify_manifest(*statement, certificate, policy)
     assert refused.value.check == "MANIFEST-FORMAT"
     with pytest.raises(init.Refused) as refused:
-        init.verify_epoch_order(*manifest, certificate, policy.manifest_ca, policy.product)
+        init.verify_epoch_order(*manifest, certificate, policy)
     assert refused.value.check == "EPOCH-ORDER"
 
 
@@ -650,7 +650,7 @@ def verity_image(
         "schemaVersion": 2,
         "config": config.json(),
         "layers": [layer.json()] * count,
-        "annotations": {init.UKI_ID_ANNOTATION: "ab" * 32},
+        "annotations": dict.fromkeys(init.UKI_ID_ANNOTATIONS.values(), "ab" * 32),
     }
     layout.write_index(host, [layout.add_blob(host, images.encode(document), images.MANIFEST_TYPE)])
 
