@@ -317,7 +317,10 @@ def test_tokens_that_others_made(organisation: Organisation, tpm: Swtpm, tmp_pat
         ("VOLUME-IDENTITY", {"record": organisation.record(secret_proof=bytes(32))}),
         ("EPOCH-ORDER", {"order_signature": b"x"}),
         ("TPM-POLICY", {"approvals": foreign}),
-        ("TPM-APPROVAL", {"approvals": dict.fromkeys(material.platform(), bytes(256))}),
+        (
+            "TPM-APPROVAL",
+            {"approvals": dict.fromkeys(material.platform(), init.PlatformApproval(1, bytes(256)))},
+        ),
         ("TPM-SEAL", {"seal_private": bytes(len(material.seal.private))}),
     ]
     for check, changes in cases:
