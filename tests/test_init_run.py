@@ -308,7 +308,7 @@ def refused_unopened(k: RunMachine, check: str) -> None:
 
 def test_tokens_that_others_made(organisation: Organisation, tpm: Swtpm, tmp_path: Path) -> None:
     material = organisation.material
-    foreign = {"ab" * 32: material.sign("platform", b"another")}
+    foreign = {"ab" * 32: init.PlatformApproval(1, material.sign("platform", b"another"))}
     cases: list[tuple[str, dict[str, object]]] = [
         ("RECORD-FORMAT", {"record": b"x"}),
         ("RECORD-SIGNATURE", {"record": organisation.record(key=P256)}),
