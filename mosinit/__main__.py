@@ -1,6 +1,10 @@
 """`python3 -m mosinit`: the command of a checkout."""
 
+import signal
 import sys
+
+# While modules are imported there is nothing to clean up, and nobody who would catch Ctrl-C.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Said here, before an import that an older Python cannot even compile.
 if sys.version_info < (3, 11):  # noqa: UP036

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import __version__, disk, hostfs, images, initrd, keys, publish, tools, uki
+from mosinit import __version__, disk, hostfs, images, init, initrd, keys, publish, tools, uki
 from mosinit.host import Failure, Host
 from mosinit.tools import checkout
 
@@ -57,6 +57,8 @@ def build(
     keyset = keys.open_keyset(host, keyset_folder)
     if out.exists() and not out.is_dir():
         raise Failure(f"{out} is not a folder: name another one with --out")
+    if manifest is not None:
+        sequence = check_manifest(manifest, out, epoch).sequence
     out.mkdir(parents=True, exist_ok=True)
     key = inputs_key(keyset, manifest, [epoch, sequence, profile])
     done = _read_record(out / "build.json", key)
@@ -89,6 +91,27 @@ def build(
     with host.replacing(out / "build.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def check_manifest(manifest: Path, out: Path, epoch: int) -> init.Contents:
+    """Read the caller's manifest; refuse what could only fail, or be refused at boot, after a long build."""
+    contents = publish.read_written(manifest)
+    if contents.epoch < epoch:
+        raise Failure(
+            f"{manifest} is of epoch {contents.epoch}, and a UKI of epoch {epoch} refuses it: write "
+            f"`epoch: {epoch}` into it, or build with --epoch {contents.epoch}"
+        )
+    for target in contents.targets:
+        kind, _, place = target.source.partition(":")
+        path = manifest.parent / place.partition(":")[0]
+        # Two are made by the build itself.
+        made = path.absolute().parent == out.absolute() and path.name in ("hostfs", "bootkit")
+        if kind != "docker" and not path.exists() and not made:
+            raise Failure(
+                f"{manifest}: {target.source} of {target.service_name} is not there (paths begin at "
+                f"{manifest.absolute().parent})"
+            )
+    return contents
 
 
 def make_bootable(host: Host, keyset: keys.Keyset, out: Path, epoch: int) -> Bootable:

@@ -576,6 +576,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
             # What a verb started (VMs, TPMs, mounts) is stopped by its `finally`: a plain SIGTERM skips
             # those.
             signal.signal(signal.SIGTERM, _terminated)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         values = parser(table).parse_args(words)
         as_json = getattr(values, "json", False)
         if not hasattr(values, "verb"):

@@ -127,6 +127,8 @@ def read_written(manifest: Path) -> init.Contents:
         if manifest.stat().st_size > init.MANIFEST_BYTES:
             raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
         return init.parse_manifest(manifest.read_bytes(), published=False)
+    except init.Refused as error:
+        raise init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}") from error
     except OSError as error:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
 

@@ -44,7 +44,10 @@ UNUSED_SECONDS = 7 * 24 * 3600
 # The package alone, shown at a path of its own: the folder it lies in may be full of another Python's
 # modules, and the current folder must not be able to put a module of its own into a process of root.
 CODE = "/.mosinit"
-START = f"import sys; sys.path.insert(0, {CODE!r}); from mosinit.cli import main; sys.exit(main())"
+START = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    f"sys.path.insert(0, {CODE!r}); from mosinit.cli import main; sys.exit(main())"
+)
 FROM_HOST_ETC = ("resolv.conf", "hosts", "pip.conf", "ssl/certs/ca-certificates.crt", "localtime")
 
 

@@ -164,6 +164,10 @@ CASES: list[tuple[str, int, str]] = [
     ("build --keys keys --out new --epoch 65", 2, "--epoch"),
     ("build --keys keys --out new --epoch -1", 2, "--epoch"),
     ("build --keys keys --out new --epoch 1.5", 2, "--epoch"),
+    ("build --keys keys --out new --manifest none.yaml", 1, "cannot read none.yaml"),
+    ("build --keys keys --out new --manifest broken.yaml", 3, "broken.yaml: line 4, epoch"),
+    ("build --keys keys --out new --manifest good.yaml --epoch 3", 1, "good.yaml is of epoch 1"),
+    ("build --keys keys --out new --manifest nosource.yaml", 1, "oci:./none of hostfs is not there"),
     # publish
     *((f"publish good.yaml --keys {name} --to oci:new", 1, says) for name, says in KEYSETS.items()),
     ("publish none.yaml --keys keys --to oci:new", 1, "cannot read none.yaml: No such file"),
