@@ -109,6 +109,7 @@ def request(host: Host, options: Options) -> dict[str, object]:
         if options.consent and options.auths:
             start_over(machine, organisation, policy, options)
         inspect(machine, policy, options.epoch)
+        _remove_planted(host, machine)
         made = make_objects(machine, policy, options.epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
         fresh = scratch / "state"
@@ -186,6 +187,22 @@ def _check_usable(machine: Tpm) -> init.Permanent:
     if flags & init.Permanent.IN_LOCKOUT:
         raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
     return flags
+
+
+def _remove_planted(host: Host, machine: Tpm) -> None:
+    """Remove policies that open the hierarchies of a TPM that has no passwords: they would outlive ours."""
+    planted = machine.policies()
+    if planted:
+        host.say(f"the TPM has a policy of {', '.join(planted)}, set by somebody before: it is removed")
+        machine.remove_policies()
+        _check_no_policy(machine)
+
+
+def _check_no_policy(machine: Tpm) -> None:
+    planted = machine.policies()
+    if planted:
+        expected = "no policy of owner, endorsement and lockout"
+        raise init.Refused("TPM-STATE", expected=expected, seen=f"one of {', '.join(planted)}")
 
 
 def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
@@ -392,6 +409,7 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
             auths = _read_auths(folder)
             _begin_closing(host, folder, machine)
             machine.close_hierarchies(auths)
+        _check_no_policy(machine)
         init.check_tpm(machine, record, state.epoch)
     pem = x509.load_der_x509_certificate(taken.certificate).public_bytes(serialization.Encoding.PEM)
     _write(host, folder / "sudi.pem", pem)
@@ -488,6 +506,7 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
     if flags & PASSWORDS:
         expected = "the TPM as the request left it"
         raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+    _remove_planted(host, machine)
     _write(host, folder / "closing", b"")
 
 

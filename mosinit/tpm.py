@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -42,6 +43,8 @@ WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
 # minutes, a day after a wrong lockout password. Never off: that would be for good.
 TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS = 32, 600, 86400
 
+CC_SET_PRIMARY_POLICY = 0x12E  # part 2, 6.5.2
+CAP_AUTH_POLICIES, RC_CAPABILITY = 9, 0x1C4  # part 2, 6.12; TPM_RC_VALUE for the first parameter
 RC_AUTH = (0x8E, 0xA2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH (part 2, 6.6.3), of whatever session
 RC_FORMAT_ONE = 0xBF  # what is left of such a code without the session's number
 _REMOVE_SRK = (
@@ -52,6 +55,7 @@ HIERARCHIES: Mapping[str, tuple[init.Permanent, ESYS_TR]] = {
     "endorsement": (init.Permanent.ENDORSEMENT_AUTH, ESYS_TR.ENDORSEMENT),
     "owner": (init.Permanent.OWNER_AUTH, ESYS_TR.OWNER),
 }
+POLICY_HANDLES = (0x4000000A, 0x4000000B, 0x40000001)  # of the same; part 2, 7.4
 
 
 class WrongAuth(Failure):
@@ -266,12 +270,56 @@ class Tpm(init.Machine):
         with asking("the TPM to tell its state"):
             return init.read_tpm_flags(self)
 
+    def policies(self) -> list[str]:
+        """Return the hierarchies that a policy opens beside their password: none, where all is well.
+
+        A TPM from before this capability (revision 1.38) tells of none.
+        """
+        with asking("the TPM to tell the policies of its hierarchies"):
+            try:
+                found = dict(self._policy(handle) for handle in POLICY_HANDLES)
+            except init.TpmError as error:
+                if error.code == RC_CAPABILITY:
+                    return []
+                raise
+        return [name for name, handle in zip(HIERARCHIES, POLICY_HANDLES, strict=True) if found[handle]]
+
+    def _policy(self, handle: int) -> tuple[int, bool]:
+        answer = init.read_capability(self, CAP_AUTH_POLICIES, handle, 1)
+        if (answer.number(4), answer.number(4)) != (1, handle):
+            raise init.TpmError(init.Cc.GET_CAPABILITY, 0, "the policy of another hierarchy")
+        return handle, (answer.number(2) != TPM2_ALG.NULL)
+
+    def remove_policies(self) -> None:
+        """Take every policy of a hierarchy away: who set one needs no password, and a password ends none.
+
+        That of lockout only while it has no password: none was set before the policies were removed.
+        """
+        flags, _ = self.flags()
+        with asking("the policies of the hierarchies to be removed"):
+            for handle in (ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER):
+                with self._session() as session:
+                    self._esapi.set_primary_policy(handle, b"", TPM2_ALG.NULL, session1=session)
+            if not flags & init.Permanent.LOCKOUT_AUTH:
+                self._remove_lockout_policy()
+
+    def _remove_lockout_policy(self) -> None:
+        """Do what tpm2-pytss does with the other hierarchies alone (part 3, 24.3)."""
+        body = struct.pack(">II", POLICY_HANDLES[0], len(init.EMPTY_PASSWORD)) + init.EMPTY_PASSWORD
+        body += struct.pack(">HH", 0, TPM2_ALG.NULL)
+        head = struct.pack(">HII", init.ST_SESSIONS, 10 + len(body), CC_SET_PRIMARY_POLICY)
+        answer = self.tpm(head + body)
+        if answer[6:10] != bytes(4):
+            raise OSError(errno.EIO, f"TPM2_SetPrimaryPolicy: the TPM answered {answer[:10].hex()}")
+
     def close_hierarchies(self, auths: Mapping[str, bytes]) -> None:
-        """Set dictionary attack parameters and the passwords that are not set, and switch TPM2_Clear off.
+        """Remove policies, set dictionary attack parameters and the passwords that are not set, and switch
+        TPM2_Clear off.
 
         An interrupted run goes on from what is set: passwords that are set must be these.
         """
         self._use(auths)
+        self.remove_policies()
         with asking("the TPM to be closed"):
             with self._session() as session:
                 self._esapi.dictionary_attack_parameters(

@@ -32,6 +32,7 @@ from tests.tpms import Breaking, TpmMachine
 WRITES = {
     0x120: "EvictControl", 0x12A: "NV_DefineSpace", 0x122: "NV_UndefineSpace", 0x135: "NV_SetBits",
     0x129: "HierarchyChangeAuth", 0x127: "ClearControl", 0x13A: "DictionaryAttackParameters",
+    0x12E: "SetPrimaryPolicy",
 }  # fmt: skip
 SRK = ("-G", "ecc256:aes128cfb", "-g", "sha256", "-a",
        "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt")  # fmt: skip
@@ -317,6 +318,44 @@ def test_the_event_log_must_be_there(site: Site) -> None:
         site.log.write_bytes(content)
 
 
+# --- Policies that others planted ---------------------------------------------------------------------
+
+
+def plant(site: Site) -> None:
+    """Let whoever knows no password do everything with owner, endorsement and lockout."""
+    run = site.tpm.run
+    run("tpm2_startauthsession", "-S", "s.ctx")
+    run("tpm2_policycommandcode", "-S", "s.ctx", "-L", "planted", "TPM2_CC_NV_UndefineSpace")
+    run("tpm2_flushcontext", "s.ctx")
+    for hierarchy in ("o", "e", "l"):
+        run("tpm2_setprimarypolicy", "-C", hierarchy, "-L", "planted", "-g", "sha256")
+
+
+def planted(site: Site) -> list[str]:
+    with tpms.open_tpm(site.tpm.tcti) as machine:
+        return machine.policies()
+
+
+@pytest.mark.parametrize("when", ["before the request", "before the answer"])
+def test_policies_that_others_planted_are_removed(
+    site: Site, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if when == "before the request":
+        plant(site)
+    site.request()
+    assert planted(site) == []
+    site.enroll()
+    if when == "before the answer":
+        plant(site)
+    site.finish()
+    assert planted(site) == []
+    assert "policy of lockout, endorsement, owner" in capsys.readouterr().err
+    run = site.tpm.run
+    run("tpm2_startauthsession", "--policy-session", "-S", "s.ctx")
+    run("tpm2_policycommandcode", "-S", "s.ctx", "TPM2_CC_NV_UndefineSpace")
+    run("tpm2_nvundefine", "-C", "o", "-P", "session:s.ctx", hex(init.EPOCH_INDEX), fails=True)
+
+
 # --- Run twice, and interrupted ------------------------------------------------------------------------
 
 
@@ -352,6 +391,21 @@ def test_a_state_for_another_organisation_is_not_taken(site: Site) -> None:
         provision.request(site.host, replace(options, folder=site.folder / "new"))
     with pytest.raises(Failure, match="for another organisation"):
         provision.request(site.host, options)
+
+
+def test_a_closed_tpm_with_a_planted_policy_is_refused(site: Site) -> None:
+    """As an older mosinit left it."""
+    site.request()
+    site.enroll()
+    auths = {name: word.encode() for name, word in json.loads(site.saved_auths()).items()}
+    site.finish()
+    with tpms.open_tpm(site.tpm.tcti) as machine:
+        machine.open_hierarchies(auths)
+    plant(site)
+    for hierarchy, word in auths.items():
+        site.tpm.run("tpm2_changeauth", "-c", hierarchy, word.decode())
+    with pytest.raises(init.Refused, match="TPM-STATE.*no policy.*owner"):
+        site.finish()
 
 
 def test_all_done_a_second_run_only_looks(site: Site) -> None:
@@ -415,7 +469,7 @@ def test_an_answer_may_be_interrupted_at_any_command(site: Site) -> None:
     with Breaking(site.tpm) as way:
         site.finish(tcti=way.tcti)
     assert writes(way.seen) == [
-        "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl", "HierarchyChangeAuth",
+        *["SetPrimaryPolicy"] * 3, "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl", "HierarchyChangeAuth",
         "HierarchyChangeAuth",
     ]  # fmt: skip
     take_back()
