@@ -70,12 +70,15 @@ class Made(NamedTuple):
 
 
 class Secrets(NamedTuple):
-    """What nobody but this machine, and the recovery record, may know."""
+    """What nobody but this machine, and the recovery record, may know; and what makes its storage key one of
+    its own, which is no secret.
+    """
 
     config: bytes
     sudi_auth: bytes
     recovery_key: str
     auths: Mapping[str, bytes]
+    unique: bytes
 
 
 class State(NamedTuple):
@@ -161,7 +164,7 @@ def make_secrets(host: Host) -> Secrets:
     """Make every secret of a new machine. Passwords are hex: a TPM drops zeros at the end of one."""
     auths = {name: host.random(16).hex().encode() for name in exchange.HIERARCHIES}
     recovery_key = exchange.make_recovery_key(host.random(32))
-    return Secrets(host.random(32), host.random(16).hex().encode(), recovery_key, auths)
+    return Secrets(host.random(32), host.random(16).hex().encode(), recovery_key, auths, host.random(64))
 
 
 def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
@@ -221,11 +224,12 @@ def words_of(flags: init.Permanent) -> str:
 
 
 def make_objects(machine: Tpm, policy: init.PolicyKeys, epoch: int, secrets: Secrets) -> Made:
-    """Make what the request names. What an interrupted run left in the TPM is used again.
+    """Make what the request names. Of what an interrupted run left, the storage key is made anew, and the
+    epoch index used again.
 
-    The epoch index comes last: that the storage root key can be used is then known.
+    That comes last: that the storage root key can be used is then known.
     """
-    storage_key = machine.make_storage_key()
+    storage_key = machine.make_storage_key(secrets.unique)
     sudi = machine.make_identity(secrets.sudi_auth)
     seal = machine.seal(policy, secrets.config)
     index = machine.make_epoch_index(policy, epoch)
@@ -347,8 +351,8 @@ def start_over(
 ) -> None:
     """Undo a provisioning, if the organisation consents and the passwords are right.
 
-    An interrupted run goes on from what is still set. The consent names the storage key, which comes back
-    the same until the TPM is cleared; the passwords do not.
+    An interrupted run goes on from what is still set. The consent names the storage key, which stays until
+    the next request makes another: then the seal and the record of before are of no use.
     """
     consent, auths = options.consent, options.auths
     assert consent and auths  # `request` saw it
@@ -369,17 +373,21 @@ def start_over(
 
 
 def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
-    _check_usable(machine)
+    if not _check_usable(machine) & PASSWORDS:
+        return  # an earlier run came this far
     try:
-        own = {init.tpm_name(area) for area in machine.storage_keys(recovery.auths)}
+        machine.check_owner(recovery.auths)
     except WrongAuth as error:
         raise Failure(
             "the owner password in the recovery record is not this TPM's: name the record of this machine's "
             "last provisioning"
         ) from error
-    if recovery.storage_key not in own:
-        seen = ", ".join(sorted(name.hex() for name in own))
-        raise init.Refused("TPM-IDENTITY", expected=f"storage key {recovery.storage_key.hex()}", seen=seen)
+    seen = machine.find_storage_key()
+    name = init.tpm_name(seen) if seen else b""
+    if recovery.storage_key != name:
+        raise init.Refused(
+            "TPM-IDENTITY", expected=f"storage key {recovery.storage_key.hex()}", seen=name.hex() or "none"
+        )
     try:
         # An index of this organisation stays: its epoch must not fall.
         _check_epoch(machine, policy, epoch)
@@ -387,7 +395,6 @@ def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, ep
         if refused.check != "TPM-INDEX":
             raise
         machine.remove_epoch_index()
-    machine.remove_storage_key()
     machine.open_hierarchies(recovery.auths)
 
 

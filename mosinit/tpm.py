@@ -31,12 +31,9 @@ from tpm2_pytss.types import (
 from mosinit import init
 from mosinit.exchange import Seal
 from mosinit.host import Failure, Usage
-from mosinit.records import SUDI_HEAD
+from mosinit.records import SUDI_HEAD, parse_point
 
 DEVICE = "device:/dev/tpmrm0"
-# What `unique` begins with makes another key of the same seed: TCG Provisioning Guidance 7.5.1 has zeros,
-# tpm2-tools nothing. An SRK that is there already may be either.
-UNIQUE = (b"\0\x20" + bytes(32) + b"\0\x20" + bytes(32), bytes(4))
 WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
 
 # Dictionary attacks are on whatever asks for a password outside our policy: 32 tries, one more every ten
@@ -118,29 +115,31 @@ class Tpm(init.Machine):
     # --- The storage root key and what lies under it
 
     def find_storage_key(self) -> bytes | None:
-        """Return the public area of the SRK, None if there is none.
+        """Return the public area of the storage root key, None if there is none.
 
-        Raises `Failure` unless it is what this very TPM makes of the template.
+        Raises `Failure` if what is there is no key of our template.
         """
         with asking("the storage root key"):
             seen = init.read_storage_key(self)
-        if seen is None:
-            return None
-        for unique in UNIQUE if seen.startswith(init.SRK_HEAD) else ():
-            with self._primary(unique) as (_, public):
-                if public == seen:
-                    return seen
-        raise Failure(
-            f"the TPM holds another object at {init.SRK:#x} than its storage root key: {_REMOVE_SRK}"
-        )
+        try:
+            return seen and whole_point(seen, init.SRK_HEAD)
+        except init.Refused as refused:
+            raise Failure(
+                f"the TPM holds another object at {init.SRK:#x} than its storage root key: {_REMOVE_SRK}"
+            ) from refused
 
-    def make_storage_key(self) -> bytes:
-        """Make the SRK persistent unless it is, and return its public area."""
-        seen = self.find_storage_key()
-        if seen is not None:
-            return seen
-        with self._primary(UNIQUE[0]) as (key, public):
-            self._evict(key)
+    def make_storage_key(self, random: bytes) -> bytes:
+        """Make a new key and keep it as the storage root key, in place of one that is there.
+
+        64 random bytes make it another one than every key before: nothing that those guarded loads under it,
+        and there is no need to know them again.
+        """
+        unique = b"".join(b"\0\x20" + random[start : start + 32] for start in (0, 32))
+        with self._primary(unique) as (key, public):
+            whole_point(public, init.SRK_HEAD)
+            self.remove_storage_key()
+            with asking("the storage root key to be kept"):
+                self._evict(key)
         again = self.find_storage_key()
         if again != public:
             raise init.Refused("TPM-ANSWER", expected="the key just made", seen=repr(again))
@@ -203,11 +202,9 @@ class Tpm(init.Machine):
 
     def make_identity(self, auth: bytes) -> TpmKey:
         """Make the SUDI key: it signs only in this TPM, and only for who knows `auth`."""
-        try:
-            with asking("a SUDI key"):
-                _, public, pem = self._create(SUDI_HEAD + bytes(4), auth, b"")
-        except WrongAuth as error:
-            raise Failure(f"the storage root key has a password: {_REMOVE_SRK}") from error
+        with asking("a SUDI key"):
+            _, public, pem = self._create(SUDI_HEAD + bytes(4), auth, b"")
+        whole_point(public, SUDI_HEAD)
         return TpmKey(public, pem)
 
     def seal(self, keys: init.PolicyKeys, secret: bytes) -> Seal:
@@ -332,17 +329,14 @@ class Tpm(init.Machine):
             self._set("endorsement", auths["endorsement"])
             self._set("owner", auths["owner"])
 
-    def storage_keys(self, auths: Mapping[str, bytes]) -> list[bytes]:
-        """Return the public areas of the storage root keys that this TPM can make, by the owner's password.
+    def check_owner(self, auths: Mapping[str, bytes]) -> None:
+        """Try the owner's password, if one is set, on what leaves nothing behind.
 
-        No wrong try of that one locks the TPM. Raises `WrongAuth`. From here these passwords are used.
+        Raises `WrongAuth`; no wrong try of that one locks the TPM. From here these passwords are used.
         """
         self._use(auths)
-        areas = []
-        for unique in UNIQUE:
-            with self._primary(unique) as (_, public):
-                areas.append(public)
-        return areas
+        with self._primary(bytes(4)):
+            pass
 
     def open_hierarchies(self, auths: Mapping[str, bytes]) -> None:
         """Take the passwords away; an interrupted run goes on from what is still set.
@@ -370,6 +364,19 @@ class Tpm(init.Machine):
         if self.flags()[0] & flag:
             with self._session() as session:
                 self._esapi.hierarchy_change_auth(handle, b"", session1=session)
+
+
+def whole_point(area: bytes, head: bytes) -> bytes:
+    """Return the public area of a P-256 key as it is, if both of its coordinates have all their 32 bytes.
+
+    A TPM may leave out zeros that one begins with; what takes such a key apart would have to guess.
+    """
+    try:
+        parse_point(area, head)
+    except ValueError as error:
+        expected = "a P-256 key of our template with coordinates of 32 bytes; the next one made is another"
+        raise init.Refused("TPM-ANSWER", expected=expected, seen=area.hex()[:300]) from error
+    return area
 
 
 def unwritten(keys: init.PolicyKeys) -> bytes:
