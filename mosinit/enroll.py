@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mosinit import exchange, images, init, records
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset
+
+_AGAIN = "make a new request on the machine"
 
 
 class Approvals(NamedTuple):
@@ -42,6 +44,7 @@ class Verified:
     serial: str
     key: ec.EllipticCurvePublicKey
     record: bytes
+    digest: bytes
     storage_key: bytes  # name
     pcr7: bytes
     epoch: int
@@ -71,7 +74,7 @@ def enroll(
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     earlier = filed(machines, wanted.storage_key)
     _show(host, keyset, wanted, platform, earlier)
-    certificate = records.issue(keyset, wanted.key, wanted.record)
+    certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
         certificate,
@@ -129,14 +132,15 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
         raise init.Refused("RECORD-PRODUCT", expected=keyset.product, seen=untrusted.product)
     if untrusted.epoch != epoch:
         raise init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
-    key, record = _verify_csr(untrusted.csr)
+    key, record, digest = _verify_csr(untrusted.csr)
     policy = init.policy_keys(*(keyset.public_path(role).read_bytes() for role in ("pcr", "platform")))
     try:
         records.parse_point(untrusted.storage_key, init.SRK_HEAD)
         sudi = records.parse_point(untrusted.sudi, records.SUDI_HEAD)
     except ValueError as error:
-        expected = "a storage root key and a SUDI key of their templates"
-        raise init.Refused("RECORD-FORMAT", expected=expected, seen=str(error)) from error
+        raise Failure(
+            f"the request shows no storage root key and SUDI key of their templates ({error}): {_AGAIN}"
+        ) from error
     head = policy.sealed_head
     if not untrusted.sealed.startswith(head) or len(untrusted.sealed) != len(head) + 32:
         raise init.Refused(
@@ -151,37 +155,33 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
     proof = record[-init.RECORD.size :][17:49]
     names = init.tpm_name(untrusted.storage_key), init.tpm_name(untrusted.epoch_index)
     if (record, key) != (records.encode_record(keyset.product, proof, *names), sudi):
-        raise init.Refused(
-            "RECORD-FORMAT", expected="a certificate request for the keys that come with it",
-            seen=record.hex()[:400],
-        )  # fmt: skip
-    return Verified(records.serial_of(key), key, record, names[0], untrusted.pcr7, epoch, untrusted.recovery)
+        raise Failure(f"the certificate request is for other keys than come with it: {_AGAIN}")
+    if digest != records.request_digest(untrusted, keyset.certificate):
+        raise Failure(
+            "the request is not the one that its machine signed, or the machine goes by other certificates "
+            f"than this keyset's: export the keyset again, and {_AGAIN}"
+        )
+    serial = records.serial_of(key)
+    return Verified(serial, key, record, digest, names[0], untrusted.pcr7, epoch, untrusted.recovery)
 
 
-def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
-    """Return key and record of a certificate request that its own key signed."""
+def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes, bytes]:
+    """Return key, record and request digest of a certificate request that its own key signed."""
     try:
         request = x509.load_der_x509_csr(untrusted)
         extensions = list(request.extensions)
         key, signed = request.public_key(), request.is_signature_valid
-        if [extension.oid for extension in extensions] != [records.RECORD_OID]:
-            raise ValueError("other extensions than a machine record")
-        record = extensions[0].value
-        assert isinstance(record, x509.UnrecognizedExtension)  # no library knows our OID
+        if [extension.oid for extension in extensions] != [records.RECORD_OID, records.REQUEST_OID]:
+            raise ValueError("other extensions than a machine record and the request's digest")
+        record, digest = (cast(x509.UnrecognizedExtension, each.value).value for each in extensions)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError(f"a key of the kind {type(key).__name__}")
     except Exception as error:  # of a spoiled request the parser raises more kinds than it names
         seen = f"{type(error).__name__}: {error}"[:300]
-        raise init.Refused(
-            "RECORD-FORMAT", expected="a certificate request with a machine record", seen=seen
-        ) from error
-    if not signed:
-        raise init.Refused(
-            "RECORD-FORMAT",
-            expected="a certificate request that its own key signed",
-            seen="another signature",
-        )
-    return key, record.value
+        raise Failure(f"the certificate request is none of a machine's ({seen}): {_AGAIN}") from error
+    if not signed or digest[:2] != records.encode_digest(b""):
+        raise Failure(f"the certificate request is not signed by its own key: {_AGAIN}")
+    return key, record, digest[2:]
 
 
 def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
@@ -189,10 +189,10 @@ def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
     recovery = open_cms(keyset, wanted.recovery, "the recovery record of the request")
     seen = (recovery.product, recovery.serial, recovery.storage_key)
     if seen != (keyset.product, wanted.serial, wanted.storage_key):
-        raise init.Refused(
-            "RECORD-FORMAT", expected=f"the recovery record of machine {wanted.serial}",
-            seen=f"one of machine {recovery.serial}",
-        )  # fmt: skip
+        raise Failure(
+            f"the request of machine {wanted.serial} comes with the recovery record of machine "
+            f"{recovery.serial}: {_AGAIN}"
+        )
 
 
 # --- The organisation's file of machines -------------------------------------------------------------

@@ -88,6 +88,7 @@ class State(NamedTuple):
     storage_key: bytes
     epoch_index: bytes
     sudi: bytes
+    request: bytes  # its digest
     seal: exchange.Seal
 
 
@@ -116,12 +117,15 @@ def request(host: Host, options: Options) -> dict[str, object]:
         made = make_objects(machine, policy, options.epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
         fresh = scratch / "state"
-        _write_state(host, fresh, organisation, options.epoch, made, secrets)
-        csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config)
-        sent = exchange.Request(
-            organisation.product, options.epoch, csr, made.storage_key, made.epoch_index, made.seal.public,
+        _write_state(host, fresh, organisation, made, secrets)
+        unsigned = exchange.Request(
+            organisation.product, options.epoch, b"", made.storage_key, made.epoch_index, made.seal.public,
             made.sudi, made.pcr7, log, encrypt_recovery(host, fresh, organisation, made, secrets),
         )  # fmt: skip
+        digest = records.request_digest(unsigned, organisation.certificate)
+        csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config, digest)
+        sent = unsigned._replace(csr=csr)
+        _write(host, fresh / "machine.json", _encode_state(made, options.epoch, digest))
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
@@ -243,17 +247,20 @@ def _write(host: Host, path: Path, content: bytes) -> None:
         fresh.write_bytes(content)
 
 
+def _encode_state(made: Made, epoch: int, request: bytes) -> bytes:
+    words = {
+        "schema": 1, "epoch": epoch, "pcr7": made.pcr7.hex(), "storage_key": made.storage_key.hex(),
+        "epoch_index": made.epoch_index.hex(), "sudi": made.sudi.hex(), "request": request.hex(),
+        "seal": {"public": made.seal.public.hex(), "private": made.seal.private.hex()},
+    }  # fmt: skip
+    return (json.dumps(words, indent=1) + "\n").encode()
+
+
 def _write_state(
-    host: Host, folder: Path, organisation: keys.Organisation, epoch: int, made: Made, secrets: Secrets
+    host: Host, folder: Path, organisation: keys.Organisation, made: Made, secrets: Secrets
 ) -> None:
     folder.mkdir(mode=0o700)
     keys.write_organisation(host, organisation, folder / "organisation")
-    words = {
-        "schema": 1, "epoch": epoch, "pcr7": made.pcr7.hex(), "storage_key": made.storage_key.hex(),
-        "epoch_index": made.epoch_index.hex(), "sudi": made.sudi.hex(),
-        "seal": {"public": made.seal.public.hex(), "private": made.seal.private.hex()},
-    }  # fmt: skip
-    _write(host, folder / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
     _write(host, folder / "sudi.key", made.sudi_pem)
     _write(host, folder / "sudi.auth", secrets.sudi_auth + b"\n")
     _write(host, folder / "config.key", secrets.config)
@@ -262,8 +269,12 @@ def _write_state(
     _write(host, folder / "auths.json", (json.dumps(auths) + "\n").encode())
 
 
-def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secret: bytes) -> bytes:
-    """Return a certificate request (PKCS#10, DER) that the SUDI key signs in the TPM: record and all."""
+def make_csr(
+    host: Host, folder: Path, tcti: str, made: Made, product: str, secret: bytes, request: bytes
+) -> bytes:
+    """Return a certificate request (PKCS#10, DER) that the SUDI key signs in the TPM, with the
+    machine record and the digest of the whole request.
+    """
     serial = records.serial_of(records.parse_point(made.sudi, records.SUDI_HEAD))
     record = records.encode_record(
         product,
@@ -274,6 +285,7 @@ def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secr
     config = (
         "[req]\nprompt = no\ndistinguished_name = dn\nreq_extensions = extensions\n"
         f"[dn]\nCN = {serial}\n[extensions]\n{init.RECORD_OID} = DER:{record.hex()}\n"
+        f"{records.REQUEST_OID.dotted_string} = DER:{records.encode_digest(request).hex()}\n"
     )
     with host.scratch() as scratch:
         (scratch / "request.cnf").write_text(config)
@@ -333,8 +345,8 @@ def read_state(folder: Path) -> State:
             raise Failure(f"{folder} is open to others: chmod 700 {folder}")
         words = json.loads((folder / "machine.json").read_text())
         seal = exchange.Seal(*(bytes.fromhex(words["seal"][name]) for name in exchange.Seal._fields))
-        storage_key, index, sudi = (bytes.fromhex(words[name]) for name in State._fields[1:4])
-        return State(int(words["epoch"]), storage_key, index, sudi, seal)
+        storage_key, index, sudi, request = (bytes.fromhex(words[name]) for name in State._fields[1:5])
+        return State(int(words["epoch"]), storage_key, index, sudi, request, seal)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
@@ -458,12 +470,28 @@ def verify_answer(
             "TPM-IDENTITY", expected="the answer to this machine's request",
             seen=f"one for {certificate.subject.rfc4514_string()}, storage key {record.storage_key.hex()}",
         )  # fmt: skip
+    _check_request(certificate, state)
     verify_approvals(organisation, policy, untrusted.approvals)
     order = untrusted.order
     init.verify_epoch_order(
         order.statement, order.signature, order.certificate, organisation.files["manifest-ca.pem"], product
     )
     return record
+
+
+def _check_request(certificate: x509.Certificate, state: State) -> None:
+    """See that the organisation answers what this machine asked, and filed the recovery record that it sent:
+    nobody else will have the passwords.
+    """
+    try:
+        answered = records.parse_digest(certificate).hex()
+    except ValueError as error:
+        answered = str(error)
+    if answered != state.request.hex():
+        raise Failure(
+            f"the answer is to another request of this machine ({answered}), with another recovery record: "
+            "have the request in this folder enrolled"
+        )
 
 
 def verify_approvals(

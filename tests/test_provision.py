@@ -585,7 +585,7 @@ def other_ca(site: Site) -> None:
     site.enroll()
     record = records.encode_record(other.product, bytes(32), bytes(34), bytes(34))
     key = records.parse_point(_sudi(site), records.SUDI_HEAD)
-    change_answer(site, certificate=records.issue(other, key, record))
+    change_answer(site, certificate=records.issue(other, key, record, bytes(32)))
 
 
 def other_secret(site: Site) -> None:
@@ -595,7 +595,22 @@ def other_secret(site: Site) -> None:
     names = [init.tpm_name(bytes.fromhex(words[name])) for name in ("storage_key", "epoch_index")]
     record = records.encode_record(site.keyset.product, bytes(32), *names)
     key = records.parse_point(_sudi(site), records.SUDI_HEAD)
-    change_answer(site, certificate=records.issue(site.keyset, key, record))
+    change_answer(site, certificate=records.issue(site.keyset, key, record, request_digest(site)))
+
+
+def other_request(site: Site) -> None:
+    """An answer for this very machine and record, but to a request with another recovery record."""
+    site.enroll()
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer")
+    certificate = x509.load_der_x509_certificate(answer.certificate)
+    record = certificate.extensions.get_extension_for_oid(records.RECORD_OID).value
+    assert isinstance(record, x509.UnrecognizedExtension)
+    key = records.parse_point(_sudi(site), records.SUDI_HEAD)
+    change_answer(site, certificate=records.issue(site.keyset, key, record.value, bytes(32)))
+
+
+def request_digest(site: Site) -> bytes:
+    return bytes.fromhex(json.loads((site.state / "machine.json").read_text())["request"])
 
 
 def _sudi(site: Site) -> bytes:
@@ -615,6 +630,7 @@ def broken_order(site: Site) -> None:
     [
         (other_machine, "TPM-IDENTITY.*the answer to this machine's request"),
         (other_secret, "TPM-IDENTITY.*the answer to this machine's request"),
+        (other_request, "the answer is to another request .* with another recovery record"),
         (foreign_approval, "TPM-APPROVAL"),
         (other_firmware, "TPM-POLICY.*an approved PCR 7"),
         (other_tpm, "TPM-IDENTITY.*seen none"),
@@ -629,7 +645,7 @@ def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None],
     site.request()
     spoil(site)
     before = sorted(path.name for path in site.state.iterdir())
-    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match=says):
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
         site.finish(tcti=way.tcti)
     assert writes(way.seen) == []
     assert sorted(path.name for path in site.state.iterdir()) == before
