@@ -1,9 +1,13 @@
 """Enrolling, on the organisation's side: a machine's request is checked, and answered with everything that
 the machine needs to open its disk by itself.
 
-    MACHINES/SERIAL/machine.json     serial, product, storage key and PCR 7 of the machine
+    MACHINES/SERIAL/machine.json     serial, product, storage key, machine record and PCR 7 of the machine
     MACHINES/SERIAL/recovery.cms     its recovery record, as encrypted as it came
     MACHINES/SERIAL/certificate.pem  the last SUDI certificate issued
+
+A record that a filed machine got is the only one it gets, and a storage key belongs to one machine: another
+is refused, unless a person says that this serial is enrolled again. What was filed is kept then, in
+SERIAL-1, SERIAL-2 and so on.
 
 What a request says of its TPM nobody attests: whoever can make requests in a machine's name can have one
 answered. Enroll what comes from machines that you hold.
@@ -11,6 +15,7 @@ answered. Enroll what comes from machines that you hold.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -59,6 +64,7 @@ def enroll(
     machines: Path | None = None,
     epoch: int = 1,
     approvals: Approvals | None = None,
+    again: str | None = None,
 ) -> dict[str, object]:
     """Check a request, file its recovery record, and write the answer; nothing if the request is not right.
 
@@ -72,8 +78,11 @@ def enroll(
     wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
-    earlier = filed(machines, wanted.storage_key)
+    known = read_machines(machines)
+    earlier = check_filed(known, wanted, again)
     _show(host, keyset, wanted, platform, earlier)
+    if again:
+        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
     certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
@@ -81,7 +90,7 @@ def enroll(
         {wanted.pcr7.hex(): approvals.approve(keyset, wanted.pcr7, epoch)},
         sign_order(keyset, wanted.epoch),
     )
-    folder = _file(host, machines, keyset.product, wanted, certificate)
+    folder = _file(host, machines, keyset.product, wanted, certificate, again)
     with host.replacing(out) as fresh:
         fresh.write_bytes(exchange.encode_answer(answer))
     return {
@@ -198,38 +207,73 @@ def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
 # --- The organisation's file of machines -------------------------------------------------------------
 
 
-def filed(machines: Path, storage_key: bytes) -> list[str]:
-    """Return the serials under which a TPM was enrolled before."""
-    found = [path.parent.name for path in machines.glob("*/machine.json")]
-    return sorted(serial for serial in found if _filed_key(machines, serial) == storage_key)
+class Filed(NamedTuple):
+    """What is filed of a machine: its serial, the name of its storage key, its record."""
+
+    serial: str
+    storage_key: bytes
+    record: bytes
 
 
-def _filed_key(machines: Path, serial: str) -> bytes:
-    path = machines / serial / "machine.json"
+def read_machines(machines: Path) -> list[Filed]:
+    """Return all that is filed, that of before too."""
+    return [_read_filed(path.parent) for path in sorted(machines.glob("*/machine.json"))]
+
+
+def _read_filed(folder: Path) -> Filed:
+    path = folder / "machine.json"
     try:
-        return bytes.fromhex(json.loads(path.read_text())["storage_key"])
+        words = init.parse_json(path.read_bytes(), "")
+        if not isinstance(words, dict) or words["serial"] != folder.name.partition("-")[0]:
+            raise ValueError("another machine than its folder's name says")
+        return Filed(words["serial"], *(bytes.fromhex(words[name]) for name in Filed._fields[1:]))
     except FileNotFoundError as error:
-        raise Failure(f"no machine {serial} is filed in {machines}: see the folders there") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(
+            f"no machine {folder.name} is filed in {folder.parent}: see the folders there"
+        ) from error
+    except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"cannot read {path}: restore it from a backup") from error
 
 
-def _file(host: Host, machines: Path, product: str, wanted: Verified, certificate: bytes) -> Path:
-    """File a machine; its folder appears complete or not at all, and no recovery record is replaced."""
+def check_filed(known: list[Filed], wanted: Verified, again: str | None) -> list[str]:
+    """Return the serials under which a TPM was enrolled before, if there is no other record of it.
+
+    Whoever is root on a machine can make another request in its name, for a secret of their own: the first
+    record is the machine's. Only a person can know that another is.
+    """
+    if again and again not in {machine.serial for machine in known}:
+        raise Usage(f"no machine {again} is filed: --again names one that is enrolled again")
+    same = [machine for machine in known if machine.storage_key == wanted.storage_key]
+    others = {machine.serial for machine in same if machine.serial != wanted.serial}
+    others |= {m.serial for m in known if m.serial == wanted.serial and m.record != wanted.record}
+    for serial in sorted(others - {again}):
+        what = "this TPM is filed as" if serial != wanted.serial else "there is another record of"
+        raise Failure(
+            f"{what} machine {serial}: find out who asks, and why; if it is right, say --again {serial}"
+        )
+    return sorted({machine.serial for machine in same} | (others & {again or ""}))
+
+
+def _file(
+    host: Host, machines: Path, product: str, wanted: Verified, certificate: bytes, again: str | None
+) -> Path:
+    """File a machine; its folder appears complete or not at all, and nothing that was filed is lost."""
     folder = machines / wanted.serial
     pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
     if os.path.lexists(folder):
-        if (folder / "recovery.cms").read_bytes() != wanted.recovery:
-            raise Failure(
-                f"{folder} has another recovery record of the same machine: move that folder away if it is "
-                "of no use any more"
-            )
-        _write(host, folder / "certificate.pem", pem)
-        return folder
+        if _read_filed(folder).record == wanted.record:
+            if (folder / "recovery.cms").read_bytes() != wanted.recovery:
+                raise Failure(
+                    f"{folder} has another recovery record of the same machine: move that folder away if it "
+                    "is of no use any more"
+                )
+            _write(host, folder / "certificate.pem", pem)
+            return folder
+        assert again == wanted.serial  # `check_filed` saw it
     machines.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = {
         "schema": 1, "serial": wanted.serial, "product": product, "pcr7": wanted.pcr7.hex(),
-        "storage_key": wanted.storage_key.hex(),
+        "storage_key": wanted.storage_key.hex(), "record": wanted.record.hex(),
     }  # fmt: skip
     with host.scratch(near=folder) as scratch:
         fresh = scratch / "machine"
@@ -237,9 +281,16 @@ def _file(host: Host, machines: Path, product: str, wanted: Verified, certificat
         _write(host, fresh / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
         _write(host, fresh / "recovery.cms", wanted.recovery)
         _write(host, fresh / "certificate.pem", pem)
+        if os.path.lexists(folder):
+            folder.rename(_free_name(folder))
         fresh.rename(folder)
         host.sync_file(machines)
     return folder
+
+
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _write(host: Host, path: Path, content: bytes) -> None:
@@ -270,7 +321,7 @@ def consent(
     """Sign that a filed machine may be provisioned again."""
     if not serial.isalnum():
         raise Usage(f"{serial!r} is no serial: name a folder of the machines")
-    storage_key = _filed_key(machines or keyset.folder / "machines", serial)
+    storage_key = _read_filed((machines or keyset.folder / "machines") / serial).storage_key
     statement = exchange.consent_statement(keyset.product, storage_key)
     signed = exchange.Consent(statement, keyset.signer("sudi-ca").sign(statement))
     with host.replacing(out) as fresh:

@@ -95,6 +95,71 @@ def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
     assert not site.answer.exists()
 
 
+def other_request(site: Site, key: ec.EllipticCurvePrivateKey | None = None) -> Path:
+    """Ask for another secret of the same TPM, by its SUDI key, as root on it can, or by another."""
+    organisation = keys.open_organisation(site.organisation)
+    old, folder = sent(site), site.folder / "made"
+    folder.mkdir()
+    (folder / "organisation").symlink_to(site.organisation)
+    sudi = records.encode_point(key.public_key(), records.SUDI_HEAD) if key else old.sudi
+    made = provision.Made(old.storage_key, old.epoch_index, exchange.Seal(b"", b""), sudi, b"", old.pcr7)
+    secrets, product = provision.make_secrets(site.host), site.keyset.product
+    recovery = provision.encrypt_recovery(site.host, folder, organisation, made, secrets)
+    request = old._replace(sudi=sudi, recovery=recovery)
+    digest = records.request_digest(request, organisation.certificate)
+    if key:
+        names = init.tpm_name(old.storage_key), init.tpm_name(old.epoch_index)
+        record = records.encode_record(product, init.secret_proof(secrets.config, product), *names)
+        signed = csr(key, record, digest)
+    else:
+        signed = provision.make_csr(
+            site.host, site.state, site.tpm.tcti, made, product, secrets.config, digest
+        )
+    path = folder / "request.json"
+    path.write_bytes(exchange.encode_request(request._replace(csr=signed)))
+    return path
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_another_record_of_a_filed_tpm_must_be_said(
+    site: Site, foreign: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serial = str(site.enroll()["serial"])
+    site.answer.unlink()
+    first = {path.name: path.read_bytes() for path in (site.machines / serial).iterdir()}
+    request = other_request(site, KEY if foreign else None)
+    args = (site.host, request, site.keyset, site.answer, site.machines)
+    with pytest.raises(Failure, match=f"machine {serial}: .*--again {serial}"):
+        enroll.enroll(*args)
+    with pytest.raises(Usage, match="no machine 0 is filed"):
+        enroll.enroll(*args, again="0")
+    assert not site.answer.exists()
+    assert [path.name for path in site.machines.iterdir()] == [serial]
+    told = enroll.enroll(*args, again=serial)
+    assert f"enrolled again in place of {serial}" in capsys.readouterr().err
+    assert told["enrolled_before"] == [serial]
+    assert (told["serial"] == serial) != foreign
+    kept = site.machines / (serial if foreign else f"{serial}-1")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == first
+    # The one of before is not answered again by itself.
+    with pytest.raises(Failure, match="--again"):
+        site.enroll()
+
+
+def test_the_whole_record_is_filed(site: Site) -> None:
+    serial = str(site.enroll()["serial"])
+    words = json.loads((site.machines / serial / "machine.json").read_text())
+    assert bytes.fromhex(words["record"]) == record_of(site)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100000, "{}", '{"serial": "x"}', "9" * 5000])
+def test_a_damaged_file_of_machines_is_told(site: Site, content: str) -> None:
+    serial = str(site.enroll()["serial"])
+    (site.machines / serial / "machine.json").write_text(content)
+    with pytest.raises(Failure, match=r"cannot read .*machine\.json: restore it"):
+        site.enroll()
+
+
 def test_the_recovery_record_opens(site: Site) -> None:
     serial = str(site.enroll()["serial"])
     opened = enroll.open_recovery(site.machines / serial / "recovery.cms", site.keyset)
