@@ -156,6 +156,8 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
 
     if sum(bool(word) for word in (values.request, values.consent, values.open_recovery)) != 1:
         raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
+    if values.again and not values.request:
+        raise Usage("--again SERIAL goes with a REQUEST")
     if bool(values.out) == bool(values.open_recovery):
         raise Usage("--out names where answer or consent go: nothing else is written")
     keyset = keys.open_keyset(host, values.keys)
@@ -164,7 +166,8 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
         return Result(json.loads(text), text.rstrip("\n"))
     if values.consent:
         return outcome(enroll.consent(host, values.consent, keyset, values.out, values.machines))
-    return outcome(enroll.enroll(host, values.request, keyset, values.out, values.machines, values.epoch))
+    places = (values.request, keyset, values.out, values.machines)
+    return outcome(enroll.enroll(host, *places, values.epoch, again=values.again))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:
@@ -421,6 +424,8 @@ VERBS = (
             folder("--machines", "where machines and their recovery records are filed (default: "
                    "DIR/machines)", "FOLDER"),
             number("--epoch", "the epoch that the request must name", init.MAX_EPOCH),
+            Option("--again", "the request may take the place of this machine, which is filed already",
+                   {"metavar": "SERIAL"}),
             Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),
             folder("--open-recovery", "show a recovery record: passwords and recovery key", "FILE"),
         ),

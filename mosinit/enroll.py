@@ -1,9 +1,13 @@
 """Enrolling, on the organisation's side: a machine's request is checked, and answered with everything that
 the machine needs to open its disk by itself.
 
-    MACHINES/SERIAL/machine.json     serial, product, storage key and PCR 7 of the machine
+    MACHINES/SERIAL/machine.json     serial, product, storage key, machine record and PCR 7 of the machine
     MACHINES/SERIAL/recovery.cms     its recovery record, as encrypted as it came
     MACHINES/SERIAL/certificate.pem  the last SUDI certificate issued
+
+A record that a filed machine got is the only one it gets, and a storage key belongs to one machine: another
+is refused, unless a person says that this serial is enrolled again. What was filed is kept then, in
+SERIAL-1, SERIAL-2 and so on.
 
 What a request says of its TPM nobody attests: whoever can make requests in a machine's name can have one
 answered. Enroll what comes from machines that you hold.
@@ -11,12 +15,13 @@ answered. Enroll what comes from machines that you hold.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -25,6 +30,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mosinit import exchange, images, init, records
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset
+
+_AGAIN = "make a new request on the machine"
 
 
 class Approvals(NamedTuple):
@@ -42,6 +49,7 @@ class Verified:
     serial: str
     key: ec.EllipticCurvePublicKey
     record: bytes
+    digest: bytes
     storage_key: bytes  # name
     pcr7: bytes
     epoch: int
@@ -56,6 +64,7 @@ def enroll(
     machines: Path | None = None,
     epoch: int = 1,
     approvals: Approvals | None = None,
+    again: str | None = None,
 ) -> dict[str, object]:
     """Check a request, file its recovery record, and write the answer; nothing if the request is not right.
 
@@ -69,16 +78,19 @@ def enroll(
     wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
-    earlier = filed(machines, wanted.storage_key)
+    known = read_machines(machines)
+    earlier = check_filed(known, wanted, again)
     _show(host, keyset, wanted, platform, earlier)
-    certificate = records.issue(keyset, wanted.key, wanted.record)
+    if again:
+        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
+    certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
         certificate,
         {wanted.pcr7.hex(): approvals.approve(keyset, wanted.pcr7, epoch)},
         sign_order(keyset, wanted.epoch),
     )
-    folder = _file(host, machines, keyset.product, wanted, certificate)
+    folder = _file(host, machines, keyset.product, wanted, certificate, again)
     with host.replacing(out) as fresh:
         fresh.write_bytes(exchange.encode_answer(answer))
     return {
@@ -129,14 +141,15 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
         raise init.Refused("RECORD-PRODUCT", expected=keyset.product, seen=untrusted.product)
     if untrusted.epoch != epoch:
         raise init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
-    key, record = _verify_csr(untrusted.csr)
+    key, record, digest = _verify_csr(untrusted.csr)
     policy = init.policy_keys(*(keyset.public_path(role).read_bytes() for role in ("pcr", "platform")))
     try:
         records.parse_point(untrusted.storage_key, init.SRK_HEAD)
         sudi = records.parse_point(untrusted.sudi, records.SUDI_HEAD)
     except ValueError as error:
-        expected = "a storage root key and a SUDI key of their templates"
-        raise init.Refused("RECORD-FORMAT", expected=expected, seen=str(error)) from error
+        raise Failure(
+            f"the request shows no storage root key and SUDI key of their templates ({error}): {_AGAIN}"
+        ) from error
     head = policy.sealed_head
     if not untrusted.sealed.startswith(head) or len(untrusted.sealed) != len(head) + 32:
         raise init.Refused(
@@ -151,37 +164,33 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
     proof = record[-init.RECORD.size :][17:49]
     names = init.tpm_name(untrusted.storage_key), init.tpm_name(untrusted.epoch_index)
     if (record, key) != (records.encode_record(keyset.product, proof, *names), sudi):
-        raise init.Refused(
-            "RECORD-FORMAT", expected="a certificate request for the keys that come with it",
-            seen=record.hex()[:400],
-        )  # fmt: skip
-    return Verified(records.serial_of(key), key, record, names[0], untrusted.pcr7, epoch, untrusted.recovery)
+        raise Failure(f"the certificate request is for other keys than come with it: {_AGAIN}")
+    if digest != records.request_digest(untrusted, keyset.certificate):
+        raise Failure(
+            "the request is not the one that its machine signed, or the machine goes by other certificates "
+            f"than this keyset's: export the keyset again, and {_AGAIN}"
+        )
+    serial = records.serial_of(key)
+    return Verified(serial, key, record, digest, names[0], untrusted.pcr7, epoch, untrusted.recovery)
 
 
-def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
-    """Return key and record of a certificate request that its own key signed."""
+def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes, bytes]:
+    """Return key, record and request digest of a certificate request that its own key signed."""
     try:
         request = x509.load_der_x509_csr(untrusted)
         extensions = list(request.extensions)
         key, signed = request.public_key(), request.is_signature_valid
-        if [extension.oid for extension in extensions] != [records.RECORD_OID]:
-            raise ValueError("other extensions than a machine record")
-        record = extensions[0].value
-        assert isinstance(record, x509.UnrecognizedExtension)  # no library knows our OID
+        if [extension.oid for extension in extensions] != [records.RECORD_OID, records.REQUEST_OID]:
+            raise ValueError("other extensions than a machine record and the request's digest")
+        record, digest = (cast(x509.UnrecognizedExtension, each.value).value for each in extensions)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError(f"a key of the kind {type(key).__name__}")
     except Exception as error:  # of a spoiled request the parser raises more kinds than it names
         seen = f"{type(error).__name__}: {error}"[:300]
-        raise init.Refused(
-            "RECORD-FORMAT", expected="a certificate request with a machine record", seen=seen
-        ) from error
-    if not signed:
-        raise init.Refused(
-            "RECORD-FORMAT",
-            expected="a certificate request that its own key signed",
-            seen="another signature",
-        )
-    return key, record.value
+        raise Failure(f"the certificate request is none of a machine's ({seen}): {_AGAIN}") from error
+    if not signed or digest[:2] != records.encode_digest(b""):
+        raise Failure(f"the certificate request is not signed by its own key: {_AGAIN}")
+    return key, record, digest[2:]
 
 
 def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
@@ -189,47 +198,82 @@ def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
     recovery = open_cms(keyset, wanted.recovery, "the recovery record of the request")
     seen = (recovery.product, recovery.serial, recovery.storage_key)
     if seen != (keyset.product, wanted.serial, wanted.storage_key):
-        raise init.Refused(
-            "RECORD-FORMAT", expected=f"the recovery record of machine {wanted.serial}",
-            seen=f"one of machine {recovery.serial}",
-        )  # fmt: skip
+        raise Failure(
+            f"the request of machine {wanted.serial} comes with the recovery record of machine "
+            f"{recovery.serial}: {_AGAIN}"
+        )
 
 
 # --- The organisation's file of machines -------------------------------------------------------------
 
 
-def filed(machines: Path, storage_key: bytes) -> list[str]:
-    """Return the serials under which a TPM was enrolled before."""
-    found = [path.parent.name for path in machines.glob("*/machine.json")]
-    return sorted(serial for serial in found if _filed_key(machines, serial) == storage_key)
+class Filed(NamedTuple):
+    """What is filed of a machine: its serial, the name of its storage key, its record."""
+
+    serial: str
+    storage_key: bytes
+    record: bytes
 
 
-def _filed_key(machines: Path, serial: str) -> bytes:
-    path = machines / serial / "machine.json"
+def read_machines(machines: Path) -> list[Filed]:
+    """Return all that is filed, that of before too."""
+    return [_read_filed(path.parent) for path in sorted(machines.glob("*/machine.json"))]
+
+
+def _read_filed(folder: Path) -> Filed:
+    path = folder / "machine.json"
     try:
-        return bytes.fromhex(json.loads(path.read_text())["storage_key"])
+        words = init.parse_json(path.read_bytes(), "")
+        if not isinstance(words, dict) or words["serial"] != folder.name.partition("-")[0]:
+            raise ValueError("another machine than its folder's name says")
+        return Filed(words["serial"], *(bytes.fromhex(words[name]) for name in Filed._fields[1:]))
     except FileNotFoundError as error:
-        raise Failure(f"no machine {serial} is filed in {machines}: see the folders there") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(
+            f"no machine {folder.name} is filed in {folder.parent}: see the folders there"
+        ) from error
+    except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"cannot read {path}: restore it from a backup") from error
 
 
-def _file(host: Host, machines: Path, product: str, wanted: Verified, certificate: bytes) -> Path:
-    """File a machine; its folder appears complete or not at all, and no recovery record is replaced."""
+def check_filed(known: list[Filed], wanted: Verified, again: str | None) -> list[str]:
+    """Return the serials under which a TPM was enrolled before, if there is no other record of it.
+
+    Whoever is root on a machine can make another request in its name, for a secret of their own: the first
+    record is the machine's. Only a person can know that another is.
+    """
+    if again and again not in {machine.serial for machine in known}:
+        raise Usage(f"no machine {again} is filed: --again names one that is enrolled again")
+    same = [machine for machine in known if machine.storage_key == wanted.storage_key]
+    others = {machine.serial for machine in same if machine.serial != wanted.serial}
+    others |= {m.serial for m in known if m.serial == wanted.serial and m.record != wanted.record}
+    for serial in sorted(others - {again}):
+        what = "this TPM is filed as" if serial != wanted.serial else "there is another record of"
+        raise Failure(
+            f"{what} machine {serial}: find out who asks, and why; if it is right, say --again {serial}"
+        )
+    return sorted({machine.serial for machine in same} | (others & {again or ""}))
+
+
+def _file(
+    host: Host, machines: Path, product: str, wanted: Verified, certificate: bytes, again: str | None
+) -> Path:
+    """File a machine; its folder appears complete or not at all, and nothing that was filed is lost."""
     folder = machines / wanted.serial
     pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
     if os.path.lexists(folder):
-        if (folder / "recovery.cms").read_bytes() != wanted.recovery:
-            raise Failure(
-                f"{folder} has another recovery record of the same machine: move that folder away if it is "
-                "of no use any more"
-            )
-        _write(host, folder / "certificate.pem", pem)
-        return folder
+        if _read_filed(folder).record == wanted.record:
+            if (folder / "recovery.cms").read_bytes() != wanted.recovery:
+                raise Failure(
+                    f"{folder} has another recovery record of the same machine: move that folder away if it "
+                    "is of no use any more"
+                )
+            _write(host, folder / "certificate.pem", pem)
+            return folder
+        assert again == wanted.serial  # `check_filed` saw it
     machines.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = {
         "schema": 1, "serial": wanted.serial, "product": product, "pcr7": wanted.pcr7.hex(),
-        "storage_key": wanted.storage_key.hex(),
+        "storage_key": wanted.storage_key.hex(), "record": wanted.record.hex(),
     }  # fmt: skip
     with host.scratch(near=folder) as scratch:
         fresh = scratch / "machine"
@@ -237,9 +281,16 @@ def _file(host: Host, machines: Path, product: str, wanted: Verified, certificat
         _write(host, fresh / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
         _write(host, fresh / "recovery.cms", wanted.recovery)
         _write(host, fresh / "certificate.pem", pem)
+        if os.path.lexists(folder):
+            folder.rename(_free_name(folder))
         fresh.rename(folder)
         host.sync_file(machines)
     return folder
+
+
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _write(host: Host, path: Path, content: bytes) -> None:
@@ -270,7 +321,7 @@ def consent(
     """Sign that a filed machine may be provisioned again."""
     if not serial.isalnum():
         raise Usage(f"{serial!r} is no serial: name a folder of the machines")
-    storage_key = _filed_key(machines or keyset.folder / "machines", serial)
+    storage_key = _read_filed((machines or keyset.folder / "machines") / serial).storage_key
     statement = exchange.consent_statement(keyset.product, storage_key)
     signed = exchange.Consent(statement, keyset.signer("sudi-ca").sign(statement))
     with host.replacing(out) as fresh:

@@ -70,12 +70,15 @@ class Made(NamedTuple):
 
 
 class Secrets(NamedTuple):
-    """What nobody but this machine, and the recovery record, may know."""
+    """What nobody but this machine, and the recovery record, may know; and what makes its storage key one of
+    its own, which is no secret.
+    """
 
     config: bytes
     sudi_auth: bytes
     recovery_key: str
     auths: Mapping[str, bytes]
+    unique: bytes
 
 
 class State(NamedTuple):
@@ -85,6 +88,7 @@ class State(NamedTuple):
     storage_key: bytes
     epoch_index: bytes
     sudi: bytes
+    request: bytes  # its digest
     seal: exchange.Seal
 
 
@@ -109,15 +113,19 @@ def request(host: Host, options: Options) -> dict[str, object]:
         if options.consent and options.auths:
             start_over(machine, organisation, policy, options)
         inspect(machine, policy, options.epoch)
+        _remove_planted(host, machine)
         made = make_objects(machine, policy, options.epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
         fresh = scratch / "state"
-        _write_state(host, fresh, organisation, options.epoch, made, secrets)
-        csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config)
-        sent = exchange.Request(
-            organisation.product, options.epoch, csr, made.storage_key, made.epoch_index, made.seal.public,
+        _write_state(host, fresh, organisation, made, secrets)
+        unsigned = exchange.Request(
+            organisation.product, options.epoch, b"", made.storage_key, made.epoch_index, made.seal.public,
             made.sudi, made.pcr7, log, encrypt_recovery(host, fresh, organisation, made, secrets),
         )  # fmt: skip
+        digest = records.request_digest(unsigned, organisation.certificate)
+        csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config, digest)
+        sent = unsigned._replace(csr=csr)
+        _write(host, fresh / "machine.json", _encode_state(made, options.epoch, digest))
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
@@ -160,7 +168,7 @@ def make_secrets(host: Host) -> Secrets:
     """Make every secret of a new machine. Passwords are hex: a TPM drops zeros at the end of one."""
     auths = {name: host.random(16).hex().encode() for name in exchange.HIERARCHIES}
     recovery_key = exchange.make_recovery_key(host.random(32))
-    return Secrets(host.random(32), host.random(16).hex().encode(), recovery_key, auths)
+    return Secrets(host.random(32), host.random(16).hex().encode(), recovery_key, auths, host.random(64))
 
 
 def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
@@ -188,6 +196,22 @@ def _check_usable(machine: Tpm) -> init.Permanent:
     return flags
 
 
+def _remove_planted(host: Host, machine: Tpm) -> None:
+    """Remove policies that open the hierarchies of a TPM that has no passwords: they would outlive ours."""
+    planted = machine.policies()
+    if planted:
+        host.say(f"the TPM has a policy of {', '.join(planted)}, set by somebody before: it is removed")
+        machine.remove_policies()
+        _check_no_policy(machine)
+
+
+def _check_no_policy(machine: Tpm) -> None:
+    planted = machine.policies()
+    if planted:
+        expected = "no policy of owner, endorsement and lockout"
+        raise init.Refused("TPM-STATE", expected=expected, seen=f"one of {', '.join(planted)}")
+
+
 def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
     """Refuse a TPM whose epoch is later already, or whose epoch index is somebody else's."""
     if machine.find_epoch_index(policy) == policy.epoch_index:
@@ -204,11 +228,12 @@ def words_of(flags: init.Permanent) -> str:
 
 
 def make_objects(machine: Tpm, policy: init.PolicyKeys, epoch: int, secrets: Secrets) -> Made:
-    """Make what the request names. What an interrupted run left in the TPM is used again.
+    """Make what the request names. Of what an interrupted run left, the storage key is made anew, and the
+    epoch index used again.
 
-    The epoch index comes last: that the storage root key can be used is then known.
+    That comes last: that the storage root key can be used is then known.
     """
-    storage_key = machine.make_storage_key()
+    storage_key = machine.make_storage_key(secrets.unique)
     sudi = machine.make_identity(secrets.sudi_auth)
     seal = machine.seal(policy, secrets.config)
     index = machine.make_epoch_index(policy, epoch)
@@ -222,17 +247,20 @@ def _write(host: Host, path: Path, content: bytes) -> None:
         fresh.write_bytes(content)
 
 
+def _encode_state(made: Made, epoch: int, request: bytes) -> bytes:
+    words = {
+        "schema": 1, "epoch": epoch, "pcr7": made.pcr7.hex(), "storage_key": made.storage_key.hex(),
+        "epoch_index": made.epoch_index.hex(), "sudi": made.sudi.hex(), "request": request.hex(),
+        "seal": {"public": made.seal.public.hex(), "private": made.seal.private.hex()},
+    }  # fmt: skip
+    return (json.dumps(words, indent=1) + "\n").encode()
+
+
 def _write_state(
-    host: Host, folder: Path, organisation: keys.Organisation, epoch: int, made: Made, secrets: Secrets
+    host: Host, folder: Path, organisation: keys.Organisation, made: Made, secrets: Secrets
 ) -> None:
     folder.mkdir(mode=0o700)
     keys.write_organisation(host, organisation, folder / "organisation")
-    words = {
-        "schema": 1, "epoch": epoch, "pcr7": made.pcr7.hex(), "storage_key": made.storage_key.hex(),
-        "epoch_index": made.epoch_index.hex(), "sudi": made.sudi.hex(),
-        "seal": {"public": made.seal.public.hex(), "private": made.seal.private.hex()},
-    }  # fmt: skip
-    _write(host, folder / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
     _write(host, folder / "sudi.key", made.sudi_pem)
     _write(host, folder / "sudi.auth", secrets.sudi_auth + b"\n")
     _write(host, folder / "config.key", secrets.config)
@@ -241,8 +269,12 @@ def _write_state(
     _write(host, folder / "auths.json", (json.dumps(auths) + "\n").encode())
 
 
-def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secret: bytes) -> bytes:
-    """Return a certificate request (PKCS#10, DER) that the SUDI key signs in the TPM: record and all."""
+def make_csr(
+    host: Host, folder: Path, tcti: str, made: Made, product: str, secret: bytes, request: bytes
+) -> bytes:
+    """Return a certificate request (PKCS#10, DER) that the SUDI key signs in the TPM, with the
+    machine record and the digest of the whole request.
+    """
     serial = records.serial_of(records.parse_point(made.sudi, records.SUDI_HEAD))
     record = records.encode_record(
         product,
@@ -253,6 +285,7 @@ def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secr
     config = (
         "[req]\nprompt = no\ndistinguished_name = dn\nreq_extensions = extensions\n"
         f"[dn]\nCN = {serial}\n[extensions]\n{init.RECORD_OID} = DER:{record.hex()}\n"
+        f"{records.REQUEST_OID.dotted_string} = DER:{records.encode_digest(request).hex()}\n"
     )
     with host.scratch() as scratch:
         (scratch / "request.cnf").write_text(config)
@@ -312,8 +345,8 @@ def read_state(folder: Path) -> State:
             raise Failure(f"{folder} is open to others: chmod 700 {folder}")
         words = json.loads((folder / "machine.json").read_text())
         seal = exchange.Seal(*(bytes.fromhex(words["seal"][name]) for name in exchange.Seal._fields))
-        storage_key, index, sudi = (bytes.fromhex(words[name]) for name in State._fields[1:4])
-        return State(int(words["epoch"]), storage_key, index, sudi, seal)
+        storage_key, index, sudi, request = (bytes.fromhex(words[name]) for name in State._fields[1:5])
+        return State(int(words["epoch"]), storage_key, index, sudi, request, seal)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
@@ -330,8 +363,8 @@ def start_over(
 ) -> None:
     """Undo a provisioning, if the organisation consents and the passwords are right.
 
-    An interrupted run goes on from what is still set. The consent names the storage key, which comes back
-    the same until the TPM is cleared; the passwords do not.
+    An interrupted run goes on from what is still set. The consent names the storage key, which stays until
+    the next request makes another: then the seal and the record of before are of no use.
     """
     consent, auths = options.consent, options.auths
     assert consent and auths  # `request` saw it
@@ -352,17 +385,21 @@ def start_over(
 
 
 def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
-    _check_usable(machine)
+    if not _check_usable(machine) & PASSWORDS:
+        return  # an earlier run came this far
     try:
-        own = {init.tpm_name(area) for area in machine.storage_keys(recovery.auths)}
+        machine.check_owner(recovery.auths)
     except WrongAuth as error:
         raise Failure(
             "the owner password in the recovery record is not this TPM's: name the record of this machine's "
             "last provisioning"
         ) from error
-    if recovery.storage_key not in own:
-        seen = ", ".join(sorted(name.hex() for name in own))
-        raise init.Refused("TPM-IDENTITY", expected=f"storage key {recovery.storage_key.hex()}", seen=seen)
+    seen = machine.find_storage_key()
+    name = init.tpm_name(seen) if seen else b""
+    if recovery.storage_key != name:
+        raise init.Refused(
+            "TPM-IDENTITY", expected=f"storage key {recovery.storage_key.hex()}", seen=name.hex() or "none"
+        )
     try:
         # An index of this organisation stays: its epoch must not fall.
         _check_epoch(machine, policy, epoch)
@@ -370,7 +407,6 @@ def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, ep
         if refused.check != "TPM-INDEX":
             raise
         machine.remove_epoch_index()
-    machine.remove_storage_key()
     machine.open_hierarchies(recovery.auths)
 
 
@@ -392,6 +428,7 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
             auths = _read_auths(folder)
             _begin_closing(host, folder, machine)
             machine.close_hierarchies(auths)
+        _check_no_policy(machine)
         init.check_tpm(machine, record, state.epoch)
     pem = x509.load_der_x509_certificate(taken.certificate).public_bytes(serialization.Encoding.PEM)
     _write(host, folder / "sudi.pem", pem)
@@ -433,10 +470,26 @@ def verify_answer(
             "TPM-IDENTITY", expected="the answer to this machine's request",
             seen=f"one for {certificate.subject.rfc4514_string()}, storage key {record.storage_key.hex()}",
         )  # fmt: skip
+    _check_request(certificate, state)
     verify_approvals(organisation, policy, untrusted.approvals)
     order = untrusted.order
     init.verify_epoch_order(order.statement, order.signature, order.certificate, organisation.policy())
     return record
+
+
+def _check_request(certificate: x509.Certificate, state: State) -> None:
+    """See that the organisation answers what this machine asked, and filed the recovery record that it sent:
+    nobody else will have the passwords.
+    """
+    try:
+        answered = records.parse_digest(certificate).hex()
+    except ValueError as error:
+        answered = str(error)
+    if answered != state.request.hex():
+        raise Failure(
+            f"the answer is to another request of this machine ({answered}), with another recovery record: "
+            "have the request in this folder enrolled"
+        )
 
 
 def verify_approvals(
@@ -486,6 +539,7 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
     if flags & PASSWORDS:
         expected = "the TPM as the request left it"
         raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+    _remove_planted(host, machine)
     _write(host, folder / "closing", b"")
 
 

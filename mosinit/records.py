@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import struct
 import uuid
+from collections.abc import Callable
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -17,10 +18,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mosinit import init
+from mosinit.exchange import Request
 from mosinit.host import Failure
 from mosinit.keys import YEAR, Keyset, key_usage
 
 RECORD_OID = x509.ObjectIdentifier(init.RECORD_OID)
+# Of a certificate request and of the certificate that answers it: SHA-256 of the whole request.
+REQUEST_OID = x509.ObjectIdentifier(f"{init.RECORD_OID}.1")
+BOUND_ROLES = ("recovery", "sudi-ca", "manifest-ca", "pcr", "platform")
 YEARS = 20
 VERSION = 1  # of the record
 
@@ -36,6 +41,36 @@ def encode_record(product: str, secret_proof: bytes, storage_key: bytes, epoch_i
     """Encode a machine record as the value of its extension; the last two are TPM names."""
     fields = (VERSION, uuid.UUID(product).bytes, secret_proof, storage_key, epoch_index)
     return init.RECORD_HEAD + init.RECORD.pack(*fields)
+
+
+def request_digest(request: Request, certificate: Callable[[str], x509.Certificate]) -> bytes:
+    """Return the SHA-256 of all that a request says, and of the certificates that its machine goes by.
+
+    The SUDI key signs it: nobody on the way can give another recovery record, nor have given the machine
+    another certificate to encrypt it to.
+    """
+    parts = [b"mosinit request", request.product.encode(), bytes([request.epoch])]
+    parts += [request.storage_key, request.epoch_index, request.sealed, request.sudi, request.pcr7]
+    parts += [request.event_log, request.recovery]
+    parts += [certificate(role).public_bytes(serialization.Encoding.DER) for role in BOUND_ROLES]
+    return hashlib.sha256(b"".join(struct.pack(">Q", len(part)) + part for part in parts)).digest()
+
+
+def encode_digest(digest: bytes) -> bytes:
+    """Encode the digest of a request as the value of its extension: a DER octet string."""
+    return b"\x04\x20" + digest
+
+
+def parse_digest(certificate: x509.Certificate) -> bytes:
+    """Return the digest of the request that a SUDI certificate answers; ValueError if it names none."""
+    try:
+        value = certificate.extensions.get_extension_for_oid(REQUEST_OID).value
+    except x509.ExtensionNotFound as error:
+        raise ValueError("a certificate that answers no request") from error
+    assert isinstance(value, x509.UnrecognizedExtension)  # no library knows our OID
+    if len(value.value) != 34 or encode_digest(value.value[2:]) != value.value:
+        raise ValueError("another extension than a request's digest")
+    return value.value[2:]
 
 
 def parse_point(area: bytes, head: bytes) -> ec.EllipticCurvePublicKey:
@@ -59,10 +94,11 @@ def serial_of(key: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(public).hexdigest()[:16]
 
 
-def issue(keyset: Keyset, key: ec.EllipticCurvePublicKey, record: bytes) -> bytes:
-    """Return the SUDI certificate (DER) of a machine with its encoded record, signed by the SUDI CA.
+def issue(keyset: Keyset, key: ec.EllipticCurvePublicKey, record: bytes, request: bytes) -> bytes:
+    """Return the SUDI certificate (DER) of a machine with its encoded record and the digest of the request
+    that it answers, signed by the SUDI CA.
 
-    The record is not critical: peers of a TLS connection do not know it, and need not.
+    Neither is critical: peers of a TLS connection do not know them, and need not.
     """
     ca = keyset.certificate("sudi-ca")
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
@@ -89,6 +125,7 @@ def issue(keyset: Keyset, key: ec.EllipticCurvePublicKey, record: bytes) -> byte
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(issuer, critical=False)
         .add_extension(x509.UnrecognizedExtension(RECORD_OID, record), critical=False)
+        .add_extension(x509.UnrecognizedExtension(REQUEST_OID, encode_digest(request)), critical=False)
     )
     made = keyset.signer("sudi-ca").sign_certificate(builder)
     der = made.public_bytes(serialization.Encoding.DER)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -30,18 +31,17 @@ from tpm2_pytss.types import (
 from mosinit import init
 from mosinit.exchange import Seal
 from mosinit.host import Failure, Usage
-from mosinit.records import SUDI_HEAD
+from mosinit.records import SUDI_HEAD, parse_point
 
 DEVICE = "device:/dev/tpmrm0"
-# What `unique` begins with makes another key of the same seed: TCG Provisioning Guidance 7.5.1 has zeros,
-# tpm2-tools nothing. An SRK that is there already may be either.
-UNIQUE = (b"\0\x20" + bytes(32) + b"\0\x20" + bytes(32), bytes(4))
 WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
 
 # Dictionary attacks are on whatever asks for a password outside our policy: 32 tries, one more every ten
 # minutes, a day after a wrong lockout password. Never off: that would be for good.
 TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS = 32, 600, 86400
 
+CC_SET_PRIMARY_POLICY = 0x12E  # part 2, 6.5.2
+CAP_AUTH_POLICIES, RC_CAPABILITY = 9, 0x1C4  # part 2, 6.12; TPM_RC_VALUE for the first parameter
 RC_AUTH = (0x8E, 0xA2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH (part 2, 6.6.3), of whatever session
 RC_FORMAT_ONE = 0xBF  # what is left of such a code without the session's number
 _REMOVE_SRK = (
@@ -52,6 +52,7 @@ HIERARCHIES: Mapping[str, tuple[init.Permanent, ESYS_TR]] = {
     "endorsement": (init.Permanent.ENDORSEMENT_AUTH, ESYS_TR.ENDORSEMENT),
     "owner": (init.Permanent.OWNER_AUTH, ESYS_TR.OWNER),
 }
+POLICY_HANDLES = (0x4000000A, 0x4000000B, 0x40000001)  # of the same; part 2, 7.4
 
 
 class WrongAuth(Failure):
@@ -114,29 +115,31 @@ class Tpm(init.Machine):
     # --- The storage root key and what lies under it
 
     def find_storage_key(self) -> bytes | None:
-        """Return the public area of the SRK, None if there is none.
+        """Return the public area of the storage root key, None if there is none.
 
-        Raises `Failure` unless it is what this very TPM makes of the template.
+        Raises `Failure` if what is there is no key of our template.
         """
         with asking("the storage root key"):
             seen = init.read_storage_key(self)
-        if seen is None:
-            return None
-        for unique in UNIQUE if seen.startswith(init.SRK_HEAD) else ():
-            with self._primary(unique) as (_, public):
-                if public == seen:
-                    return seen
-        raise Failure(
-            f"the TPM holds another object at {init.SRK:#x} than its storage root key: {_REMOVE_SRK}"
-        )
+        try:
+            return seen and whole_point(seen, init.SRK_HEAD)
+        except init.Refused as refused:
+            raise Failure(
+                f"the TPM holds another object at {init.SRK:#x} than its storage root key: {_REMOVE_SRK}"
+            ) from refused
 
-    def make_storage_key(self) -> bytes:
-        """Make the SRK persistent unless it is, and return its public area."""
-        seen = self.find_storage_key()
-        if seen is not None:
-            return seen
-        with self._primary(UNIQUE[0]) as (key, public):
-            self._evict(key)
+    def make_storage_key(self, random: bytes) -> bytes:
+        """Make a new key and keep it as the storage root key, in place of one that is there.
+
+        64 random bytes make it another one than every key before: nothing that those guarded loads under it,
+        and there is no need to know them again.
+        """
+        unique = b"".join(b"\0\x20" + random[start : start + 32] for start in (0, 32))
+        with self._primary(unique) as (key, public):
+            whole_point(public, init.SRK_HEAD)
+            self.remove_storage_key()
+            with asking("the storage root key to be kept"):
+                self._evict(key)
         again = self.find_storage_key()
         if again != public:
             raise init.Refused("TPM-ANSWER", expected="the key just made", seen=repr(again))
@@ -199,11 +202,9 @@ class Tpm(init.Machine):
 
     def make_identity(self, auth: bytes) -> TpmKey:
         """Make the SUDI key: it signs only in this TPM, and only for who knows `auth`."""
-        try:
-            with asking("a SUDI key"):
-                _, public, pem = self._create(SUDI_HEAD + bytes(4), auth, b"")
-        except WrongAuth as error:
-            raise Failure(f"the storage root key has a password: {_REMOVE_SRK}") from error
+        with asking("a SUDI key"):
+            _, public, pem = self._create(SUDI_HEAD + bytes(4), auth, b"")
+        whole_point(public, SUDI_HEAD)
         return TpmKey(public, pem)
 
     def seal(self, keys: init.PolicyKeys, secret: bytes) -> Seal:
@@ -266,12 +267,56 @@ class Tpm(init.Machine):
         with asking("the TPM to tell its state"):
             return init.read_tpm_flags(self)
 
+    def policies(self) -> list[str]:
+        """Return the hierarchies that a policy opens beside their password: none, where all is well.
+
+        A TPM from before this capability (revision 1.38) tells of none.
+        """
+        with asking("the TPM to tell the policies of its hierarchies"):
+            try:
+                found = dict(self._policy(handle) for handle in POLICY_HANDLES)
+            except init.TpmError as error:
+                if error.code == RC_CAPABILITY:
+                    return []
+                raise
+        return [name for name, handle in zip(HIERARCHIES, POLICY_HANDLES, strict=True) if found[handle]]
+
+    def _policy(self, handle: int) -> tuple[int, bool]:
+        answer = init.read_capability(self, CAP_AUTH_POLICIES, handle, 1)
+        if (answer.number(4), answer.number(4)) != (1, handle):
+            raise init.TpmError(init.Cc.GET_CAPABILITY, 0, "the policy of another hierarchy")
+        return handle, (answer.number(2) != TPM2_ALG.NULL)
+
+    def remove_policies(self) -> None:
+        """Take every policy of a hierarchy away: who set one needs no password, and a password ends none.
+
+        That of lockout only while it has no password: none was set before the policies were removed.
+        """
+        flags, _ = self.flags()
+        with asking("the policies of the hierarchies to be removed"):
+            for handle in (ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER):
+                with self._session() as session:
+                    self._esapi.set_primary_policy(handle, b"", TPM2_ALG.NULL, session1=session)
+            if not flags & init.Permanent.LOCKOUT_AUTH:
+                self._remove_lockout_policy()
+
+    def _remove_lockout_policy(self) -> None:
+        """Do what tpm2-pytss does with the other hierarchies alone (part 3, 24.3)."""
+        body = struct.pack(">II", POLICY_HANDLES[0], len(init.EMPTY_PASSWORD)) + init.EMPTY_PASSWORD
+        body += struct.pack(">HH", 0, TPM2_ALG.NULL)
+        head = struct.pack(">HII", init.ST_SESSIONS, 10 + len(body), CC_SET_PRIMARY_POLICY)
+        answer = self.tpm(head + body)
+        if answer[6:10] != bytes(4):
+            raise OSError(errno.EIO, f"TPM2_SetPrimaryPolicy: the TPM answered {answer[:10].hex()}")
+
     def close_hierarchies(self, auths: Mapping[str, bytes]) -> None:
-        """Set dictionary attack parameters and the passwords that are not set, and switch TPM2_Clear off.
+        """Remove policies, set dictionary attack parameters and the passwords that are not set, and switch
+        TPM2_Clear off.
 
         An interrupted run goes on from what is set: passwords that are set must be these.
         """
         self._use(auths)
+        self.remove_policies()
         with asking("the TPM to be closed"):
             with self._session() as session:
                 self._esapi.dictionary_attack_parameters(
@@ -284,17 +329,14 @@ class Tpm(init.Machine):
             self._set("endorsement", auths["endorsement"])
             self._set("owner", auths["owner"])
 
-    def storage_keys(self, auths: Mapping[str, bytes]) -> list[bytes]:
-        """Return the public areas of the storage root keys that this TPM can make, by the owner's password.
+    def check_owner(self, auths: Mapping[str, bytes]) -> None:
+        """Try the owner's password, if one is set, on what leaves nothing behind.
 
-        No wrong try of that one locks the TPM. Raises `WrongAuth`. From here these passwords are used.
+        Raises `WrongAuth`; no wrong try of that one locks the TPM. From here these passwords are used.
         """
         self._use(auths)
-        areas = []
-        for unique in UNIQUE:
-            with self._primary(unique) as (_, public):
-                areas.append(public)
-        return areas
+        with self._primary(bytes(4)):
+            pass
 
     def open_hierarchies(self, auths: Mapping[str, bytes]) -> None:
         """Take the passwords away; an interrupted run goes on from what is still set.
@@ -322,6 +364,19 @@ class Tpm(init.Machine):
         if self.flags()[0] & flag:
             with self._session() as session:
                 self._esapi.hierarchy_change_auth(handle, b"", session1=session)
+
+
+def whole_point(area: bytes, head: bytes) -> bytes:
+    """Return the public area of a P-256 key as it is, if both of its coordinates have all their 32 bytes.
+
+    A TPM may leave out zeros that one begins with; what takes such a key apart would have to guess.
+    """
+    try:
+        parse_point(area, head)
+    except ValueError as error:
+        expected = "a P-256 key of our template with coordinates of 32 bytes; the next one made is another"
+        raise init.Refused("TPM-ANSWER", expected=expected, seen=area.hex()[:300]) from error
+    return area
 
 
 def unwritten(keys: init.PolicyKeys) -> bytes:

@@ -15,9 +15,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, records
+from mosinit import cli, enroll, exchange, init, keys, provision, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
+from tests.eventlogs import encode_event, measured
 from tests.provisioned import Site
 
 
@@ -94,6 +95,71 @@ def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
     assert not site.answer.exists()
 
 
+def other_request(site: Site, key: ec.EllipticCurvePrivateKey | None = None) -> Path:
+    """Ask for another secret of the same TPM, by its SUDI key, as root on it can, or by another."""
+    organisation = keys.open_organisation(site.organisation)
+    old, folder = sent(site), site.folder / "made"
+    folder.mkdir()
+    (folder / "organisation").symlink_to(site.organisation)
+    sudi = records.encode_point(key.public_key(), records.SUDI_HEAD) if key else old.sudi
+    made = provision.Made(old.storage_key, old.epoch_index, exchange.Seal(b"", b""), sudi, b"", old.pcr7)
+    secrets, product = provision.make_secrets(site.host), site.keyset.product
+    recovery = provision.encrypt_recovery(site.host, folder, organisation, made, secrets)
+    request = old._replace(sudi=sudi, recovery=recovery)
+    digest = records.request_digest(request, organisation.certificate)
+    if key:
+        names = init.tpm_name(old.storage_key), init.tpm_name(old.epoch_index)
+        record = records.encode_record(product, init.secret_proof(secrets.config, product), *names)
+        signed = csr(key, record, digest)
+    else:
+        signed = provision.make_csr(
+            site.host, site.state, site.tpm.tcti, made, product, secrets.config, digest
+        )
+    path = folder / "request.json"
+    path.write_bytes(exchange.encode_request(request._replace(csr=signed)))
+    return path
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_another_record_of_a_filed_tpm_must_be_said(
+    site: Site, foreign: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serial = str(site.enroll()["serial"])
+    site.answer.unlink()
+    first = {path.name: path.read_bytes() for path in (site.machines / serial).iterdir()}
+    request = other_request(site, KEY if foreign else None)
+    args = (site.host, request, site.keyset, site.answer, site.machines)
+    with pytest.raises(Failure, match=f"machine {serial}: .*--again {serial}"):
+        enroll.enroll(*args)
+    with pytest.raises(Usage, match="no machine 0 is filed"):
+        enroll.enroll(*args, again="0")
+    assert not site.answer.exists()
+    assert [path.name for path in site.machines.iterdir()] == [serial]
+    told = enroll.enroll(*args, again=serial)
+    assert f"enrolled again in place of {serial}" in capsys.readouterr().err
+    assert told["enrolled_before"] == [serial]
+    assert (told["serial"] == serial) != foreign
+    kept = site.machines / (serial if foreign else f"{serial}-1")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == first
+    # The one of before is not answered again by itself.
+    with pytest.raises(Failure, match="--again"):
+        site.enroll()
+
+
+def test_the_whole_record_is_filed(site: Site) -> None:
+    serial = str(site.enroll()["serial"])
+    words = json.loads((site.machines / serial / "machine.json").read_text())
+    assert bytes.fromhex(words["record"]) == record_of(site)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100000, "{}", '{"serial": "x"}', "9" * 5000])
+def test_a_damaged_file_of_machines_is_told(site: Site, content: str) -> None:
+    serial = str(site.enroll()["serial"])
+    (site.machines / serial / "machine.json").write_text(content)
+    with pytest.raises(Failure, match=r"cannot read .*machine\.json: restore it"):
+        site.enroll()
+
+
 def test_the_recovery_record_opens(site: Site) -> None:
     serial = str(site.enroll()["serial"])
     opened = enroll.open_recovery(site.machines / serial / "recovery.cms", site.keyset)
@@ -119,11 +185,13 @@ def test_consent_names_one_machine(site: Site) -> None:
 # --- Requests that are not right -----------------------------------------------------------------------
 
 
-def csr(key: ec.EllipticCurvePrivateKey, record: bytes, *more: x509.ExtensionType) -> bytes:
-    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(
-        x509.UnrecognizedExtension(records.RECORD_OID, record), critical=False
-    )
-    for extension in more:
+def csr(key: ec.EllipticCurvePrivateKey, record: bytes, digest: bytes, *more: x509.ExtensionType) -> bytes:
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([]))
+    for extension in (
+        x509.UnrecognizedExtension(records.RECORD_OID, record),
+        x509.UnrecognizedExtension(records.REQUEST_OID, records.encode_digest(digest)),
+        *more,
+    ):
         builder = builder.add_extension(extension, critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
@@ -143,42 +211,66 @@ def spoil(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if at >= 0 else spoil(data, len(data) + at)
 
 
-def own_key(site: Site) -> dict[str, object]:
+def own_key(site: Site, record: bytes | None = None, **changes: Any) -> dict[str, object]:
     """Return a request that only its SUDI key makes another: nobody can tell it from a machine's own."""
-    return {
-        "csr": csr(KEY, record_of(site)),
-        "sudi": records.encode_point(KEY.public_key(), records.SUDI_HEAD),
-    }
+    sudi = records.encode_point(KEY.public_key(), records.SUDI_HEAD)
+    request = sent(site)._replace(sudi=sudi, **changes)
+    digest = records.request_digest(request, site.keyset.certificate)
+    signed = csr(KEY, record_of(site) if record is None else record, digest)
+    return request._replace(csr=signed)._asdict()
+
+
+def rewrapped(site: Site) -> bytes:
+    """Encrypt a recovery record of this machine with other passwords: everybody can."""
+    opened = enroll.open_cms(site.keyset, sent(site).recovery, "recovery")
+    fake = provision.make_secrets(site.host)
+    recovery = opened._replace(auths=fake.auths, recovery_key=fake.recovery_key)
+    return site.host.run(
+        ["openssl", "cms", "-encrypt", "-binary", "-aes-256-gcm", "-outform", "DER",
+         "-recip", site.keyset.certificate_path("recovery"),
+         "-keyopt", "rsa_padding_mode:oaep", "-keyopt", "rsa_oaep_md:sha256"],
+        stdin=exchange.encode_recovery(recovery),
+    )  # fmt: skip
+
+
+def other_log(site: Site) -> bytes:
+    """Return the log with an event more, of a PCR that nobody looks at."""
+    return sent(site).event_log + encode_event(measured(4, 1, b"more"), ("sha1", "sha256"))
+
+
+def other_trust(site: Site) -> dict[str, object]:
+    """The request of a machine that was given another recovery certificate, as its own key signs it."""
+    foreign = lambda role: (site.other if role == "recovery" else site.keyset).certificate(role)  # noqa: E731
+    request = exchange.Request(**own_key(site))  # type: ignore[arg-type]
+    signed = csr(KEY, record_of(site), records.request_digest(request, foreign))
+    return request._replace(csr=signed)._asdict()
 
 
 CHANGES: list[tuple[Callable[[Site], dict[str, object]], str]] = [
     (lambda site: {"product": "11111111-2222-4333-8444-555555555555"}, "RECORD-PRODUCT"),
     (lambda site: {"epoch": 2}, r"EPOCH.*epoch 1 \(--epoch\).*seen epoch 2"),
-    (lambda site: {"csr": spoil(sent(site).csr, -1)}, "RECORD-FORMAT.*its own key signed"),
-    (lambda site: {"csr": b"\x30\x00"}, "RECORD-FORMAT"),
-    (lambda site: {"csr": csr(KEY, record_of(site))}, "RECORD-FORMAT.*for the keys that come with it"),
-    (lambda site: {"csr": csr(KEY, record_of(site), NAMED)}, "RECORD-FORMAT.*other extensions"),
-    (
-        lambda site: {**own_key(site), "csr": csr(KEY, spoil(record_of(site), -1))},
-        "RECORD-FORMAT.*for the keys",
-    ),
-    (
-        lambda site: {**own_key(site), "csr": csr(KEY, record_of(site) + b"\0")},
-        "RECORD-FORMAT.*for the keys",
-    ),
-    (lambda site: {**own_key(site), "csr": csr(KEY, b"")}, "RECORD-FORMAT"),
-    (lambda site: {"storage_key": spoil(sent(site).storage_key, 7)}, "RECORD-FORMAT.*templates"),
-    (lambda site: {"storage_key": records.encode_point(KEY.public_key(), init.SRK_HEAD)}, "for the keys"),
-    (lambda site: {"sudi": spoil(sent(site).sudi, 7)}, "RECORD-FORMAT.*templates"),
-    (lambda site: {"sudi": records.encode_point(KEY.public_key(), records.SUDI_HEAD)}, "for the keys"),
+    (lambda site: {"csr": spoil(sent(site).csr, -1)}, "not signed by its own key"),
+    (lambda site: {"csr": b"\x30\x00"}, "none of a machine's"),
+    (lambda site: {"csr": csr(KEY, record_of(site), bytes(32))}, "for other keys than come with it"),
+    (lambda site: {"csr": csr(KEY, record_of(site), bytes(32), NAMED)}, "other extensions"),
+    (lambda site: own_key(site, spoil(record_of(site), -1)), "for other keys"),
+    (lambda site: own_key(site, record_of(site) + b"\0"), "for other keys"),
+    (lambda site: own_key(site, b""), "for other keys"),
+    (lambda site: {"storage_key": spoil(sent(site).storage_key, 7)}, "of their templates"),
+    (lambda site: {"storage_key": records.encode_point(KEY.public_key(), init.SRK_HEAD)}, "for other keys"),
+    (lambda site: {"sudi": spoil(sent(site).sudi, 7)}, "of their templates"),
+    (lambda site: {"sudi": records.encode_point(KEY.public_key(), records.SUDI_HEAD)}, "for other keys"),
     (lambda site: {"epoch_index": spoil(sent(site).epoch_index, -3)}, "TPM-INDEX"),
     (lambda site: {"sealed": spoil(sent(site).sealed, 20)}, "TPM-SEAL"),
     (lambda site: {"sealed": sent(site).sealed + b"\0"}, "TPM-SEAL"),
-    (own_key, "RECORD-FORMAT.*the recovery record of machine"),
-    (lambda site: {"recovery": b"garbage"}, "cannot open the recovery record"),
-    (lambda site: {"recovery": spoil(sent(site).recovery, -1)}, "cannot open the recovery record"),
-    (lambda site: {"pcr7": bytes([7] * 32)}, "the machine's event log gives PCR 7"),
-    (lambda site: {"event_log": b"garbage"}, "event log"),
+    (lambda site: {"sealed": spoil(sent(site).sealed, -1)}, "not the one that its machine signed"),
+    (lambda site: {"recovery": rewrapped(site)}, "not the one that its machine signed"),
+    (lambda site: {"event_log": other_log(site)}, "not the one that its machine signed"),
+    (lambda site: {"pcr7": bytes([7] * 32)}, "not the one that its machine signed"),
+    (other_trust, "other certificates than this keyset's: export the keyset again"),
+    (own_key, "comes with the recovery record of machine"),
+    (lambda site: own_key(site, recovery=b"garbage"), "cannot open the recovery record"),
+    (lambda site: own_key(site, recovery=spoil(sent(site).recovery, -1)), "cannot open the recovery record"),
 ]
 
 
@@ -195,6 +287,34 @@ def test_a_request_that_is_not_right_leaves_nothing(
 def test_another_organisation_does_not_answer(site: Site) -> None:
     with pytest.raises(init.Refused, match="RECORD-PRODUCT"):
         enroll.enroll(site.host, site.state / "request.json", site.other, site.answer, site.machines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pcr7": bytes([7] * 32)}, "the machine's event log gives PCR 7"),
+        ({"event_log": b"garbage"}, "event log"),
+    ],
+)
+def test_a_firmware_that_may_not_be_approved_is_not(
+    shared: Site, tmp_path: Path, changes: dict[str, bytes], says: str
+) -> None:
+    """As its machine signs the request: its own recovery record and all."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    sudi = records.encode_point(key.public_key(), records.SUDI_HEAD)
+    site, old = replace(shared, folder=tmp_path), sent(shared)
+    made = provision.Made(old.storage_key, b"", exchange.Seal(b"", b""), sudi, b"", b"")
+    organisation = keys.open_organisation(site.organisation)
+    (tmp_path / "organisation").symlink_to(site.organisation)
+    secrets = provision.make_secrets(site.host)
+    recovery = provision.encrypt_recovery(site.host, tmp_path, organisation, made, secrets)
+    request = old._replace(sudi=sudi, recovery=recovery, **changes)  # type: ignore[arg-type]
+    digest = records.request_digest(request, organisation.certificate)
+    path = tmp_path / "request.json"
+    path.write_bytes(exchange.encode_request(request._replace(csr=csr(key, record_of(shared), digest))))
+    with pytest.raises(Failure, match=says):
+        enroll.enroll(site.host, path, site.keyset, site.answer, site.machines)
+    assert not site.machines.exists()
 
 
 def without(name: str) -> Callable[[dict[str, object]], object]:

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, exchange, init, keys, provision, records
+from mosinit import cli, enroll, exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
@@ -32,6 +33,7 @@ from tests.tpms import Breaking, TpmMachine
 WRITES = {
     0x120: "EvictControl", 0x12A: "NV_DefineSpace", 0x122: "NV_UndefineSpace", 0x135: "NV_SetBits",
     0x129: "HierarchyChangeAuth", 0x127: "ClearControl", 0x13A: "DictionaryAttackParameters",
+    0x12E: "SetPrimaryPolicy",
 }  # fmt: skip
 SRK = ("-G", "ecc256:aes128cfb", "-g", "sha256", "-a",
        "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt")  # fmt: skip
@@ -68,35 +70,46 @@ def writes(seen: Sequence[int]) -> list[str]:
 
 
 def test_the_core_finds_its_machine(done: Site) -> None:
-    sealed = exchange.parse_sealed((done.state / "seal.json").read_bytes(), "seal.json")
-    ca = done.keyset.certificate_path("sudi-ca").read_bytes()
-    record = init.verify_record(sealed.answer.certificate, ca, done.keyset.product)
+    _, record = read_record(done, done.state)
     machine = TpmMachine(done.tpm)
     public = init.check_tpm(machine, record, 1)
     assert init.tpm_name(public) == record.storage_key
     assert init.read_epoch(machine) == 1
 
 
-def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
-    done.restart()
-    sealed = exchange.parse_sealed((done.state / "seal.json").read_bytes(), "seal.json")
-    ca = done.keyset.certificate_path("sudi-ca").read_bytes()
-    record = init.verify_record(sealed.answer.certificate, ca, done.keyset.product)
-    machine, policy = TpmMachine(done.tpm), done.policy()
+def read_record(site: Site, state: Path) -> tuple[exchange.Sealed, init.MachineRecord]:
+    sealed = exchange.parse_sealed((state / "seal.json").read_bytes(), "seal.json")
+    ca = site.keyset.certificate_path("sudi-ca").read_bytes()
+    return sealed, init.verify_record(sealed.answer.certificate, ca, site.keyset.product)
+
+
+def boot(site: Site) -> tuple[TpmMachine, init.UkiApproval]:
+    """Restart up to enter-initrd, and approve what then is in PCR 11."""
+    site.restart()
+    machine = TpmMachine(site.tpm)
     init.extend_pcr(machine, init.MEASURED, init.ENTER_INITRD)
-    signed = policy.uki_policy(init.read_pcr(machine, init.MEASURED), 1, init.Cc.UNSEAL) + init.UKI_REF
-    approval = init.UkiApproval(1, done.keyset.signer("pcr").sign(signed), bytes(256))
+    pcr11 = init.read_pcr(machine, init.MEASURED)
+    signed = site.policy().uki_policy(pcr11, 1, init.Cc.UNSEAL) + init.UKI_REF
+    return machine, init.UkiApproval(1, site.keyset.signer("pcr").sign(signed), bytes(256))
 
-    def unseal() -> bytearray:
-        public = init.check_tpm(machine, record, 1)
-        return init.unseal(machine, sealed.tokens(), public, policy, approval)
 
-    secret = unseal()
-    assert bytes(secret) == (done.state / "config.key").read_bytes()
+def open_config(
+    site: Site, booted: tuple[TpmMachine, init.UkiApproval], state: Path, record_of: Path | None = None
+) -> bytes:
+    """Do what the bring-up does, with what lies in `state` (and the record of another)."""
+    (sealed, _), (_, record) = read_record(site, state), read_record(site, record_of or state)
+    public = init.check_tpm(booted[0], record, 1)
+    secret = init.unseal(booted[0], sealed.tokens(), public, site.policy(), booted[1])
     init.check_secret(record, secret)
-    init.fence(machine)
+    return bytes(secret)
+
+
+def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
+    booted = boot(done)
+    assert open_config(done, booted, done.state) == (done.state / "config.key").read_bytes()
+    init.fence(booted[0])
     with pytest.raises(init.Refused, match="TPM-APPROVAL"):
-        unseal()
+        open_config(done, booted, done.state)
 
 
 def test_files_are_private_and_passwords_are_gone(done: Site) -> None:
@@ -205,11 +218,45 @@ def make_srk(site: Site, *more: str) -> None:
     site.tpm.run("tpm2_flushcontext", "-t")
 
 
-def test_a_storage_key_of_the_template_is_used(site: Site) -> None:
-    make_srk(site)
+def endorsed_key(site: Site) -> None:
+    """A key of the same template, but of another hierarchy."""
+    site.tpm.run("tpm2_createprimary", "-C", "e", *SRK, "-c", "srk.ctx")
+    site.tpm.run("tpm2_evictcontrol", "-C", "o", "-c", "srk.ctx", hex(init.SRK))
+    site.tpm.run("tpm2_flushcontext", "-t")
+
+
+def key_with_password(site: Site) -> None:
+    make_srk(site, "-p", "secret")
+
+
+@pytest.mark.parametrize("leave", [make_srk, endorsed_key, key_with_password, Site.request])
+def test_a_storage_key_that_was_left_is_made_anew(site: Site, leave: Callable[[Site], object]) -> None:
+    leave(site)
+    if site.state.exists():
+        shutil.rmtree(site.state)
     before = site.tpm.run("tpm2_readpublic", "-c", hex(init.SRK))
     site.provision()
-    assert site.tpm.run("tpm2_readpublic", "-c", hex(init.SRK)) == before
+    after = site.tpm.run("tpm2_readpublic", "-c", hex(init.SRK))
+    assert after != before
+    site.tpm.run("tpm2_createprimary", "-C", "o", "-P", owner_password(site), *SRK, "-c", "srk.ctx")
+    assert site.tpm.run("tpm2_readpublic", "-c", "srk.ctx") != after
+
+
+def owner_password(site: Site) -> str:
+    filed = next(site.machines.glob("*/recovery.cms"))
+    return enroll.open_recovery(filed, site.keyset).auths["owner"].decode()
+
+
+@pytest.mark.parametrize("cut", [slice(2, 34), slice(36, 68)])
+def test_a_key_with_a_short_coordinate_is_refused(cut: slice) -> None:
+    """As TPMs make them that leave out zeros in front."""
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    area = records.encode_point(key, init.SRK_HEAD)
+    assert tpms.whole_point(area, init.SRK_HEAD) == area
+    point = area[len(init.SRK_HEAD) :]
+    short = point[: cut.start - 2] + b"\0\x1f" + point[cut.start + 1 :]
+    with pytest.raises(init.Refused, match="TPM-ANSWER.*coordinates of 32 bytes"):
+        tpms.whole_point(init.SRK_HEAD + short, init.SRK_HEAD)
 
 
 def disable(site: Site) -> None:
@@ -246,23 +293,12 @@ def foreign_key(site: Site) -> None:
     site.tpm.run("tpm2_flushcontext", "-t")
 
 
-def endorsed_key(site: Site) -> None:
-    """A key of the same template, but of another hierarchy."""
-    site.tpm.run("tpm2_createprimary", "-C", "e", *SRK, "-c", "srk.ctx")
-    site.tpm.run("tpm2_evictcontrol", "-C", "o", "-c", "srk.ctx", hex(init.SRK))
-    site.tpm.run("tpm2_flushcontext", "-t")
-
-
 def foreign_index(site: Site) -> None:
     site.tpm.run("tpm2_nvdefine", "-C", "o", "-s", "8", "-a", "ownerwrite|authread", hex(init.EPOCH_INDEX))
 
 
 def later_epoch(site: Site) -> None:
     site.request(state=site.folder / "other", epoch=2)
-
-
-def key_with_password(site: Site) -> None:
-    make_srk(site, "-p", "secret")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +311,6 @@ def key_with_password(site: Site) -> None:
         (set_lockout, "TPM-STATE.*seen lockout password"),
         (lock_out, "TPM-LOCKOUT"),
         (foreign_key, "another object at 0x81004d53.*tpm2_evictcontrol"),
-        (endorsed_key, "another object at 0x81004d53"),
-        (key_with_password, "the storage root key has a password: remove it"),
         (foreign_index, "TPM-INDEX"),
         (later_epoch, "EPOCH.*epoch 1 or before.*seen epoch 2"),
     ],
@@ -317,6 +351,44 @@ def test_the_event_log_must_be_there(site: Site) -> None:
         site.log.write_bytes(content)
 
 
+# --- Policies that others planted ---------------------------------------------------------------------
+
+
+def plant(site: Site) -> None:
+    """Let whoever knows no password do everything with owner, endorsement and lockout."""
+    run = site.tpm.run
+    run("tpm2_startauthsession", "-S", "s.ctx")
+    run("tpm2_policycommandcode", "-S", "s.ctx", "-L", "planted", "TPM2_CC_NV_UndefineSpace")
+    run("tpm2_flushcontext", "s.ctx")
+    for hierarchy in ("o", "e", "l"):
+        run("tpm2_setprimarypolicy", "-C", hierarchy, "-L", "planted", "-g", "sha256")
+
+
+def planted(site: Site) -> list[str]:
+    with tpms.open_tpm(site.tpm.tcti) as machine:
+        return machine.policies()
+
+
+@pytest.mark.parametrize("when", ["before the request", "before the answer"])
+def test_policies_that_others_planted_are_removed(
+    site: Site, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if when == "before the request":
+        plant(site)
+    site.request()
+    assert planted(site) == []
+    site.enroll()
+    if when == "before the answer":
+        plant(site)
+    site.finish()
+    assert planted(site) == []
+    assert "policy of lockout, endorsement, owner" in capsys.readouterr().err
+    run = site.tpm.run
+    run("tpm2_startauthsession", "--policy-session", "-S", "s.ctx")
+    run("tpm2_policycommandcode", "-S", "s.ctx", "TPM2_CC_NV_UndefineSpace")
+    run("tpm2_nvundefine", "-C", "o", "-P", "session:s.ctx", hex(init.EPOCH_INDEX), fails=True)
+
+
 # --- Run twice, and interrupted ------------------------------------------------------------------------
 
 
@@ -352,6 +424,21 @@ def test_a_state_for_another_organisation_is_not_taken(site: Site) -> None:
         provision.request(site.host, replace(options, folder=site.folder / "new"))
     with pytest.raises(Failure, match="for another organisation"):
         provision.request(site.host, options)
+
+
+def test_a_closed_tpm_with_a_planted_policy_is_refused(site: Site) -> None:
+    """As an older mosinit left it."""
+    site.request()
+    site.enroll()
+    auths = {name: word.encode() for name, word in json.loads(site.saved_auths()).items()}
+    site.finish()
+    with tpms.open_tpm(site.tpm.tcti) as machine:
+        machine.open_hierarchies(auths)
+    plant(site)
+    for hierarchy, word in auths.items():
+        site.tpm.run("tpm2_changeauth", "-c", hierarchy, word.decode())
+    with pytest.raises(init.Refused, match="TPM-STATE.*no policy.*owner"):
+        site.finish()
 
 
 def test_all_done_a_second_run_only_looks(site: Site) -> None:
@@ -415,8 +502,8 @@ def test_an_answer_may_be_interrupted_at_any_command(site: Site) -> None:
     with Breaking(site.tpm) as way:
         site.finish(tcti=way.tcti)
     assert writes(way.seen) == [
-        "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl", "HierarchyChangeAuth",
-        "HierarchyChangeAuth",
+        *["SetPrimaryPolicy"] * 3, "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl",
+        *["HierarchyChangeAuth"] * 2,
     ]  # fmt: skip
     take_back()
     for at, done in breaks(way.seen):
@@ -498,7 +585,7 @@ def other_ca(site: Site) -> None:
     site.enroll()
     record = records.encode_record(other.product, bytes(32), bytes(34), bytes(34))
     key = records.parse_point(_sudi(site), records.SUDI_HEAD)
-    change_answer(site, certificate=records.issue(other, key, record))
+    change_answer(site, certificate=records.issue(other, key, record, bytes(32)))
 
 
 def other_secret(site: Site) -> None:
@@ -508,7 +595,22 @@ def other_secret(site: Site) -> None:
     names = [init.tpm_name(bytes.fromhex(words[name])) for name in ("storage_key", "epoch_index")]
     record = records.encode_record(site.keyset.product, bytes(32), *names)
     key = records.parse_point(_sudi(site), records.SUDI_HEAD)
-    change_answer(site, certificate=records.issue(site.keyset, key, record))
+    change_answer(site, certificate=records.issue(site.keyset, key, record, request_digest(site)))
+
+
+def other_request(site: Site) -> None:
+    """An answer for this very machine and record, but to a request with another recovery record."""
+    site.enroll()
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer")
+    certificate = x509.load_der_x509_certificate(answer.certificate)
+    record = certificate.extensions.get_extension_for_oid(records.RECORD_OID).value
+    assert isinstance(record, x509.UnrecognizedExtension)
+    key = records.parse_point(_sudi(site), records.SUDI_HEAD)
+    change_answer(site, certificate=records.issue(site.keyset, key, record.value, bytes(32)))
+
+
+def request_digest(site: Site) -> bytes:
+    return bytes.fromhex(json.loads((site.state / "machine.json").read_text())["request"])
 
 
 def _sudi(site: Site) -> bytes:
@@ -528,6 +630,7 @@ def broken_order(site: Site) -> None:
     [
         (other_machine, "TPM-IDENTITY.*the answer to this machine's request"),
         (other_secret, "TPM-IDENTITY.*the answer to this machine's request"),
+        (other_request, "the answer is to another request .* with another recovery record"),
         (foreign_approval, "TPM-APPROVAL"),
         (other_firmware, "TPM-POLICY.*an approved PCR 7"),
         (other_tpm, "TPM-IDENTITY.*seen none"),
@@ -542,7 +645,7 @@ def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None],
     site.request()
     spoil(site)
     before = sorted(path.name for path in site.state.iterdir())
-    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match=says):
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
         site.finish(tcti=way.tcti)
     assert writes(way.seen) == []
     assert sorted(path.name for path in site.state.iterdir()) == before
@@ -568,9 +671,15 @@ def test_a_machine_is_provisioned_again_by_consent(site: Site) -> None:
     site.request(state=second, again=True)
     assert not site.flags() & PASSWORDS
     answer = site.enroll(second)
-    assert answer["enrolled_before"] == [serial]
     assert site.finish(state=second)["provisioned"] != serial
     assert site.flags() & init.PROVISIONED == init.PROVISIONED
+    # What was sealed and said before is of no use any more.
+    booted = boot(site)
+    assert open_config(site, booted, second) == (second / "config.key").read_bytes()
+    with pytest.raises(init.Refused, match="TPM-IDENTITY"):
+        open_config(site, booted, site.state)
+    with pytest.raises(init.Refused, match="TPM-SEAL"):
+        open_config(site, booted, site.state, record_of=second)
     # The consent is still good, but the old passwords are not.
     with pytest.raises(Failure, match="owner password in the recovery record is not this TPM's"):
         site.request(state=site.folder / "third", again=True)
@@ -590,10 +699,9 @@ def test_to_begin_anew_may_be_interrupted_at_any_command(site: Site) -> None:
 
     with Breaking(site.tpm) as way:
         again(way.tcti)
-    assert writes(way.seen) == ["EvictControl", *["HierarchyChangeAuth"] * 3]
+    assert writes(way.seen) == ["HierarchyChangeAuth"] * 3
     for at, done in breaks(way.seen):
         with tpms.open_tpm(site.tpm.tcti) as machine:
-            machine.make_storage_key()
             machine.close_hierarchies(auths)
         with Breaking(site.tpm, at, done=done) as broken, contextlib.suppress(Failure, init.Refused):
             again(broken.tcti)

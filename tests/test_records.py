@@ -32,7 +32,7 @@ def key() -> ec.EllipticCurvePrivateKey:
 @pytest.fixture(scope="module")
 def certificate(keyset: keys.Keyset, key: ec.EllipticCurvePrivateKey) -> bytes:
     record = records.encode_record(keyset.product, PROOF, STORAGE_KEY, INDEX)
-    return records.issue(keyset, key.public_key(), record)
+    return records.issue(keyset, key.public_key(), record, bytes(32))
 
 
 def test_the_core_reads_the_record(keyset: keys.Keyset, certificate: bytes) -> None:

@@ -44,16 +44,26 @@ class Swtpm:
 
     def connect(self) -> socket.socket:
         """Open a connection for commands; close it before a program is run."""
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(WAIT_SECONDS)
-        client.connect(str(self.path))
-        return client
+        return self._connect(self.path)
+
+    def _connect(self, path: Path) -> socket.socket:
+        # A socket is there a moment before anybody listens on it.
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(WAIT_SECONDS)
+            try:
+                client.connect(str(path))
+                return client
+            except ConnectionRefusedError:
+                client.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def reset(self) -> None:
         """Do what a restart of the machine does: PCRs start anew, and TPM2_Startup(CLEAR) is sent."""
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as control:
-            control.settimeout(WAIT_SECONDS)
-            control.connect(str(self.control))
+        with contextlib.closing(self._connect(self.control)) as control:
             for command in (struct.pack(">I", CMD_STOP), struct.pack(">II", CMD_INIT, 0)):
                 control.sendall(command)
                 assert control.recv(4) == bytes(4)
