@@ -1,23 +1,22 @@
 #!/bin/bash
-# Packs the initrd: the frozen bring-up, the kernel modules that its policy lists, the organisation's CAs.
+# Packs the initrd: the frozen bring-up, the kernel modules that its policy lists, what is public of a keyset.
 # Two builds of the same input are byte-identical. What goes in is decided in mosinit/initrd.py.
 set -euo pipefail
 export LC_ALL=C
 
 usage() {
     cat <<'END'
-usage: build-initrd.sh --kernel-modules DIR --policy FILE --manifest-ca FILE --sudi-ca FILE --out FILE
+usage: build-initrd.sh --kernel-modules DIR --policy FILE --organisation DIR --out FILE
 
   --kernel-modules DIR   lib/modules/VERSION of the kernel
   --policy FILE          policy.json (`mosinit build` writes it)
-  --manifest-ca FILE     certificate (PEM) of the CA of install manifests
-  --sudi-ca FILE         certificate (PEM) of the CA of machine identities
+  --organisation DIR     a keyset, or its public parts: certificates, keyset.json, pcr.pub, platform.pub
   --out FILE             the initrd; beside it FILE.parts.json (bytes of each part), FILE.contents (what is in it)
                          and FILE.key (what it was made from: the same again takes no time)
   --level N              zstd level, 19 unless told
 
 example: build-initrd.sh --kernel-modules /usr/lib/modules/6.12.0 --policy policy.json \
-           --manifest-ca keys/manifest-ca.pem --sudi-ca keys/sudi-ca.pem --out initrd.cpio.zst
+           --organisation keys --out initrd.cpio.zst
 END
 }
 
@@ -26,11 +25,11 @@ fail() {
     exit "${2:-1}"
 }
 
-modules='' policy='' manifest_ca='' sudi_ca='' out='' level=19
+modules='' policy='' organisation='' out='' level=19
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage; exit 0 ;;
-        --kernel-modules | --policy | --manifest-ca | --sudi-ca | --out | --level)
+        --kernel-modules | --policy | --organisation | --out | --level)
             [ $# -ge 2 ] || fail "$1 wants a value" 2
             name=${1#--}
             [ "$name" = kernel-modules ] && name=modules
@@ -40,7 +39,7 @@ while [ $# -gt 0 ]; do
         *) fail "unknown option $1: see --help" 2 ;;
     esac
 done
-for name in modules policy manifest_ca sudi_ca out; do
+for name in modules policy organisation out; do
     [ -n "${!name}" ] || fail "an option is missing: see --help" 2
 done
 for tool in cpio python3 zstd; do
@@ -55,8 +54,8 @@ step() {
     PYTHONPATH=$here PYTHONDONTWRITEBYTECODE=1 python3 -m mosinit.initrd "$@"
 }
 
-step stage --kernel-modules "$modules" --policy "$policy" --manifest-ca "$manifest_ca" --sudi-ca "$sudi_ca" \
-    --root "$work/root" >"$work/contents"
+step stage --kernel-modules "$modules" --policy "$policy" --organisation "$organisation" --root "$work/root" \
+    >"$work/contents"
 
 # Two archives in one stream: device nodes first, since making them as files takes root.
 step nodes >"$work/initrd.cpio"

@@ -2,9 +2,10 @@
 """mosinit - bring a machine from its signed initrd to hostfs.
 
 Runs as PID 1. In order: mount the pseudo file systems, load the modules that the build listed, check the
-firmware, measure, find the boot disk, close the fence, verify the manifest, set up the verity layers, stack
-hostfs, hand over. Each step fails closed, and there is one way out: `main` fences, says on one screen what
-was refused and what to do, and restarts the machine.
+firmware, measure, find the boot disk, have the TPM give its secret, close the fence, open the volumes,
+verify the manifest, set up the verity layers, stack hostfs, hand over. Live mode has no secret, and a signed
+medium in place of volumes. Each step fails closed, and there is one way out: `main` fences, says on one
+screen what was refused and what to do, and restarts the machine.
 
 One file: standard library, cryptography, yaml; the last two are imported only where they are used. Every
 line here is in the signed initrd: a change is a new UKI. Words: `untrusted_*` is a byte string from disk
@@ -166,6 +167,8 @@ LUKS-TOKEN: the config volume does not carry exactly the tokens of a provisioned
     provision this machine again on live media, with the recovery key
 VOLUME-KEY: an encrypted volume does not open with this machine's key
     use the disk that belongs to this machine, or the recovery key on live media
+VOLUME-READ: an encrypted volume does not hold the file system that mosinit made there
+    the disk is damaged or was changed: install this machine again, or use its recovery key on live media
 STORE-SEAL: the medium's seal is damaged
     write the medium again from its image
 STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
@@ -180,6 +183,8 @@ MANIFEST-CERTIFICATE: the certificate of the install manifest is not one that ca
     publish the manifest with the keyset's product key
 MANIFEST-CHAIN: the certificate of the install manifest was not issued by this system's manifest CA
     publish the manifest with the keyset that this UKI was built with
+MANIFEST-REVOKED: the certificate of the install manifest was revoked
+    publish the manifest again with the product key that replaced the revoked one
 MANIFEST-SIGNATURE: the signature of the install manifest is wrong
     the manifest was changed after it was signed: publish it again
 MANIFEST-PRODUCT: the install manifest is for another product
@@ -234,6 +239,11 @@ BLOCK = 4096  # of dm-verity data and hashes, of layers and the store: pinned, n
 MIB = 1 << 20
 
 ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"  # UEFI specification 5.3.3
+# The three of mos, and its tools know them; the fourth: Discoverable Partitions Specification.
+CONFIG_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771a"
+STORE_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771b"
+SCRATCH_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771c"
+LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 LIVE_STORE_TYPE = "7299327d-41b9-4c11-9222-cba2654b5141"  # ours: the store of a live medium
 LIVE_SEAL_TYPE = "1b71b0fa-830c-4ab4-91c4-0b5287589b46"  # ours: its root hash and signature
 
@@ -252,8 +262,13 @@ EXTRA_PCRS = (Pcr(12), Pcr(13))  # the same: command-line additions and credenti
 ENTER_INITRD, LEAVE_INITRD = b"enter-initrd", b"leave-initrd"  # systemd-pcrphase's words
 
 REPOSITORY = "mosinit"  # the OCI layout in the store
-STORE, SCRATCH, SYSROOT = "/atomfs-cache", "/scratch-writes", "/sysroot"
+CONFIG, STORE, SCRATCH, SYSROOT = "/config", "/atomfs-cache", "/scratch-writes", "/sysroot"
+MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)  # into the new root, of live mode too
+STATE = "state"  # the GPT name of the storage volume that is mounted at /var
 POLICY_FOLDER = "/etc/mosinit"
+OURS = f"{POLICY_FOLDER}/organisation"
+APPROVAL_FILE = "/.extra/tpm2-pcr-signature.json"  # where the stub leaves the section .pcrsig
+LEFT = "/run/mosinit"  # what the bring-up leaves to hostfs
 
 WATCHDOG_SECONDS = 240  # the whole bring-up; an iTCO watchdog takes at most 613 s
 DISK_SECONDS = 30  # a USB stick behind hubs may take ten
@@ -311,6 +326,7 @@ class DmCommand(enum.IntEnum):
     DEV_CREATE = 0xC138FD03
     DEV_REMOVE = 0xC138FD04
     DEV_SUSPEND = 0xC138FD06
+    DEV_STATUS = 0xC138FD07
     TABLE_LOAD = 0xC138FD09
 
 
@@ -376,9 +392,9 @@ class Kernel:
         finally:
             os.close(fd)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write a file in one write(2), as pseudo files want it."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:
+        """Write a file in one write(2), as pseudo files want it; `mode` is that of a new file."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             os.write(fd, data)
         finally:
@@ -629,6 +645,13 @@ class Kernel:
         if code < 0:
             raise OSError(-code, f"cannot open {device} by key slot {slot}: {os.strerror(-code)}")
 
+    def format_ext4(self, device: str) -> None:
+        """Make an ext4 file system that needs no journal, for nothing in it outlives this boot."""
+        words = ["/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal"]
+        child = os.posix_spawn(words[0], [*words, "-E", "lazy_itable_init=1,nodiscard", device], {})
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise OSError(errno.EIO, f"mke2fs ended with status {code}")
+
     def close(self, fd: int) -> None:
         """Close a file descriptor."""
         os.close(fd)
@@ -806,6 +829,10 @@ def parse_json(data: bytes, check: str) -> object:
         raise Refused(check, expected="JSON", seen=str(error)) from error
 
 
+def _sha256(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
 class Module(NamedTuple):
     """A kernel module to load: name as in /sys/module, path in the initrd, parameters, probing without a
     wait.
@@ -828,21 +855,30 @@ class Policy(NamedTuple):
     db: tuple[str, ...]  # SHA-256 of each DER certificate that the firmware's db must hold, no other
     platform: tuple[str, ...]  # how the kernel describes those certificates in its keyring
     modules: tuple[Module, ...]
+    revoked: tuple[str, ...]  # SHA-256 of each product certificate (DER) that counts no more
     uki_id: str
-    manifest_ca: bytes
+    organisation: Mapping[str, bytes]  # the public parts of the keyset, by file name
+
+    @property
+    def manifest_ca(self) -> bytes:
+        """The certificate (PEM) under which product certificates are issued."""
+        return self.organisation["manifest-ca.pem"]
 
 
-def parse_policy(data: bytes, uki_id: bytes, manifest_ca: bytes) -> Policy:
+def parse_policy(data: bytes, uki_id: bytes, organisation: Mapping[str, bytes]) -> Policy:
     """Parse the policy of a signed initrd. It is our own build's: a fault is a crash, not a refusal."""
     raw = cast(dict[str, Any], json.loads(data))
-    if (raw["schema"], raw["mode"]) != (1, "live"):
-        raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: this program knows 1, live")
+    if raw["schema"] != 1 or raw["mode"] not in ("live", "run"):
+        raise ValueError(
+            f"policy schema {raw['schema']}, mode {raw['mode']}: this program knows 1, live, run"
+        )
     modules = tuple(
         Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
     )
+    db, platform, revoked = (tuple(raw[key]) for key in ("db", "platform", "revoked"))
     return Policy(
-        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], tuple(raw["db"]),
-        tuple(raw["platform"]), modules, uki_id.decode().strip(), manifest_ca,
+        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], db, platform, modules,
+        revoked, uki_id.decode().strip(), organisation,
     )  # fmt: skip
 
 
@@ -882,6 +918,7 @@ class Partition(NamedTuple):
     uuid: str
     start: int
     size: int
+    name: str
 
 
 _GPT = struct.Struct("<8sIIIIQQQQ16sQIII")  # UEFI specification 5.3.2
@@ -905,13 +942,13 @@ def parse_gpt(
         raise Refused("GPT-ENTRY", expected=f"checksum {entries_crc:08x}", seen=f"{zlib.crc32(table):08x}")
     found = []
     for number in range(count):
-        kind, uuid, start, end, _, _ = _GPT_ENTRY.unpack_from(table, number * _GPT_ENTRY.size)
+        kind, uuid, start, end, _, label = _GPT_ENTRY.unpack_from(table, number * _GPT_ENTRY.size)
         if kind == bytes(16):
             continue
         if not first <= start <= end <= last:
             raise Refused("GPT-ENTRY", expected=f"sectors within {first}-{last}", seen=f"{start}-{end}")
-        size = (end - start + 1) * sector
-        found.append(Partition(number + 1, format_guid(kind), format_guid(uuid), start * sector, size))
+        size, name = (end - start + 1) * sector, label.decode("utf-16-le", "replace").partition("\0")[0]
+        found.append(Partition(number + 1, format_guid(kind), format_guid(uuid), start * sector, size, name))
     _check_partitions_apart(found)
     return tuple(found)
 
@@ -1052,7 +1089,7 @@ ROOT_HASH_ANNOTATIONS = (
     "io.stackeroci.stacker.squashfs_verity_root_hash",
 )
 UKI_MEDIA_TYPE = "application/vnd.machine.uki.v1+efi"
-UKI_ID_ANNOTATION = "io.mosinit.uki-id"
+UKI_ID_ANNOTATIONS = {"run": "io.mosinit.uki-id", "live": "io.mosinit.live-uki-id"}  # of a bootkit
 RELEASE_ARTIFACT = "application/vnd.machine.install"
 MANIFEST_MEDIA_TYPE = "application/vnd.machine.install.v1+yaml"
 SIGNATURE_MEDIA_TYPE = "application/vnd.machine.signature"
@@ -1085,7 +1122,7 @@ class Image(NamedTuple):
     """What the bring-up takes from an OCI image manifest."""
 
     layers: tuple[Layer, ...]
-    uki_id: str | None
+    uki_ids: Mapping[str, str]  # of a bootkit: by mode, the UKI that belongs to it
 
 
 def parse_descriptor(raw: object, check: str) -> Descriptor:
@@ -1121,7 +1158,8 @@ def parse_image(data: bytes) -> Image:
     """Parse an OCI image manifest whose digest is signed."""
     raw, descriptors = parse_descriptors(data, "layers", "IMAGE-FORMAT")
     annotations = raw.get("annotations")
-    uki_id = annotations.get(UKI_ID_ANNOTATION) if isinstance(annotations, dict) else None
+    named = annotations if isinstance(annotations, dict) else {}
+    ids = {mode: str(named[key]) for mode, key in UKI_ID_ANNOTATIONS.items() if key in named}
     layers = []
     for item in descriptors:
         if item.media_type == UKI_MEDIA_TYPE:
@@ -1136,7 +1174,7 @@ def parse_image(data: bytes) -> Image:
         layers.append(Layer(item.media_type, item.digest, item.size, min(roots)))
     if not layers:
         raise Refused("IMAGE-FORMAT", expected="at least one layer", seen="none")
-    return Image(tuple(layers), uki_id if isinstance(uki_id, str) else None)
+    return Image(tuple(layers), ids)
 
 
 # --- YAML: the small language in which manifests are written -----------------------------------------------
@@ -1558,7 +1596,7 @@ class Manifest(NamedTuple):
 
 def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, policy: Policy) -> Manifest:
     """Return the manifest if this product's certificate, under the manifest CA, signed just these bytes."""
-    signer = verify_certificate(certificate, policy.manifest_ca, policy.product)
+    signer = verify_certificate(certificate, policy)
     verify_signature(signer, signature, untrusted)
     contents = parse_manifest(untrusted)
     if contents.product != policy.product:
@@ -1570,15 +1608,16 @@ def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, poli
     return Manifest(contents, hashlib.sha256(untrusted).hexdigest())
 
 
-def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certificate:
-    """Return the certificate if the CA issued it to sign manifests of `product` (RFC 5280).
+def verify_certificate(untrusted: bytes, policy: Policy) -> x509.Certificate:
+    """Return the certificate if the manifest CA issued it to sign manifests of the product (RFC 5280).
 
     Validity dates do not count here: a machine with a flat clock battery must boot. They count when a
     manifest is published or installed.
     """
     from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
 
-    authority = x509.load_pem_x509_certificate(ca)
+    authority = x509.load_pem_x509_certificate(policy.manifest_ca)
     try:
         if untrusted.count(b"-----BEGIN") != 1 or len(untrusted) > 16384:
             raise ValueError("not one PEM certificate")
@@ -1596,11 +1635,12 @@ def verify_certificate(untrusted: bytes, ca: bytes, product: str) -> x509.Certif
         seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
         expected = f"issued by {authority.subject.rfc4514_string()}"
         raise Refused("MANIFEST-CHAIN", expected=expected, seen=seen) from error
-    expected = f"a leaf for code signing with the name urn:uuid:{product}"
     if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
-        raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=", ".join(uses))
-    if uses[-1] != f"urn:uuid:{product}":
-        raise Refused("MANIFEST-PRODUCT", expected=f"a certificate for urn:uuid:{product}", seen=uses[-1])
+        raise Refused("MANIFEST-CERTIFICATE", expected="a leaf for code signing", seen=", ".join(uses))
+    if uses[-1] != f"urn:uuid:{policy.product}":
+        raise Refused("MANIFEST-PRODUCT", expected=f"one for urn:uuid:{policy.product}", seen=uses[-1])
+    if (digest := _sha256(certificate.public_bytes(Encoding.DER)).hex()) in policy.revoked:
+        raise Refused("MANIFEST-REVOKED", expected="a certificate that still counts", seen=digest)
     return certificate
 
 
@@ -1685,21 +1725,17 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
     return MachineRecord(named, proof, storage_key, index)
 
 
-def verify_epoch_order(
-    statement: bytes, signature: bytes, certificate: bytes, ca: bytes, product: str
-) -> int:
+def verify_epoch_order(statement: bytes, signature: bytes, certificate: bytes, policy: Policy) -> int:
     """Return the epoch that the publisher's statement orders; it is signed and checked like a manifest."""
     try:
-        verify_signature(verify_certificate(certificate, ca, product), signature, statement)
+        verify_signature(verify_certificate(certificate, policy), signature, statement)
         fields = parse_json(statement, "EPOCH-ORDER")
     except Refused as error:
         seen = f"{error.check}: {error.seen}"
         raise Refused("EPOCH-ORDER", expected=error.expected, seen=seen) from error
-    epoch = fields.get("epoch") if isinstance(fields, dict) else None
+    epoch, product = fields.get("epoch") if isinstance(fields, dict) else None, policy.product
     if type(epoch) is not int or not 1 <= epoch <= MAX_EPOCH or fields != epoch_statement(product, epoch):
-        raise Refused(
-            "EPOCH-ORDER", expected=f"an epoch of {product}", seen=statement[:200].decode(errors="replace")
-        )
+        raise Refused("EPOCH-ORDER", expected=f"an epoch of {product}", seen=repr(statement[:200]))
     return epoch
 
 
@@ -1787,7 +1823,22 @@ def read_luks_header(k: Kernel, fd: int, kind: str) -> LuksHeader:
     """Read everything in front of a volume's data, once; nothing else of it may be read again."""
     with refusing("LUKS-HEADER", "a header that can be read"):
         untrusted = k.read_at(fd, 0, LUKS_BYTES)
+        if kind == "config":
+            check_integrity(k.read_at(fd, LUKS_DATA, 512))
     return parse_luks_header(untrusted, kind)
+
+
+def check_integrity(untrusted: bytes) -> None:
+    """See that the superblock of config's dm-integrity, which no key protects, asks for nothing unusual.
+
+    Its flags could have tags computed anew, its journal could take any amount of memory.
+    """
+    # linux/drivers/md/dm-integrity.c, struct superblock; flag 8: SB_FLAG_FIXED_PADDING
+    *fixed, journal, _, flags, block = struct.unpack_from("<8sBBHIQIB", untrusted)
+    pinned = [b"integrt\0", 4, 15, 32, 8, 3]
+    if [*fixed, flags, block] != pinned or not 0 < journal <= 64 or any(untrusted[30:]):
+        seen = f"{[*fixed, flags, block]}, {journal} sections, {untrusted[30:64].hex()}"
+        raise Refused("LUKS-HEADER", expected=f"integrity as {pinned}", seen=seen)
 
 
 def parse_luks_header(untrusted: bytes, kind: str) -> LuksHeader:
@@ -1996,7 +2047,6 @@ def open_volume(k: Kernel, header: LuksHeader, device: str, secret: bytearray, n
 
 # --- Generations: manifest.git, read without git -----------------------------------------------------------
 
-CONFIG = "/config"
 MANIFEST_GIT = f"{CONFIG}/manifest.git"
 MAX_GENERATIONS = 64
 
@@ -2207,10 +2257,6 @@ POLICY_START = bytes(32)
 def _sized(data: bytes) -> bytes:
     """Encode a TPM2B."""
     return struct.pack(">H", len(data)) + data
-
-
-def _sha256(*parts: bytes) -> bytes:
-    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def tpm_name(public: bytes) -> bytes:
@@ -2828,6 +2874,17 @@ def secret_proof(secret: bytes | bytearray, product: str) -> bytes:
     return hmac.digest(bytes(secret), b"mosinit config volume\0" + product.encode(), "sha256")
 
 
+def derive_key(secret: bytearray, purpose: str, partition: str = "") -> bytearray:
+    """Return a key of 32 bytes for one purpose (RFC 5869: HKDF-SHA256 without salt). The caller wipes it."""
+    # The purpose and not the place alone, or two partitions whose entries were exchanged would both open.
+    root = bytearray(hmac.digest(bytes(32), secret, "sha256"))
+    try:
+        info = f"mosinit {purpose} volume {partition}".encode()
+        return bytearray(hmac.digest(root, info + b"\1", "sha256"))
+    finally:
+        wipe(root)
+
+
 def wipe(secret: bytearray) -> None:
     """Overwrite a secret; CPython may have copied it before, so this is the best that can be done."""
     secret[:] = bytes(len(secret))
@@ -2846,17 +2903,10 @@ def set_up(k: Machine) -> Policy:
     k.mount("securityfs", "/sys/kernel/security", "securityfs", SAFE)
     k.open_consoles()
     k.quiet_kernel(4)
-    policy = parse_policy(
-        k.read(f"{POLICY_FOLDER}/policy.json"),
-        k.read(f"{POLICY_FOLDER}/uki-id"),
-        k.read(f"{POLICY_FOLDER}/manifest-ca.pem"),
-    )
-    k.report.facts |= {
-        "mode": policy.mode,
-        "product": policy.product,
-        "uki_id": policy.uki_id,
-        "epoch": policy.epoch,
-    }
+    data, uki_id = (k.read(f"{POLICY_FOLDER}/{name}") for name in ("policy.json", "uki-id"))
+    policy = parse_policy(data, uki_id, {name: k.read(f"{OURS}/{name}") for name in k.names(OURS)})
+    facts = {"mode": policy.mode, "product": policy.product, "uki_id": policy.uki_id, "epoch": policy.epoch}
+    k.report.facts |= facts
     return policy
 
 
@@ -2967,7 +3017,7 @@ def _check_tpm(k: Machine) -> None:
 
 def _check_nothing_extra(k: Machine) -> None:
     """See that the stub took nothing from beside the UKI: no credential, extension, add-on, command line."""
-    signed = ("os-release", "tpm2-pcr-signature.json")
+    signed = ("os-release", APPROVAL_FILE.rpartition("/")[2])
     extra = [f"/.extra/{name}" for name in k.names("/.extra") if name not in signed]
     extra += [f"PCR {pcr}" for pcr in EXTRA_PCRS if any(read_pcr(k, pcr))]
     demand(k, "ESP-EXTRA", expected="nothing", seen=", ".join(extra) or "nothing")
@@ -2985,6 +3035,10 @@ class BootDisk(NamedTuple):
 
     name: str
     partitions: tuple[Partition, ...]
+
+    def find(self, kind: str, name: str = "") -> list[Partition]:
+        """Return the partitions of that type and, if one is given, name."""
+        return [each for each in self.partitions if each.kind == kind and name in ("", each.name)]
 
 
 @stage
@@ -3044,11 +3098,12 @@ def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
         k.close(fd)
 
 
-def open_partition(k: Machine, disk: BootDisk, kind: str) -> tuple[int, Partition]:
-    """Open the one partition of that type on the boot disk, where kernel and table agree on it."""
-    partitions = [partition for partition in disk.partitions if partition.kind == kind]
+def open_partition(k: Machine, disk: BootDisk, kind: str, name: str = "") -> tuple[int, Partition]:
+    """Open the one partition of that type (and name) on the boot disk, where kernel and table agree."""
+    partitions = disk.find(kind, name)
     if len(partitions) != 1:
-        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind}", seen=str(len(partitions)))
+        seen = str(len(partitions))
+        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind} {name}".strip(), seen=seen)
     partition = partitions[0]
     expected = f"partition {partition.number} of {partition.size} bytes at {partition.start}"
     for name in k.names(f"/sys/block/{disk.name}"):
@@ -3125,7 +3180,119 @@ def load_verity_table(k: Machine, verity: Verity, *extra: str) -> None:
         k.clear_keys()
 
 
+class Config(NamedTuple):
+    """The config volume before it is opened: the descriptor that all of this was read from, and its key."""
+
+    fd: int
+    header: LuksHeader
+    secret: bytearray
+
+
 @stage
+def unlock(k: Machine, disk: BootDisk, policy: Policy, owned: contextlib.ExitStack) -> Config | None:
+    """Have the TPM give config's secret to the machine and volume of the record, and raise its epoch.
+
+    None in live mode, which no approval lets unseal. What is to be wiped and closed goes to `owned`.
+    """
+    if policy.mode != "run":
+        return None
+    fd, _ = open_partition(k, disk, CONFIG_TYPE)
+    owned.callback(k.close, fd)
+    header, ours = read_luks_header(k, fd, "config"), policy.organisation
+    k.report.passed("LUKS-HEADER", "a header as mosinit makes it", header.note or header.uuid)
+    tokens = cast(Tokens, header.tokens)
+    record = verify_record(tokens.record, ours["sudi-ca.pem"], policy.product)
+    order = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
+    epoch = verify_epoch_order(*order, policy)
+    with refusing("TPM-APPROVAL", "an approval of this UKI"):
+        approval = parse_uki_approval(k.read(APPROVAL_FILE))
+    keys = policy_keys(ours["pcr.pub"], ours["platform.pub"])
+    storage_key = check_tpm(k, record, policy.epoch)
+    secret = unseal(k, tokens, storage_key, keys, approval)
+    owned.callback(wipe, secret)
+    check_secret(record, secret)
+    for check in ("RECORD-SIGNATURE", "EPOCH-ORDER", "TPM-POLICY", "VOLUME-IDENTITY"):
+        k.report.passed(check, "valid", "valid")
+    raise_epoch(k, tokens, storage_key, keys, approval, min(epoch, policy.epoch))
+    return Config(fd, header, secret)
+
+
+class Volumes(NamedTuple):
+    """What was opened: verity devices, folders that the new root gets, the device of the volume `state`."""
+
+    devices: tuple[Verity, ...]
+    folders: tuple[str, ...]
+    state: str
+
+
+@stage
+def open_volumes(k: Machine, disk: BootDisk, config: Config | None, owned: contextlib.ExitStack) -> Volumes:
+    """Open what this system runs from: the machine's encrypted volumes, or the medium's sealed store."""
+    if config is None:
+        store = open_live_store(k, disk)
+        k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
+        return Volumes((store,), MOVED, "")
+    device = open_encrypted(k, config.fd, config.header, config.secret, "config")
+    mount_ext4(k, device, CONFIG)
+    mount_ext4(k, open_derived(k, disk, config.secret, "store", STORE_TYPE, owned), STORE)
+    state = ""
+    if disk.find(LINUX_TYPE, STATE):
+        state = open_derived(k, disk, config.secret, STATE, LINUX_TYPE, owned, STATE)
+    mount_ext4(k, make_scratch(k, disk, owned), SCRATCH, SAFE)
+    services = derive_key(config.secret, "service")
+    owned.callback(wipe, services)
+    k.make_folder(LEFT)
+    k.write(f"{LEFT}/volume-secret", services, 0o400)
+    return Volumes((), (*MOVED, CONFIG), state)
+
+
+def open_derived(
+    k: Machine, disk: BootDisk, secret: bytearray, purpose: str, kind: str, owned: contextlib.ExitStack,
+    name: str = "",
+) -> str:  # fmt: skip
+    """Open a volume whose key follows from config's secret and return its device."""
+    fd, partition = open_partition(k, disk, kind, name)
+    owned.callback(k.close, fd)
+    key = derive_key(secret, purpose, partition.uuid)
+    owned.callback(wipe, key)
+    return open_encrypted(k, fd, read_luks_header(k, fd, "plain"), key, purpose)
+
+
+def open_encrypted(k: Machine, fd: int, header: LuksHeader, key: bytearray, purpose: str) -> str:
+    """Open a volume by the header that was checked and the descriptor that it came from."""
+    name = f"mosinit-{purpose}"
+    # No name is looked up again: what the path leads to is the open device, whatever /dev now says.
+    open_volume(k, header, f"/proc/self/fd/{fd}", key, name)
+    k.report.passed("VOLUME-KEY", "opened by this machine's key", f"{purpose} {header.uuid}")
+    return k.dm(DmCommand.DEV_STATUS, name)
+
+
+def mount_ext4(
+    k: Machine, device: str, target: str, flags: MountFlag = RO_SAFE | MountFlag.NOSYMFOLLOW
+) -> None:
+    """Mount the file system of a volume that this machine's key opened."""
+    with refusing("VOLUME-READ", f"an ext4 file system for {target}"):
+        k.mount(device, target, "ext4", flags)
+
+
+def make_scratch(k: Machine, disk: BootDisk, owned: contextlib.ExitStack) -> str:
+    """Make a fresh file system under a key that nobody will ever have again; return its device."""
+    fd, partition = open_partition(k, disk, SCRATCH_TYPE)
+    owned.callback(k.close, fd)
+    name = "mosinit-scratch"
+    words = f"{LUKS_CIPHER} :64:user:{name} 0 {k.device_number(fd)} 0 2 sector_size:{BLOCK} iv_large_sectors"
+    with refusing("VOLUME-READ", "a fresh scratch volume"):
+        path = k.dm(DmCommand.DEV_CREATE, name)
+        k.add_key(name, k.random(64))
+        try:
+            k.dm(DmCommand.TABLE_LOAD, name, 0, (partition.size // BLOCK * 8, "crypt", words))
+        finally:
+            k.clear_keys()
+        k.dm(DmCommand.DEV_SUSPEND, name)  # without the suspend flag: resume
+        k.format_ext4(path)
+    return path
+
+
 def open_live_store(k: Machine, disk: BootDisk) -> Verity:
     """Mount the medium's store: one erofs image under verity, its root hash signed by the layer key."""
     seal_fd, partition = open_partition(k, disk, LIVE_SEAL_TYPE)
@@ -3185,9 +3352,8 @@ def find_release(k: Machine) -> dict[str, Descriptor]:
     return {part.media_type: part for part in reversed(parts)}
 
 
-@stage
-def load_manifest(k: Machine, policy: Policy) -> Manifest:
-    """Verify the medium's install manifest: signature, chain, product, epoch."""
+def verify_release(k: Machine, policy: Policy) -> Manifest:
+    """Return the install manifest of the store's one release: signature, chain, product, epoch hold."""
     release = find_release(k)
     blobs = []
     for kind in (MANIFEST_MEDIA_TYPE, SIGNATURE_MEDIA_TYPE, CERTIFICATE_MEDIA_TYPE):
@@ -3195,8 +3361,16 @@ def load_manifest(k: Machine, policy: Policy) -> Manifest:
             raise Refused("MANIFEST-ABSENT", expected=kind, seen=", ".join(release))
         blobs.append(read_blob(k, release[kind].digest, release[kind].size, "MANIFEST-ABSENT"))
     manifest = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+    k.report.facts["sequence"] = manifest.contents.sequence
+    return manifest
+
+
+@stage
+def load_manifest(k: Machine, policy: Policy) -> Manifest:
+    """Verify what is to run: a generation of this machine, or the release of the live medium."""
+    manifest = (pick_generation if policy.mode == "run" else verify_release)(k, policy)
     contents = manifest.contents
-    k.report.facts |= {"sequence": contents.sequence, "manifest": manifest.sha256}
+    k.report.facts["manifest"] = manifest.sha256
     for check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-SIGNATURE", "MANIFEST-FORMAT"):
         k.report.passed(check, "valid", manifest.sha256)
     k.report.passed("MANIFEST-PRODUCT", policy.product, contents.product)
@@ -3230,7 +3404,7 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
     for target in (hostfs, bootkit):
         image = parse_image(read_blob(k, target.digest, target.size, "IMAGE-DIGEST"))
         if target is bootkit:
-            demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_id))
+            demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_ids.get(policy.mode)))
         if len(image.layers) != len(target.layer_signatures):
             seen = f"{len(target.layer_signatures)} signatures for {len(image.layers)} layers"
             raise Refused(
@@ -3313,7 +3487,6 @@ def plan_root(layers: tuple[str, ...], writable: str) -> list[Overlay]:
 @stage
 def stack(k: Machine, layers: Mounted) -> str:
     """Stack the verified layers under a fresh writable one and return the init of the result."""
-    k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
     for overlay in plan_root(layers.folders, layers.writable):
         # Nothing in a layer may redirect to data of another place than its own.
         options = {"redirect_dir": "nofollow", "metacopy": "off", "index": "off", "xino": "off"}
@@ -3368,13 +3541,10 @@ def find_interpreter(head: bytes) -> str | None:
     return ""
 
 
-MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)
-
-
 @stage
-def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
-    """Make the new root ready: mount points, restart on corruption, no kexec."""
-    for folder in MOVED:
+def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None:
+    """Make the new root ready: mount points, the volume `state`, restart on corruption, no kexec."""
+    for folder in (*volumes.folders, *(["/var"] if volumes.state else [])):
         with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
             if not k.is_folder(SYSROOT + folder):
                 k.make_folder(SYSROOT + folder)
@@ -3384,26 +3554,28 @@ def prepare_root(k: Machine, devices: Sequence[Verity]) -> None:
             expected=folder,
             seen=folder if k.is_folder(SYSROOT + folder) else "a link",
         )
+    if volumes.state:
+        mount_ext4(k, volumes.state, f"{SYSROOT}/var", MountFlag.NOSUID | MountFlag.NODEV)
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
     # with it. What the bring-up itself reads is refused at the next boot; the rest restarts again.
-    for device in devices:
+    for device in (*volumes.devices, *layers):
         with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
             load_verity_table(k, device, "restart_on_corruption")
             k.dm(DmCommand.DEV_SUSPEND, device.name)
     k.write("/proc/sys/kernel/kexec_load_disabled", b"1")
 
 
-def hand_over(k: Machine, init: str) -> NoReturn:
-    """Leave the report, free the initramfs, become hostfs's init."""
+def hand_over(k: Machine, policy: Policy, folders: Sequence[str], init: str) -> NoReturn:
+    """Leave the report and the organisation's public parts, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
     document = json.dumps(k.report.document("pivoted"))
-    k.make_folder("/run/mosinit")
-    k.write("/run/mosinit/report.json", document.encode() + b"\n")
-    if k.report.facts["mode"] == "live":
-        k.print(
-            "mosinit: live system: nothing of an installed one was opened, nothing written here survives\n"
-        )
-    for folder in MOVED:
+    k.make_folder(f"{LEFT}/organisation")
+    k.write(f"{LEFT}/report.json", document.encode() + b"\n")
+    for name, content in policy.organisation.items():
+        k.write(f"{LEFT}/organisation/{name}", content)
+    if policy.mode == "live":
+        k.print("mosinit: live: nothing of an installed system was opened, nothing written here survives\n")
+    for folder in folders:
         k.mount(folder, SYSROOT + folder, "", MountFlag.MOVE)
     k.free_initramfs()
     k.enter_root(SYSROOT)
@@ -3426,18 +3598,20 @@ def boot(k: Machine) -> NoReturn:
     policy = set_up(k)
     _thread.start_new_thread(import_ahead, ())
     load_modules(k, policy)
-    try:
-        check_firmware(k, policy)
-        measure(k)
-        disk = find_disk(k)
-    finally:
-        fence(k)  # from here nobody can unseal, we included
-    store = open_live_store(k, disk)
+    with contextlib.ExitStack() as owned:  # secrets are wiped at its end, however that comes
+        try:
+            check_firmware(k, policy)
+            measure(k)
+            disk = find_disk(k)
+            config = unlock(k, disk, policy, owned)
+        finally:
+            fence(k)  # from here nobody can unseal, we included
+        volumes = open_volumes(k, disk, config, owned)
     manifest = load_manifest(k, policy)
     layers = mount_layers(k, manifest, policy)
     init = stack(k, layers)
-    prepare_root(k, (store, *layers.devices))
-    hand_over(k, init)
+    prepare_root(k, volumes, layers.devices)
+    hand_over(k, policy, volumes.folders, init)
 
 
 REFUSAL_VARIABLE = "MosinitRefusal"

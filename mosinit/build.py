@@ -1,9 +1,10 @@
 """The `build` verb: from a keyset to a medium that boots, every part beside it in one folder.
 
 kernel/             the kernel and its modules, from mkosi
-initrd.cpio.zst     the frozen bring-up
-mosinit.efi         the UKI, signed
-bootkit/            UKI and modules, an OCI layout
+live.cpio.zst       the frozen bring-up of live mode: what boots a medium
+run.cpio.zst        that of run mode: what boots an installed machine
+live.efi, run.efi   the UKIs, signed
+bootkit/            the UKI of run mode and the kernel's modules, an OCI layout
 hostfs/             the root file system, an OCI layout, from mkosi
 manifest.yaml       what a person would write
 release/            manifest, signatures and images, published
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +34,8 @@ class Bootable:
     """What every medium and machine of a keyset starts from."""
 
     kernel: hostfs.KernelTree
-    initrd: initrd.Initrd
-    uki: uki.Uki
+    initrds: Mapping[str, initrd.Initrd]  # by mode: live, run
+    ukis: Mapping[str, uki.Uki]
     bootkit: Path
 
 
@@ -69,15 +71,15 @@ def build(
     release = out / "release"
     published = publish.publish(host, written, keyset, f"oci:{release}")
     host.say("live medium")
-    disk.live_medium(host, bootable.uki.path, release, keyset, out / "live.raw")
+    disk.live_medium(host, bootable.ukis["live"].path, release, keyset, out / "live.raw")
     record = {
         "key": key,
         "medium": str(out / "live.raw"),
         "medium_bytes": (out / "live.raw").stat().st_size,
-        "uki": str(bootable.uki.path),
-        "uki_id": bootable.uki.uki_id,
-        "uki_bytes": bootable.uki.path.stat().st_size,
-        "initrd_bytes": bootable.initrd.path.stat().st_size,
+        "ukis": {mode: str(made.path) for mode, made in bootable.ukis.items()},
+        "uki_ids": {mode: made.uki_id for mode, made in bootable.ukis.items()},
+        "uki_bytes": {mode: made.path.stat().st_size for mode, made in bootable.ukis.items()},
+        "initrd_bytes": {mode: made.path.stat().st_size for mode, made in bootable.initrds.items()},
         "kernel": bootable.kernel.version,
         "release": str(release),
         "manifest_sha256": published.manifest_sha256,
@@ -90,19 +92,22 @@ def build(
 
 
 def make_bootable(host: Host, keyset: keys.Keyset, out: Path, epoch: int) -> Bootable:
-    """Build kernel, initrd, UKI and bootkit of live mode."""
+    """Build the kernel, initrd and UKI of each mode, and the bootkit."""
     host.say("kernel and modules")
     kernel = hostfs.kernel(host, out)
-    host.say("initrd")
-    packed = initrd.build(
-        host, kernel, keyset, out / "initrd.cpio.zst", mode="live", epoch=epoch, cmdline=uki.LIVE_CMDLINE
-    )
-    host.say("UKI and bootkit")
-    made = uki.build(host, kernel, packed, keyset, out / "mosinit.efi")
+    initrds, ukis = {}, {}
+    for mode in ("live", "run"):
+        host.say(f"initrd and UKI of {mode} mode")
+        packed = out / f"{mode}.cpio.zst"
+        initrds[mode] = initrd.build(
+            host, kernel, keyset, packed, mode=mode, epoch=epoch, cmdline=uki.CMDLINE
+        )
+        ukis[mode] = uki.build(host, kernel, initrds[mode], keyset, out / f"{mode}.efi")
+    host.say("bootkit")
     shutil.rmtree(out / "bootkit", ignore_errors=True)
     layout = images.Layout(out / "bootkit")
-    layout.write_index(host, [uki.bootkit(host, kernel, made, layout)])
-    return Bootable(kernel, packed, made, out / "bootkit")
+    layout.write_index(host, [uki.bootkit(host, kernel, ukis, layout)])
+    return Bootable(kernel, initrds, ukis, out / "bootkit")
 
 
 def _write_manifest(host: Host, out: Path, product: str, epoch: int, sequence: int) -> Path:
@@ -129,7 +134,7 @@ def inputs_key(keyset: keys.Keyset, manifest: Path | None, words: list[object]) 
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(json.dumps([role["fingerprint"] for role in keyset.describe()]).encode())
     digest.update(b"" if manifest is None else manifest.read_bytes())
-    digest.update(json.dumps(words).encode())
+    digest.update(json.dumps([*words, initrd.revoked(keyset)]).encode())
     return digest.hexdigest()
 
 
@@ -141,5 +146,6 @@ def _read_record(path: Path, key: str) -> dict[str, object] | None:
         return None
     if not isinstance(record, dict) or record.get("key") != key:
         return None
-    whole = all(Path(str(record.get(name))).exists() for name in ("medium", "uki", "release"))
+    files = [record.get("medium"), record.get("release"), *dict(record.get("ukis", {})).values()]
+    whole = all(Path(str(file)).exists() for file in files)
     return record if whole else None

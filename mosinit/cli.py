@@ -329,7 +329,7 @@ VERBS = (
     Verb(
         "uki sign",
         "signs a UKI that mkosi or ukify made of our initrd, its kernel and its command line",
-        "mosinit uki sign uki.efi --initrd out/initrd.cpio.zst --keys ./keys --out mosinit.efi",
+        "mosinit uki sign uki.efi --initrd out/live.cpio.zst --keys ./keys --out mosinit.efi",
         uki_sign,
         (
             positional("unsigned", "the UKI, without a signature", type=Path, metavar="UKI"),

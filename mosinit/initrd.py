@@ -8,7 +8,9 @@ files, which kernel modules in which order. In the initrd then lie
     /usr/bin/python3                    the interpreter; its libraries, found by following DT_NEEDED
     /usr/lib/python313.zip              bytecode of the core and of exactly the modules that it imports
     /usr/lib/modules/VERSION/kernel/…   the modules that the policy lists, uncompressed
-    /etc/mosinit/                       policy.json, manifest-ca.pem, sudi-ca.pem
+    /usr/sbin/mke2fs                    in run mode, which makes a fresh scratch at each boot
+    /etc/mosinit/policy.json            what the build decided
+    /etc/mosinit/organisation/          the public parts of the keyset
     /etc/mosinit/uki-id                 in a second small archive, which `uki` appends
 """
 
@@ -43,7 +45,7 @@ DIST_PACKAGES = "/usr/lib/python3/dist-packages"
 INIT = b"#!/usr/bin/python3 -ISB\nimport mosinit; mosinit.main()\n"
 
 FOLDERS = (
-    "atomfs-cache", "dev", "etc/mosinit", "proc", "run", "scratch-writes", "sys", "sysroot",
+    "atomfs-cache", "config", "dev", "etc/mosinit", "proc", "run", "scratch-writes", "sys", "sysroot",
     "usr/bin", "usr/lib", "usr/lib64",
 )  # fmt: skip
 LINKS = {"lib": "usr/lib", "lib64": "usr/lib64"}
@@ -55,11 +57,12 @@ LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 
 # Libraries that no DT_NEEDED names because a program opens them by name: soname, and who opens it when.
 DLOPENED = {
-    "libcryptsetup.so.12": "the bring-up, when it opens an encrypted volume",
     "libgcc_s.so.1": "glibc, when a thread is cancelled or exits; without it the process aborts",
 }
+RUN_DLOPENED = {"libcryptsetup.so.12": "the bring-up, when it opens an encrypted volume"}
+RUN_PROGRAMS = ("/usr/sbin/mke2fs",)
 
-# What live mode cannot do without. Parameters: finit_module takes none from the kernel command line.
+# What no mode can do without. Parameters: finit_module takes none from the kernel command line.
 NEEDED_MODULES: Mapping[str, Mapping[str, str]] = {
     "efivarfs": {},
     "loop": {},
@@ -68,6 +71,12 @@ NEEDED_MODULES: Mapping[str, Mapping[str, str]] = {
     "squashfs": {},
     "overlay": {},
 }
+
+# What run mode cannot do without, and the ciphers that dm-crypt asks for by name.
+RUN_MODULES: Mapping[str, Mapping[str, str]] = {"ext4": {}, "dm_integrity": {}, "dm_crypt": {}, "xts": {}}
+CIPHER_MODULES: Mapping[str, Mapping[str, str]] = {
+    "crypto_null": {}, "ecb": {}, "hmac": {}, "authenc": {}, "aesni_intel": {},
+}  # fmt: skip
 
 # Drivers, loaded where the kernel has them: a machine lacks most of this hardware anyway.
 DRIVER_MODULES: Mapping[str, Mapping[str, str]] = {
@@ -137,11 +146,13 @@ def module_name(file: str) -> str:
     return file.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
 
 
-def plan_modules(tree: Path) -> tuple[KernelModule, ...]:
+def plan_modules(tree: Path, mode: str = "live") -> tuple[KernelModule, ...]:
     """List the modules to load from `tree` (lib/modules/VERSION), in load order, without what is built in.
 
-    Raises `Failure` if the kernel lacks one that live mode needs.
+    Raises `Failure` if the kernel lacks one that the mode needs.
     """
+    needed = {**NEEDED_MODULES, **(RUN_MODULES if mode == "run" else {})}
+    others = {**(CIPHER_MODULES if mode == "run" else {}), **DRIVER_MODULES}
     files = {}
     for line in (tree / "modules.dep").read_text().splitlines():
         file, _, needs = line.partition(":")
@@ -158,8 +169,8 @@ def plan_modules(tree: Path) -> tuple[KernelModule, ...]:
             add(need, {})
         plan[name] = KernelModule(name, file.partition(".ko")[0] + ".ko", parameters)
 
-    for name, parameters in {**NEEDED_MODULES, **DRIVER_MODULES}.items():
-        if name in NEEDED_MODULES and name not in files and name not in builtin:
+    for name, parameters in {**needed, **others}.items():
+        if name in needed and name not in files and name not in builtin:
             raise Failure(f"the kernel in {tree} has no module {name}: use a kernel that has it")
         add(name, parameters)
     return tuple(sorted(plan.values(), key=lambda module: module.background))
@@ -215,8 +226,12 @@ def encode_policy(
     db: Sequence[str],
     platform: Sequence[str],
     modules: Iterable[KernelModule],
+    revoked: Sequence[str] = (),
 ) -> bytes:
-    """Encode policy.json. `db`: SHA-256 of each certificate that db must hold; `platform`: their key ids."""
+    """Encode policy.json. `db`: SHA-256 of each certificate that db must hold; `platform`: their key ids.
+
+    `revoked`: SHA-256 of each product certificate that counts no more.
+    """
     return _json(
         {
             "schema": 1,
@@ -227,6 +242,7 @@ def encode_policy(
             "cmdline": cmdline,
             "db": list(db),
             "platform": list(platform),
+            "revoked": list(revoked),
             "modules": [
                 {
                     "name": module.name,
@@ -247,13 +263,14 @@ def _json(value: object) -> bytes:
 # --- ELF: which files a program needs -------------------------------------------------------------
 
 
-def elf_closure(files: Iterable[Path]) -> dict[str, Path]:
+def elf_closure(files: Iterable[Path], dlopened: Iterable[str] = DLOPENED) -> dict[str, Path]:
     """Return what the dynamic loader opens for `files`, itself included: place in the initrd to real file.
 
     Raises `Failure` for a library that is not found and for one that brings a search path of its own.
     """
-    found: dict[str, Path] = {}
-    waiting = [*files, *(_library(name) for name in DLOPENED)]
+    opened = [_library(name) for name in dlopened]
+    found = {str(library): Path(os.path.realpath(library)) for library in opened}
+    waiting = [*files, *opened]
     while waiting:
         path = waiting.pop()
         for name in _needed(path):
@@ -261,7 +278,7 @@ def elf_closure(files: Iterable[Path]) -> dict[str, Path]:
             if str(library) not in found:
                 found[str(library)] = Path(os.path.realpath(library))
                 waiting.append(library)
-    return {**found, **{str(_library(name)): Path(os.path.realpath(_library(name))) for name in DLOPENED}}
+    return found
 
 
 def _library(name: str) -> Path:
@@ -328,25 +345,34 @@ def uki_id_archive(uki_id: str) -> bytes:
 # --- Staging: the tree that is packed -------------------------------------------------------------
 
 
-def stage(
-    host: Host, modules: Path, policy: Path, manifest_ca: Path, sudi_ca: Path, root: Path
-) -> list[str]:
+def stage(host: Host, modules: Path, policy: Path, organisation: Path, root: Path) -> list[str]:
     """Lay out the initrd's files below `root`; return the list of what is in it, one line each, sorted."""
     for folder in FOLDERS:
         (root / folder).mkdir(parents=True)
     for name, target in LINKS.items():
         (root / name).symlink_to(target)
     _put(root, "/init", INIT, executable=True)
-    own = {"policy.json": policy, "manifest-ca.pem": manifest_ca, "sudi-ca.pem": sudi_ca}
-    for name, source in own.items():
-        _put(root, f"/etc/mosinit/{name}", source.read_bytes())
-    contents = [*_stage_python(host, root), *_stage_modules(host, modules, policy, root)]
+    _put(root, "/etc/mosinit/policy.json", policy.read_bytes())
+    for name in public_parts():
+        if not (organisation / name).is_file():
+            raise Failure(f"{organisation} lacks {name}: name a keyset, or what `keys export` made of it")
+        _put(root, f"/etc/mosinit/organisation/{name}", (organisation / name).read_bytes())
+    mode = json.loads(policy.read_bytes())["mode"]
+    contents = [*_stage_python(host, root, mode), *_stage_modules(host, modules, policy, root)]
     _settle(root)
     return sorted([*contents, *_files(root)])
 
 
-def _stage_python(host: Host, root: Path) -> Iterator[str]:
-    """Freeze the core; add the interpreter, the extension modules, and the libraries of both."""
+def public_parts() -> list[str]:
+    """Name the files of a keyset that are no secret."""
+    from mosinit import keys
+
+    certificates = [f"{role}.pem" for role in keys.ROLES]
+    return ["keyset.json", *certificates, *(f"{role}.pub" for role in keys.ROLES if keys.ROLES[role].public)]
+
+
+def _stage_python(host: Host, root: Path, mode: str) -> Iterator[str]:
+    """Freeze the core; add interpreter, extension modules, the programs of run mode, and their libraries."""
     archive = root / "usr/lib/python.zip"
     # The person's environment must not lead the scan to other modules than the initrd will have.
     environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "CRYPTOGRAPHY_OPENSSL_NO_LEGACY": "1"}
@@ -360,9 +386,11 @@ def _stage_python(host: Host, root: Path) -> Iterator[str]:
     _put(root, f"/usr/bin/python{version}", interpreter.read_bytes(), executable=True)
     (root / "usr/bin/python3").symlink_to(f"python{version}")
     extensions = {entry["place"]: Path(entry["file"]) for entry in listing["extensions"]}
-    libraries = elf_closure([interpreter, *extensions.values()])
-    for place, source in {**extensions, **libraries}.items():
-        _put(root, place, source.read_bytes(), executable=place in libraries)
+    programs = {place: Path(place) for place in RUN_PROGRAMS} if mode == "run" else {}
+    dlopened = [*DLOPENED, *(RUN_DLOPENED if mode == "run" else {})]
+    libraries = elf_closure([interpreter, *extensions.values(), *programs.values()], dlopened)
+    for place, source in {**extensions, **libraries, **programs}.items():
+        _put(root, place, source.read_bytes(), executable=place not in extensions)
     loader = next(name for name in _needed(interpreter) if "/" in name)
     _link_loader(root, loader, _library(loader))
     for name in listing["modules"]:
@@ -412,10 +440,18 @@ def _files(root: Path) -> Iterator[str]:
 
 # --- Weighing: where the bytes are ----------------------------------------------------------------
 
-PARTS = ("python and its library", "cryptography and libcrypto", "libc", "kernel modules", "mosinit")
+PARTS = (
+    "python and its library", "cryptography and libcrypto", "volumes", "libc", "kernel modules", "mosinit",
+)  # fmt: skip
 
 
-CRYPTOGRAPHY = ("libcrypto", "libssl", "libzstd", "libgcc_s", "_cffi_backend", "_hashlib")
+CRYPTOGRAPHY = ("libcrypto.", "libssl", "libzstd", "libgcc_s", "_cffi_backend", "_hashlib")
+
+
+VOLUMES = (
+    "mke2fs", "libcryptsetup", "libdevmapper", "libblkid", "libuuid", "libjson-c", "libudev", "libselinux",
+    "libpcre2", "libcap", "libext2fs", "libe2p", "libcom_err", "libpopt", "libargon2",
+)  # fmt: skip
 
 
 def part_of(place: str) -> str:
@@ -427,6 +463,8 @@ def part_of(place: str) -> str:
         return "mosinit"
     if "cryptography/" in place or name.startswith(CRYPTOGRAPHY):
         return "cryptography and libcrypto"
+    if name.startswith(VOLUMES):
+        return "volumes"
     if name.startswith(("libc.so", "libm.so", "ld-linux")):
         return "libc"
     return "python and its library"
@@ -486,20 +524,28 @@ def build(
         cmdline=cmdline,
         db=[fingerprint(certificate) for certificate in db],
         platform=[key_id(certificate) for certificate in db],
-        modules=plan_modules(kernel.modules),
+        modules=plan_modules(kernel.modules, mode),
+        revoked=revoked(keyset),
     )
     with host.scratch(out) as folder:
         (folder / "policy.json").write_bytes(policy)
         shown = host.run(
             [CHECKOUT / "build-initrd.sh",
              "--kernel-modules", kernel.modules, "--policy", folder / "policy.json",
-             "--manifest-ca", keyset.certificate_path("manifest-ca"),
-             "--sudi-ca", keyset.certificate_path("sudi-ca"), "--out", out],
+             "--organisation", keyset.folder, "--out", out],
             timeout=900,
         )  # fmt: skip
     for line in shown.decode().splitlines():
         host.say(line)
     return Initrd(out, mode, read_parts(Path(f"{out}.parts.json"))[0])
+
+
+def revoked(keyset: Keyset) -> list[str]:
+    """Return the fingerprints of the product certificates in the keyset's folder `revoked`."""
+    from cryptography import x509
+
+    files = sorted((keyset.folder / "revoked").glob("*.pem"))
+    return sorted(fingerprint(x509.load_pem_x509_certificate(file.read_bytes())) for file in files)
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
@@ -531,7 +577,7 @@ def main(arguments: Sequence[str], output: BinaryIO) -> int:
     parser = argparse.ArgumentParser(prog="mosinit.initrd")
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("stage", help="lay out the initrd's files; prints what is in it")
-    for option in ("--kernel-modules", "--policy", "--manifest-ca", "--sudi-ca", "--root"):
+    for option in ("--kernel-modules", "--policy", "--organisation", "--root"):
         step.add_argument(option, type=Path, required=True)
     steps.add_parser("nodes", help="print the archive of device nodes")
     step = steps.add_parser("weigh", help="print what each part weighs, as JSON")
@@ -551,7 +597,7 @@ def main(arguments: Sequence[str], output: BinaryIO) -> int:
 def _step(host: Host, options: argparse.Namespace) -> bytes:
     if options.step == "stage":
         modules = options.kernel_modules.resolve()
-        contents = stage(host, modules, options.policy, options.manifest_ca, options.sudi_ca, options.root)
+        contents = stage(host, modules, options.policy, options.organisation, options.root)
         return "".join(f"{line}\n" for line in contents).encode()
     if options.step == "nodes":
         return device_nodes()

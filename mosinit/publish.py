@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, registry
+from mosinit import images, init, initrd, registry
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset
 
@@ -140,7 +140,10 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         raise Failure(
             f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
         )
-    init.verify_certificate(_pem(keyset, "product"), _pem(keyset, "manifest-ca"), keyset.product)
+    organisation = {"manifest-ca.pem": _pem(keyset, "manifest-ca")}
+    revoked = tuple(initrd.revoked(keyset))
+    policy = init.Policy("run", keyset.product, 1, "", "", (), (), (), revoked, "", organisation)
+    init.verify_certificate(_pem(keyset, "product"), policy)
     now = datetime.datetime.now(datetime.timezone.utc)
     for role in ("product", "manifest-ca", "layer"):
         certificate = keyset.certificate(role)
@@ -149,7 +152,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
             raise Failure(
                 f"the {role} certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}: renew it"
             )
-    return init.Policy("run", keyset.product, 1, "", "", (), (), (), "", _pem(keyset, "manifest-ca"))
+    return policy
 
 
 def _pem(keyset: Keyset, role: str) -> bytes:
@@ -220,7 +223,7 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
     The manifest is found, read and verified by what the bring-up itself calls. Raises `Refused`.
     """
     store = Store(layout)
-    manifest: init.Manifest = init.load_manifest(store, policy)
+    manifest = init.verify_release(store, policy)
     order = read_epoch_order(store, policy)
     if order.epoch != manifest.contents.epoch:
         raise init.Refused(
@@ -230,10 +233,9 @@ def check_release(host: Host, layout: images.Layout, policy: init.Policy, keyset
         init.boot_targets(manifest.contents)
     for target in manifest.contents.targets:
         image = init.parse_image(init.read_blob(store, target.digest, target.size, "IMAGE-DIGEST"))
-        if target.service_type == "bootkit" and not init.HEX64.fullmatch(str(image.uki_id)):
-            raise init.Refused(
-                "MANIFEST-UKI", expected="a bootkit that names its UKI", seen=str(image.uki_id)
-            )
+        if target.service_type == "bootkit" and not init.HEX64.fullmatch(image.uki_ids.get("run", "")):
+            seen = str(dict(image.uki_ids))
+            raise init.Refused("MANIFEST-UKI", expected="a bootkit that names its UKI", seen=seen)
         if len(image.layers) != len(target.layer_signatures):
             seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
             raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
@@ -262,7 +264,7 @@ def read_epoch_order(store: init.Machine, policy: init.Policy) -> EpochOrder:
             raise init.Refused("EPOCH-ORDER", expected=kind, seen=", ".join(release))
         blobs.append(init.read_blob(store, release[kind].digest, release[kind].size, "EPOCH-ORDER"))
     statement, signature, certificate = blobs
-    epoch = init.verify_epoch_order(statement, signature, certificate, policy.manifest_ca, policy.product)
+    epoch = init.verify_epoch_order(statement, signature, certificate, policy)
     return EpochOrder(epoch, statement, signature, certificate)
 
 

@@ -29,7 +29,7 @@ PACKAGES = (
     "python3-pip", "python3-pyelftools", "python3-pytest", "python3-rich", "python3-virt-firmware",
     "python3-yaml", "qemu-system-x86", "qemu-utils", "sbsigntool", "shellcheck", "skopeo", "squashfs-tools",
     "swtpm", "swtpm-tools", "systemd", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "tpm2-tools",
-    "uidmap", "umoci", "zstd",
+    "uidmap", "umoci", "user-mode-linux", "zstd",
 )  # fmt: skip
 WHEELS = ("qemu.qmp==0.0.3", "ruff==0.14.5", "types-PyYAML==6.0.12.20250915")
 

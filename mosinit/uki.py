@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
 
 # Complete: nothing is added from outside, and what is appended behind `--` can only become ignored argv.
-LIVE_CMDLINE = (
+CMDLINE = (
     "console=tty0 console=ttyS0,115200 panic=10 oops=panic lockdown=confidentiality init_on_free=1 "
     "systemd.import_credentials=no systemd.gpt_auto=no --"
 )
@@ -91,7 +91,7 @@ def build(
     initrd: initrds.Initrd,
     keyset: Keyset,
     out: Path,
-    cmdline: str = LIVE_CMDLINE,
+    cmdline: str = CMDLINE,
 ) -> Uki:
     """Build and sign a UKI; for run mode, with the approval that lets a TPM open its machine's secrets."""
     content = Content(
@@ -133,7 +133,8 @@ def _check_policy(policy: init.Policy, keyset: Keyset, initrd: Path) -> None:
     """See that an initrd was built for this keyset."""
     authority = keyset.certificate_path("manifest-ca").read_bytes()
     db = tuple(initrds.fingerprint(keyset.certificate(role)) for role in ("uki", "layer"))
-    if (policy.product, policy.db, policy.manifest_ca) != (keyset.product, db, authority):
+    ours = (keyset.product, db, authority, initrds.revoked(keyset))
+    if (policy.product, policy.db, policy.manifest_ca, [*policy.revoked]) != ours:
         raise Failure(f"{initrd} was built for another keyset: build it with this one, {keyset.folder}")
 
 
@@ -159,7 +160,7 @@ def read_policy(host: Host, initrd: bytes) -> init.Policy:
     """Return the policy in one of our initrds. Raises `Failure` if it is not one of ours."""
     try:
         policy, authority = _policy_files(host, initrd)
-        return init.parse_policy(policy, b"", authority)
+        return init.parse_policy(policy, b"", {"manifest-ca.pem": authority})
     except (KeyError, ValueError) as error:
         raise Failure(NOT_OURS) from error
 
@@ -170,7 +171,8 @@ def _policy_files(host: Host, initrd: bytes) -> list[bytes]:
         archive = host.run(["zstd", "-dcq"], stdin=initrd)
         # The device nodes are an archive of their own before the files'.
         files = archive[archive.index(b"TRAILER!!!") + 10 :].lstrip(b"\0")
-        return _unpack(host, files, "etc/mosinit/policy.json", "etc/mosinit/manifest-ca.pem")
+        names = ("policy.json", "organisation/manifest-ca.pem")
+        return _unpack(host, files, *(f"etc/mosinit/{name}" for name in names))
     except (OSError, ValueError, Failure) as error:
         raise Failure(NOT_OURS) from error
 
@@ -248,15 +250,20 @@ def _check(path: Path, expected: Mapping[str, bytes]) -> None:
         raise Failure(f"ukify made another UKI than asked for ({seen}): use the tools tree's ukify")
 
 
-# --- The bootkit: the UKI and the modules of its kernel as an image ---------------------------------
+# --- The bootkit: the UKI of run mode and the modules of its kernel as an image ---------------------
 
 
-def bootkit(host: Host, kernel: KernelTree, uki: Uki, layout: images.Layout) -> images.Descriptor:
-    """Make an OCI layout hold the bootkit image: a layer with the kernel's modules, and the UKI."""
+def bootkit(
+    host: Host, kernel: KernelTree, ukis: Mapping[str, Uki], layout: images.Layout
+) -> images.Descriptor:
+    """Make an OCI layout hold the bootkit image: a layer with the kernel's modules, and the UKI of run mode.
+
+    Its annotations name the UKI of each mode (`run`, `live`) that may boot a manifest with this bootkit.
+    """
     with host.scratch(layout.path) as folder:
         copy_modules(kernel.modules, folder / "usr/lib/modules" / kernel.version)
         modules = images.tree_layer(host, folder, layout)
-    binary = layout.add_blob(host, uki.path, init.UKI_MEDIA_TYPE)
+    binary = layout.add_blob(host, ukis["run"].path, init.UKI_MEDIA_TYPE)
     empty = layout.add_blob(host, b"{}", images.EMPTY_TYPE)
     manifest = {
         "schemaVersion": 2,
@@ -264,7 +271,7 @@ def bootkit(host: Host, kernel: KernelTree, uki: Uki, layout: images.Layout) -> 
         "artifactType": BOOTKIT_TYPE,
         "config": empty.json(),
         "layers": [modules.json(), binary.json()],
-        "annotations": {init.UKI_ID_ANNOTATION: uki.uki_id},
+        "annotations": {init.UKI_ID_ANNOTATIONS[mode]: uki.uki_id for mode, uki in ukis.items()},
     }
     image = layout.add_blob(host, images.encode(manifest), images.MANIFEST_TYPE, artifact_type=BOOTKIT_TYPE)
     layout.write_index(host, [image])

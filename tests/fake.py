@@ -60,6 +60,7 @@ def policy_json(**changes: object) -> bytes:
     policy = {
         "schema": 1, "mode": "live", "product": PRODUCT, "epoch": 1, "kernel": "6.12", "cmdline": CMDLINE,
         "db": [hashlib.sha256(data).hexdigest() for data in CERTIFICATES], "platform": list(SKIS),
+        "revoked": [],
         "modules": [
             {"name": name, "path": f"/{name}.ko", "parameters": parameters, "background": background}
             for name, parameters, background in MODULES
@@ -98,7 +99,7 @@ class FakeMachine(init.Machine):
         self.files: dict[str, bytes] = {
             "/etc/mosinit/policy.json": policy_json(),
             "/etc/mosinit/uki-id": UKI_ID.encode() + b"\n",
-            "/etc/mosinit/manifest-ca.pem": b"ca",
+            "/etc/mosinit/organisation/manifest-ca.pem": b"ca",
             "/sys/module/dm_verity/parameters/require_signatures": b"Y\n",
             "/sys/kernel/security/lockdown": b"none integrity [confidentiality]\n",
             "/sys/class/tpm/tpm0/tpm_version_major": b"2\n",
@@ -106,6 +107,7 @@ class FakeMachine(init.Machine):
             "/proc/sys/kernel/random/boot_id": b"00000000-0000-0000-0000-000000000000\n",
             "/.extra/os-release": b"ID=mosinit\n",
         }
+        self.modes: dict[str, int] = {}
         self.disks: dict[str, bytes] = {}
         self.add_disk("vda")
 
@@ -142,9 +144,10 @@ class FakeMachine(init.Machine):
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self.files[path]
 
-    def write(self, path: str, data: bytes) -> None:
-        self._do("write", path, data)
-        self.files[path] = data
+    def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:
+        self._do("write", path, bytes(data))
+        self.files[path] = bytes(data)
+        self.modes[path] = mode
 
     def exists(self, path: str) -> bool:
         return any(name == path or name.startswith(f"{path}/") for name in self.files)
@@ -208,6 +211,9 @@ class FakeMachine(init.Machine):
 
     def open_luks(self, header: bytes, device: str, secret: bytearray, slot: int, name: str | None) -> None:
         self._do("open_luks", device, slot, name)
+
+    def format_ext4(self, device: str) -> None:
+        self._do("format_ext4", device)
 
     def close(self, fd: int) -> None:
         self._do("close", fd)

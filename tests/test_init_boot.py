@@ -147,7 +147,10 @@ def test_the_fence_is_passed_before_the_disk_is_opened_for_its_content() -> None
     end(k)
     fence = max(index for index, op in enumerate(k.ops) if op[0] == "tpm")
     stages = [str(stage["name"]) for stage in k.report.stages]
-    assert stages == ["set-up", "load-modules", "check-firmware", "measure", "find-disk", "open-live-store"]
+    assert stages == [
+        "set-up", "load-modules", "check-firmware", "measure", "find-disk", "unlock",
+        "open-volumes",
+    ]  # fmt: skip
     assert not any(op[0] in ("mount", "dm") for op in k.ops[fence:])
 
 

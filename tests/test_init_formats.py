@@ -33,14 +33,22 @@ def test_gpt_agrees_with_sfdisk(need: Callable[..., None], tmp_path: Path) -> No
     with disk.open("r+b") as file:
         file.truncate(SECTORS * 512)
     esp = f"start=2048, size=4096, type={init.ESP_TYPE}, uuid={ESP_UUID}"
-    script = f"label: gpt\n{esp}\nsize=8192, type={init.LIVE_STORE_TYPE}\n"
+    name = 'name="a label of thirty-six characters now"'
+    script = f"label: gpt\n{esp}\nsize=8192, type={init.LIVE_STORE_TYPE}, {name}\n"
     subprocess.run(["sfdisk", "--quiet", disk], input=script.encode(), check=True)
     seen = json.loads(subprocess.run(["sfdisk", "--json", disk], capture_output=True, check=True).stdout)
     expected = [
-        (index + 1, item["type"].lower(), item["uuid"].lower(), item["start"] * 512, item["size"] * 512)
+        (
+            index + 1,
+            item["type"].lower(),
+            item["uuid"].lower(),
+            item["start"] * 512,
+            item["size"] * 512,
+            item.get("name", ""),
+        )
         for index, item in enumerate(seen["partitiontable"]["partitions"])
     ]
-    assert list(read_gpt(disk.read_bytes()[: 1 << 20])) == expected
+    assert [tuple(each) for each in read_gpt(disk.read_bytes()[: 1 << 20])] == expected
 
 
 def spoil(image: bytes, offset: int, data: bytes, *, seal: bool) -> bytes:
@@ -103,11 +111,11 @@ def test_signature_database() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "seen"),
-    [({"schema": 2}, "policy schema 2"), ({"mode": "run"}, "mode run"), ({"mode": None}, "mode None")],
+    [({"schema": 2}, "policy schema 2"), ({"mode": "debug"}, "mode debug"), ({"mode": None}, "mode None")],
 )
 def test_a_policy_for_another_program_is_a_crash(changes: dict[str, object], seen: str) -> None:
     with pytest.raises(ValueError, match=seen):
-        init.parse_policy(policy_json(**changes), b"id", b"ca")
+        init.parse_policy(policy_json(**changes), b"id", {})
 
 
 @pytest.mark.parametrize("cut", [1, 15, 27])
@@ -247,9 +255,9 @@ TWO_ROOTS = dict(zip(init.ROOT_HASH_ANNOTATIONS, ("ab" * 32, "cd" * 32), strict=
 
 def test_image() -> None:
     uki = layer(mediaType=init.UKI_MEDIA_TYPE, annotations={})
-    data = image(layer(), uki, layer(), annotations={init.UKI_ID_ANNOTATION: "11"})
+    data = image(layer(), uki, layer(), annotations={init.UKI_ID_ANNOTATIONS["live"]: "11", "x": "y"})
     one = init.Layer("x/y", "sha256:" + "ab" * 32, 12288, "cd" * 32)
-    assert init.parse_image(data) == init.Image((one, one), "11")
+    assert init.parse_image(data) == init.Image((one, one), {"live": "11"})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mosinit import init
 from tests.fake import PRODUCT, UKI_ID, FakeMachine, policy_json
 from tests.test_init_manifest import CA, CA_KEY, HEAD, HOSTFS, P256, certificate, sign
 
-POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), CA)
+POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), {"manifest-ca.pem": CA})
 LEAF = certificate(P256, CA_KEY)
 BOOTKIT = HOSTFS.replace("hostfs", "bootkit").replace("targets:\n", "")
 

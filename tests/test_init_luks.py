@@ -119,7 +119,7 @@ def test_slots_come_and_go_and_a_backup_comes_back(
 ) -> None:
     need("cryptsetup")
     path = tmp_path / "volume"
-    path.write_bytes(made(folder, kind).ljust(volumes.SIZE, b"\0"))
+    path.write_bytes((made(folder, kind).ljust(init.LUKS_DATA) + volumes.SUPERBLOCK).ljust(volumes.SIZE))
     before = luks.read_header(host, path, kind)
     (tmp_path / "other").write_bytes(b"other")
     run("luksHeaderBackup", path, "--header-backup-file", tmp_path / "backup")
@@ -130,6 +130,20 @@ def test_slots_come_and_go_and_a_backup_comes_back(
     assert (after.slots, after.tokens) == ((0, 2), before.tokens)
     run("luksHeaderRestore", "--batch-mode", path, "--header-backup-file", tmp_path / "backup")
     assert luks.read_header(host, path, kind) == before
+
+
+@pytest.mark.parametrize(
+    ("at", "new"),
+    [
+        (0, b"x"), (8, b"\3"), (8, b"\5"), (9, b"\0"), (10, b"\x20\1"), (12, bytes(4)), (12, b"\x41"),
+        (24, b"\0"), (24, b"\x0a"), (24, b"\x0c"), (24, b"\x18"), (24, b"\x28"), (28, b"\0"), (32, b"\1"),
+        (48, b"\1"), (511, b"\1"),
+    ],
+)  # fmt: skip
+def test_what_dm_integrity_could_be_told_is_refused(at: int, new: bytes) -> None:
+    init.check_integrity(volumes.SUPERBLOCK)
+    with pytest.raises(init.Refused, match="LUKS-HEADER"):
+        init.check_integrity(volumes.SUPERBLOCK[:at] + new + volumes.SUPERBLOCK[at + len(new) :])
 
 
 # --- What libcryptsetup is given -------------------------------------------------------------------------

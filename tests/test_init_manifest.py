@@ -226,7 +226,7 @@ def certificate(
 
 CA_KEY = P384
 CA = certificate(CA_KEY, CA_KEY, "CA", "CA", [x509.BasicConstraints(True, 0), SIGN_CERTIFICATES])
-POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), CA)
+POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), {"manifest-ca.pem": CA})
 TEXT = (HEAD + HOSTFS).encode()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mosinit import init
 from tests.fake import PRODUCT
-from tests.test_init_manifest import BAD_CERTIFICATES, CA, CA_KEY, LEAF, P256, certificate, sign
+from tests.test_init_manifest import BAD_CERTIFICATES, CA, CA_KEY, LEAF, P256, POLICY, certificate, sign
 
 PROOF, STORAGE_KEY, INDEX = os.urandom(32), b"\0\x0b" + os.urandom(32), b"\0\x0b" + os.urandom(32)
 FIELDS = init.RECORD.pack(1, uuid.UUID(PRODUCT).bytes, PROOF, STORAGE_KEY, INDEX)
@@ -87,7 +87,7 @@ def order(**changes: object) -> bytes:
 
 def test_an_order_of_the_publisher_counts() -> None:
     leaf = certificate(P256, CA_KEY)
-    assert init.verify_epoch_order(order(), sign(P256, order()), leaf, CA, PRODUCT) == 7
+    assert init.verify_epoch_order(order(), sign(P256, order()), leaf, POLICY) == 7
 
 
 ORDER_FAULTS = [
@@ -101,17 +101,17 @@ ORDER_FAULTS = [
 def test_order_faults(statement: bytes) -> None:
     leaf = certificate(P256, CA_KEY)
     with pytest.raises(init.Refused, match="EPOCH-ORDER"):
-        init.verify_epoch_order(statement, sign(P256, statement), leaf, CA, PRODUCT)
+        init.verify_epoch_order(statement, sign(P256, statement), leaf, POLICY)
 
 
 @pytest.mark.parametrize("leaf", [pem for _, pem in BAD_CERTIFICATES])
 def test_an_order_under_another_certificate_does_not_count(leaf: bytes) -> None:
     with pytest.raises(init.Refused, match="EPOCH-ORDER"):
-        init.verify_epoch_order(order(), sign(P256, order()), leaf, CA, PRODUCT)
+        init.verify_epoch_order(order(), sign(P256, order()), leaf, POLICY)
 
 
 def test_an_order_that_was_changed_does_not_count() -> None:
     leaf = certificate(P256, CA_KEY)
     for signature in (sign(P256, order(epoch=6)), b"", sign(CA_KEY, order())):
         with pytest.raises(init.Refused, match="EPOCH-ORDER"):
-            init.verify_epoch_order(order(), signature, leaf, CA, PRODUCT)
+            init.verify_epoch_order(order(), signature, leaf, POLICY)

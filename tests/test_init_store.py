@@ -64,7 +64,7 @@ class Release:
         ]  # fmt: skip
         image: dict[str, object] = {"schemaVersion": 2, "layers": layers}
         if name == "bootkit":
-            image["annotations"] = {init.UKI_ID_ANNOTATION: self.uki_id}
+            image["annotations"] = {init.UKI_ID_ANNOTATIONS["live"]: self.uki_id}
         self.change_image(image)
         return json.dumps(image).encode()
 
@@ -113,7 +113,7 @@ class StoreMachine(FakeMachine):
     def __init__(self, release: Release, blocks: int = 10) -> None:
         super().__init__()
         self.files["/etc/mosinit/policy.json"] = policy_json()
-        self.files["/etc/mosinit/manifest-ca.pem"] = CA
+        self.files["/etc/mosinit/organisation/manifest-ca.pem"] = CA
         self.loops: list[bytes] = []
         self.tables: dict[str, str] = {}
         self.unreadable: set[str] = set()
@@ -498,14 +498,14 @@ def test_every_check_is_expected_somewhere() -> None:
 
 def test_no_flipped_bit_of_a_certificate_is_more_than_a_refusal() -> None:
     der = x509.load_pem_x509_certificate(certificate(P256, CA_KEY)).public_bytes(serialization.Encoding.DER)
-    policy = init.parse_policy(policy_json(), UKI_ID.encode(), CA)
+    policy = init.parse_policy(policy_json(), UKI_ID.encode(), {"manifest-ca.pem": CA})
     accepted = 0
     for bit in range(0, 8 * len(der), 3):
         spoilt = bytearray(der)
         spoilt[bit // 8] ^= 1 << bit % 8
         pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(spoilt) + b"-----END CERTIFICATE-----\n"
         try:
-            init.verify_certificate(pem, policy.manifest_ca, policy.product)
+            init.verify_certificate(pem, policy)
             accepted += 1
         except init.Refused as refused:
             assert refused.check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-PRODUCT")

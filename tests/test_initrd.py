@@ -113,13 +113,14 @@ def test_policy_is_what_the_core_reads() -> None:
         db=["1", "2"],
         platform=["3"],
         modules=modules,
+        revoked=["4"],
     )
-    policy = init.parse_policy(encoded, b"id\n", b"ca")
+    policy = init.parse_policy(encoded, b"id\n", {})
     module = init.Module(
         "dm_verity", f"/usr/lib/modules/{VERSION}/kernel/dm-verity.ko", {"require_signatures": "Y"}, False
     )
     assert policy == init.Policy(
-        "live", "p", 2, VERSION, "a b --", ("1", "2"), ("3",), (module,), "id", b"ca"
+        "live", "p", 2, VERSION, "a b --", ("1", "2"), ("3",), (module,), ("4",), "id", {}
     )
 
 
@@ -220,8 +221,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Iter
     options = {
         "kernel-modules": tree,
         "policy": folder / "policy.json",
-        "manifest-ca": keyset.certificate_path("manifest-ca"),
-        "sudi-ca": keyset.certificate_path("sudi-ca"),
+        "organisation": keyset.folder,
         "level": 1,
         "out": folder / "initrd",
     }
@@ -332,8 +332,9 @@ mosinit.import_ahead()
 def read(name):
     with open(name, "rb") as file:
         return file.read()
-ca = read("/etc/mosinit/manifest-ca.pem")
-policy = mosinit.parse_policy(read("/etc/mosinit/policy.json"), b"", ca)
+names = ["manifest-ca.pem"]
+ours = {name: read("/etc/mosinit/organisation/" + name) for name in names}
+policy = mosinit.parse_policy(read("/etc/mosinit/policy.json"), b"", ours)
 parts = read("/manifest"), read("/signature"), read("/certificate")
 print(mosinit.verify_manifest(*parts, policy).contents.targets[0].service_name)
 try:

@@ -164,12 +164,12 @@ def test_a_statement_is_no_manifest_and_a_manifest_no_statement(
     manifest = blobs[init.MANIFEST_MEDIA_TYPE], blobs[init.SIGNATURE_MEDIA_TYPE]
     certificate = blobs[init.CERTIFICATE_MEDIA_TYPE]
     assert init.verify_manifest(*manifest, certificate, policy).contents.epoch == 3
-    assert init.verify_epoch_order(*statement, certificate, policy.manifest_ca, policy.product) == 3
+    assert init.verify_epoch_order(*statement, certificate, policy) == 3
     with pytest.raises(init.Refused) as refused:
         init.verify_manifest(*statement, certificate, policy)
     assert refused.value.check == "MANIFEST-FORMAT"
     with pytest.raises(init.Refused) as refused:
-        init.verify_epoch_order(*manifest, certificate, policy.manifest_ca, policy.product)
+        init.verify_epoch_order(*manifest, certificate, policy)
     assert refused.value.check == "EPOCH-ORDER"
 
 

@@ -51,19 +51,20 @@ def make_initrd(host: Host, folder: Path, mode: str, keyset: keys.Keyset) -> ini
         product=keyset.product,
         epoch=EPOCH,
         kernel=VERSION,
-        cmdline=uki.LIVE_CMDLINE,
+        cmdline=uki.CMDLINE,
         db=[initrd.fingerprint(keyset.certificate(role)) for role in ("uki", "layer")],
         platform=[],
         modules=[],
     )
     files = {
         "etc/mosinit/policy.json": policy,
-        "etc/mosinit/manifest-ca.pem": keyset.certificate_path("manifest-ca").read_bytes(),
+        "etc/mosinit/organisation/manifest-ca.pem": keyset.certificate_path("manifest-ca").read_bytes(),
     }
     entries = [(name, stat.S_IFREG | 0o644, data, (0, 0)) for name, data in files.items()]
     folders = [
         ("etc", stat.S_IFDIR | 0o755, b"", (0, 0)),
         ("etc/mosinit", stat.S_IFDIR | 0o755, b"", (0, 0)),
+        ("etc/mosinit/organisation", stat.S_IFDIR | 0o755, b"", (0, 0)),
     ]
     raw = initrd.device_nodes() + initrd.encode_cpio([*folders, *entries])
     packed = host.run(["zstd", "-cq"], stdin=raw)
@@ -97,7 +98,7 @@ def sections(path: Path) -> dict[str, bytes]:
 
 def test_sections_are_what_was_asked_for(live: uki.Uki, kernel: KernelTree, tmp_path: Path) -> None:
     found = sections(live.path)
-    assert found[".cmdline"].decode() == uki.LIVE_CMDLINE
+    assert found[".cmdline"].decode() == uki.CMDLINE
     assert found[".linux"] == kernel.vmlinuz.read_bytes()
     assert found[".uname"].decode() == VERSION
     assert b'ID="mosinit"' in found[".osrel"]
@@ -254,7 +255,7 @@ def elsewhere(host: Host, content: uki.Content, folder: Path, *more: str) -> Pat
 def content(host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset) -> uki.Content:
     return uki.Content(
         kernel.vmlinuz.read_bytes(),
-        uki.LIVE_CMDLINE.encode(),
+        uki.CMDLINE.encode(),
         uki.os_release("live"),
         VERSION.encode(),
         make_initrd(host, tmp_path, "live", keyset).path.read_bytes(),
@@ -278,7 +279,7 @@ def test_mkosi_makes_the_same_uki_without_a_key(
     shutil.copytree(TREE / "mkosi.uki", tmp_path / "mkosi.uki")
     (tmp_path / "out/kernel" / VERSION).mkdir(parents=True)
     shutil.copy(kernel.vmlinuz, tmp_path / "out/kernel" / VERSION / "vmlinuz")
-    shutil.copy(tmp_path / "live.initrd", tmp_path / "out/initrd.cpio.zst")
+    shutil.copy(tmp_path / "live.initrd", tmp_path / "out/live.cpio.zst")
     host.run(["mkosi", "--directory", tmp_path / "mkosi.uki", "--force", "build"], timeout=100)
     signed = uki.sign(
         host, tmp_path / "out/mkosi/mosinit.efi", tmp_path / "live.initrd", keyset, tmp_path / "signed.efi"
@@ -483,28 +484,28 @@ def test_a_uki_without_command_line_is_no_uki(
 
 
 def test_the_bootkit_is_an_image_that_the_core_reads(
-    host: Host, need: Need, tmp_path: Path, kernel: KernelTree, live: uki.Uki
+    host: Host, need: Need, tmp_path: Path, kernel: KernelTree, live: uki.Uki, run: uki.Uki
 ) -> None:
     need("mkfs.erofs", "fsck.erofs", "veritysetup", "skopeo")
     layout = images.Layout(tmp_path / "bootkit")
-    descriptor = uki.bootkit(host, kernel, live, layout)
+    descriptor = uki.bootkit(host, kernel, {"run": run, "live": live}, layout)
     document = layout.read_blob(descriptor)
     image = init.parse_image(document)
-    assert image.uki_id == live.uki_id and len(image.layers) == 1
+    assert image.uki_ids == {"run": run.uki_id, "live": live.uki_id} and len(image.layers) == 1
     layer = layout.blob_path(image.layers[0].digest)
     images.check_layer(host, layer, image.layers[0].root_hash)
     host.run(["fsck.erofs", f"--extract={tmp_path}/tree", layer])
     assert (tmp_path / "tree/usr/lib/modules" / VERSION / "kernel/a.ko").read_bytes() == b"module"
     assert host.run(["skopeo", "inspect", "--raw", f"oci:{layout.path}"]) == document
-    assert live.path.read_bytes() in [path.read_bytes() for path in layout.path.glob("blobs/sha256/*")]
+    assert run.path.read_bytes() in [path.read_bytes() for path in layout.path.glob("blobs/sha256/*")]
 
 
 def test_publishing_keeps_the_bootkit_as_it_is(
     host: Host, need: Need, tmp_path: Path, kernel: KernelTree, live: uki.Uki
 ) -> None:
     need("mkfs.erofs", "veritysetup")
-    descriptor = uki.bootkit(host, kernel, live, images.Layout(tmp_path / "bootkit"))
-    again = uki.bootkit(host, kernel, live, images.Layout(tmp_path / "again"))
+    descriptor = uki.bootkit(host, kernel, {"run": live}, images.Layout(tmp_path / "bootkit"))
+    again = uki.bootkit(host, kernel, {"run": live}, images.Layout(tmp_path / "again"))
     converted = images.convert(host, f"oci:{tmp_path}/bootkit", images.Layout(tmp_path / "release"))
     assert converted.manifest.digest == descriptor.digest == again.digest
 

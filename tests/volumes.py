@@ -41,6 +41,10 @@ TOKENS = init.Tokens(
 INTEGRITY = {"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"}
 
 
+# What dm-integrity writes in front of the data of such a volume (linux/drivers/md/dm-integrity.c).
+SUPERBLOCK = struct.pack("<8sBBHIQIBB", b"integrt\0", 4, 15, 32, 7, 16 << 10, 8, 3, 12).ljust(512, b"\0")
+
+
 def plain(host: Host, path: Path) -> Path:
     """Make a plain volume of 16 MiB with cryptsetup."""
     path.touch()
@@ -66,6 +70,8 @@ def config(host: Host, path: Path) -> Path:
     changed[2 * COPY : 2 * COPY + len(area)] = area
     with path.open("r+b") as file:
         file.write(changed)
+        file.seek(init.LUKS_DATA)
+        file.write(SUPERBLOCK)
     return path
 
 

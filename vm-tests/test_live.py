@@ -27,7 +27,7 @@ def test_a_good_medium_hands_over(world: World, medium: Path) -> None:
     assert report is not None
     assert (report["result"], report["mode"], report["sequence"]) == ("pivoted", "live", 7)
     assert (report["fenced"], report["failed"], report["watchdog"]) == (True, None, True)
-    assert report["uki_id"] == world.bootable.uki.uki_id
+    assert report["uki_id"] == world.bootable.ukis["live"].uki_id
     passed = {check["id"] for check in report["checks"]}  # type: ignore[attr-defined]
     never_noted = {"TPM-EXTEND", "TPM-FENCE", "DISK-HINT", "DISK-ABSENT"} | {
         check for check in init.CHECKS if check.startswith(("GPT-", "MODULE-L", "IMAGE-F"))

@@ -18,7 +18,9 @@ from mosinit import init
 
 def parts_of(world: World, medium: Path) -> dict[str, str]:
     """Return the digest of each thing that was built, and of each part of the medium."""
-    files = {path.name: path.read_bytes() for path in (world.bootable.initrd.path, world.bootable.uki.path)}
+    built = [each.path for each in world.bootable.initrds.values()]
+    built += [each.path for each in world.bootable.ukis.values()]
+    files = {path.name: path.read_bytes() for path in built}
     for layout in (world.bootable.bootkit, world.folder / "good"):
         blobs = sorted(path for path in layout.rglob("*") if path.is_file())
         files[layout.name] = b"\n".join(str(path.relative_to(layout)).encode() for path in blobs)

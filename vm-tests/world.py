@@ -104,7 +104,7 @@ class World:
     def medium(self, release: Path) -> Path:
         """Seal a release with the valid layer key and make a medium of it."""
         target = self.folder / f"{release.name}.raw"
-        disk.live_medium(self.host, self.bootable.uki.path, release, self.keyset, target)
+        disk.live_medium(self.host, self.bootable.ukis["live"].path, release, self.keyset, target)
         with target.open("r+b") as file:
             file.truncate(SIZE)
         return target
