@@ -2244,7 +2244,7 @@ _SEALED_HEAD = struct.pack(">HHIH", 0x0008, 0x000B, 0x2 | 0x10 | 0x80 | 0x400, 3
 _RSA_HEAD = struct.pack(">HHIHHHHIH", 0x0001, 0x000B, 0x60040, 0, 0x0010, 0x0010, 2048, 65537, 256)
 # The storage root key: TCG EK Credential Profile's template for ECC P-256 SRKs.
 SRK_ATTRIBUTES = 0x2 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10000 | 0x20000
-_SRK_HEAD = struct.pack(
+SRK_HEAD = struct.pack(
     ">HHIHHHHHHH", 0x0023, 0x000B, SRK_ATTRIBUTES, 0, 0x0006, 128, 0x0043, 0x0010, 0x0003, 0x0010
 )
 
@@ -2316,6 +2316,11 @@ class PolicyKeys(NamedTuple):
     def epoch_index(self) -> bytes:
         """The public area (TPMS_NV_PUBLIC) of the epoch index, once it was written."""
         return struct.pack(">IHI", EPOCH_INDEX, 0x000B, EPOCH_ATTRIBUTES) + _sized(self.seal) + b"\0\x08"
+
+    @property
+    def sealed_head(self) -> bytes:
+        """The public area (TPMT_PUBLIC) of that secret, up to the 32 bytes that each has of its own."""
+        return _SEALED_HEAD + self.seal + struct.pack(">HH", 0x0010, 32)
 
     def unseal_policy(self, pcr11: bytes, epoch: int) -> bytes:
         """Return what the pcr key signs (with UKI_REF), so that a UKI of this epoch may unseal."""
@@ -2497,7 +2502,7 @@ class Session:
     def __init__(self, k: Kernel, storage_key: bytes) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
 
-        point = storage_key[len(_SRK_HEAD) :]
+        point = storage_key[len(SRK_HEAD) :]
         x, y = (int.from_bytes(part, "big") for part in (point[2:34], point[36:68]))
         ours = ec.generate_private_key(ec.SECP256R1())
         theirs = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
@@ -2825,7 +2830,7 @@ def unseal(
     k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval
 ) -> bytearray:
     """Return the sealed secret if the TPM agrees. The caller wipes it."""
-    head = _SEALED_HEAD + keys.seal + struct.pack(">HH", 0x0010, 32)
+    head = keys.sealed_head
     if not tokens.seal_public.startswith(head) or len(tokens.seal_public) != len(head) + 32:
         seen = tokens.seal_public.hex()[:200]
         raise Refused("TPM-SEAL", expected="a secret under this system's policy", seen=seen)

@@ -89,6 +89,14 @@ def keys_show(host: Host, values: argparse.Namespace) -> Result:
     return _keyset(keys.open_keyset(host, values.folder))
 
 
+def keys_export(host: Host, values: argparse.Namespace) -> Result:
+    """Write a keyset's public parts."""
+    from mosinit import keys
+
+    made = keys.export(host, values.folder, values.out)
+    return outcome({"organisation": made.folder, "name": made.name, "product": made.product})
+
+
 def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
@@ -115,6 +123,45 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
     sources = [target.source for target in publisher.read_written(values.manifest).targets]
     access = registry.open_access(values.tls_ca, values.login, values.timeout, values.to, sources)
     return outcome(publisher.publish(host, values.manifest, keyset, values.to, access))
+
+
+def provision_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Provision this machine's TPM: make a request, or take its answer."""
+    if bool(values.organisation) == bool(values.answer):
+        raise Usage("name --organisation ORG to make a request, or --answer ANSWER to take its answer")
+    if values.answer and (values.again or values.auths):
+        raise Usage("--again and --auths go with --organisation")
+    from mosinit import provision
+
+    if values.answer:
+        return outcome(provision.finish(host, values.dir, values.answer, values.tpm))
+    options = provision.Options(
+        organisation=values.organisation,
+        folder=values.dir,
+        epoch=values.epoch,
+        event_log=values.event_log,
+        tcti=values.tpm,
+        consent=values.again,
+        auths=values.auths,
+    )
+    return outcome(provision.request(host, options))
+
+
+def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Answer a machine's request, consent to another, or open a recovery record."""
+    from mosinit import enroll, exchange, keys
+
+    if sum(bool(word) for word in (values.request, values.consent, values.open_recovery)) != 1:
+        raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
+    if bool(values.out) == bool(values.open_recovery):
+        raise Usage("--out names where answer or consent go: nothing else is written")
+    keyset = keys.open_keyset(host, values.keys)
+    if values.open_recovery:
+        text = exchange.encode_recovery(enroll.open_recovery(values.open_recovery, keyset)).decode()
+        return Result(json.loads(text), text.rstrip("\n"))
+    if values.consent:
+        return outcome(enroll.consent(host, values.consent, keyset, values.out, values.machines))
+    return outcome(enroll.enroll(host, values.request, keyset, values.out, values.machines, values.epoch))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:
@@ -288,6 +335,16 @@ VERBS = (
         (positional("folder", "the keyset", type=Path, metavar="DIR"),),
     ),
     Verb(
+        "keys export",
+        "writes the public parts of a keyset to a folder, for the machines to be provisioned",
+        "mosinit keys export ./keys --out ./organisation",
+        keys_export,
+        (
+            positional("folder", "the keyset", type=Path, metavar="DIR"),
+            folder("--out", "the folder to make", "ORG", required=True),
+        ),
+    ),
+    Verb(
         "build",
         "builds initrd, UKI, hostfs image and live medium; needs a checkout",
         "mosinit build --keys ./keys --out ./out",
@@ -324,6 +381,42 @@ VERBS = (
                    "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
             Option("--timeout", "seconds that a registry may stand still (default: 120)",
                    {"type": seconds, "metavar": "S", "default": 120.0}),
+        ),
+    ),
+    Verb(
+        "provision",
+        "gives this machine's TPM identity, epoch and seal: writes a request, then takes the answer",
+        "mosinit provision --organisation ./organisation --dir /run/provision",
+        provision_machine,
+        (
+            folder("--dir", "what is made, secrets too: on a live machine a folder in memory, such as one "
+                   "below /run", "STATE", required=True),
+            folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
+            folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
+            number("--epoch", "the machine's epoch", init.MAX_EPOCH),
+            folder("--event-log", "the firmware's event log (default: the kernel's copy)", "FILE",
+                   default=Path("/sys/kernel/security/tpm0/binary_bios_measurements")),
+            Option("--tpm", "the TPM (default: device:/dev/tpmrm0)",
+                   {"metavar": "TCTI", "default": "device:/dev/tpmrm0"}),
+            folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
+                   "CONSENT"),
+            folder("--auths", "with --again: what `mosinit enroll --open-recovery` showed", "FILE"),
+        ),
+    ),
+    Verb(
+        "enroll",
+        "answers a machine's request: SUDI certificate, machine record, approval of its PCR 7",
+        "mosinit enroll request.json --keys ./keys --out answer.json",
+        enroll_machine,
+        (
+            positional("request", "what `mosinit provision` wrote", type=Path, nargs="?", metavar="REQUEST"),
+            folder("--keys", "the keyset that signs", required=True),
+            folder("--out", "where the answer (or the consent) goes", "FILE"),
+            folder("--machines", "where machines and their recovery records are filed (default: "
+                   "DIR/machines)", "FOLDER"),
+            number("--epoch", "the epoch that the request must name", init.MAX_EPOCH),
+            Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),
+            folder("--open-recovery", "show a recovery record: passwords and recovery key", "FILE"),
         ),
     ),
     Verb(

@@ -46,6 +46,7 @@ class Role(NamedTuple):
     ca: bool = False
     issuer: str | None = None  # None: self-signed
     public: bool = False  # also kept as a bare public key
+    decrypts: bool = False  # instead of signing
 
 
 ROLES: Mapping[str, Role] = {
@@ -58,6 +59,7 @@ ROLES: Mapping[str, Role] = {
     "manifest-ca": Role("issues product certificates", "ECDSA P-384", ca=True),
     "product": Role("signs install manifests", "ECDSA P-256", years=10, issuer="manifest-ca"),
     "sudi-ca": Role("issues machine identities and machine records", "ECDSA P-384", ca=True),
+    "recovery": Role("decrypts recovery records", "RSA-3072", decrypts=True),
 }
 
 # The time that Authenticode signatures carry where SOURCE_DATE_EPOCH says nothing: firmware does not look at
@@ -82,6 +84,12 @@ class Signer(Protocol):
 
     def sign_pe(self, source: Path, target: Path) -> None:
         """Write `source` with an Authenticode signature to `target`; the same input gives the same bytes."""
+
+    def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        """Sign a certificate that this role issues."""
+
+    def open_cms(self, message: bytes) -> bytes:
+        """Decrypt a message (CMS, DER) that was encrypted for this role's certificate."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class FileSigner:
             ["openssl", "smime", "-sign", "-binary", "-noattr", *bare, "-md", "sha256",
              "-outform", "DER", "-signer", self.certificate_path, "-inkey", self.key],
             stdin=data,
-            env=_closed_environment(),
+            env=closed_environment(),
         )  # fmt: skip
 
     def sign_pe(self, source: Path, target: Path) -> None:
@@ -121,8 +129,20 @@ class FileSigner:
             self.host.run(
                 ["faketime", "-f", frozen,
                  "sbsign", "--key", self.key, "--cert", self.certificate_path, "--output", fresh, source],
-                env=_closed_environment(),
+                env=closed_environment(),
             )  # fmt: skip
+
+    def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        """Sign it with the hash that the key's size asks for."""
+        return builder.sign(_read_key(self.key), _digest(self.certificate.public_key()))
+
+    def open_cms(self, message: bytes) -> bytes:
+        """Decrypt the message; `Failure` if it is for another key, or was changed."""
+        return self.host.run(
+            ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER",
+             "-recip", self.certificate_path, "-inkey", self.key],
+            stdin=message, env=closed_environment(), timeout=60,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,6 +228,66 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
                 f"{folder} has one key for {other} and {role}: roles must not mix, make a new keyset"
             )
     return Keyset(host, folder, name, product, certificates)
+
+
+@dataclass(frozen=True)
+class Organisation:
+    """The public parts of a keyset: what a machine that is to be provisioned gets to know."""
+
+    folder: Path
+    name: str
+    product: str
+    files: Mapping[str, bytes]  # by file name; `open_organisation` saw that each is what its name says
+
+    def certificate(self, role: str) -> x509.Certificate:
+        """Return a role's certificate."""
+        return x509.load_pem_x509_certificate(self.files[f"{role}.pem"])
+
+
+def open_organisation(folder: Path) -> Organisation:
+    """Read the public parts of a keyset from what `export` made, or from the keyset itself.
+
+    Private keys are not read. Raises `Failure` if a part is missing or damaged.
+    """
+    name, product = _read_description(folder / "keyset.json")
+    bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
+    files = {}
+    for file in ("keyset.json", *(f"{role}.pem" for role in ROLES), *bare):
+        try:
+            files[file] = (folder / file).read_bytes()
+            if file.endswith(".pem"):
+                x509.load_pem_x509_certificate(files[file]).public_key()
+        except FileNotFoundError as error:
+            raise Failure(f"{folder} lacks {file}: make it again by `mosinit keys export`") from error
+        except (OSError, ValueError) as error:
+            raise Failure(
+                f"cannot read {folder / file}: {_reason(error)}; make it again by `mosinit keys export`"
+            ) from error
+    made = Organisation(folder, name, product, files)
+    for file in bare:
+        if files[file] != _spki(made.certificate(file.removesuffix(".pub")).public_key()):
+            raise Failure(f"{folder / file} does not fit its certificate: export the keyset again")
+    return made
+
+
+def export(host: Host, folder: Path, out: Path) -> Organisation:
+    """Write the public parts of a keyset to a new folder, complete or not at all."""
+    organisation = open_organisation(folder)
+    if os.path.lexists(out):
+        raise Failure(f"{out} exists already: choose another folder")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with host.scratch(near=out) as scratch:
+        write_organisation(host, organisation, scratch / "organisation")
+        (scratch / "organisation").rename(out)
+        host.sync_file(out.absolute().parent)
+    return open_organisation(out)
+
+
+def write_organisation(host: Host, organisation: Organisation, folder: Path) -> None:
+    """Write the public parts to a folder that does not exist yet."""
+    folder.mkdir(mode=0o755)
+    for name, content in organisation.files.items():
+        _write(host, folder / name, content, 0o644)
 
 
 def _read_description(path: Path) -> tuple[str, str]:
@@ -306,7 +386,7 @@ def _certify(
         .not_valid_before(now)
         .not_valid_after(now + kind.years * YEAR)
         .add_extension(x509.BasicConstraints(ca=kind.ca, path_length=0 if kind.ca else None), critical=True)
-        .add_extension(_key_usage(kind.ca), critical=True)
+        .add_extension(key_usage(ca=kind.ca, decrypts=kind.decrypts), critical=True)
         .add_extension(identifier(key.public_key()), critical=False)
     )
     if issuer:
@@ -318,17 +398,22 @@ def _certify(
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"urn:uuid:{product}")])
         code = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING])
         builder = builder.add_extension(code, critical=False).add_extension(names, critical=False)
-    digest = hashes.SHA384() if _algorithm(issuer_key.public_key()) == "ECDSA P-384" else hashes.SHA256()
-    return builder.sign(issuer_key, digest)
+    return builder.sign(issuer_key, _digest(issuer_key.public_key()))
 
 
-def _key_usage(ca: bool) -> x509.KeyUsage:
+def _digest(issuer: object) -> hashes.SHA256 | hashes.SHA384:
+    """Return the hash with which a key signs certificates."""
+    return hashes.SHA384() if _algorithm(issuer) == "ECDSA P-384" else hashes.SHA256()
+
+
+def key_usage(*, ca: bool = False, decrypts: bool = False) -> x509.KeyUsage:
+    """Return the one use of a key: issuing, decrypting, or signing."""
     return x509.KeyUsage(
-        digital_signature=not ca,
+        digital_signature=not ca and not decrypts,
         key_cert_sign=ca,
         crl_sign=ca,
         content_commitment=False,
-        key_encipherment=False,
+        key_encipherment=decrypts,
         data_encipherment=False,
         key_agreement=False,
         encipher_only=False,
@@ -337,8 +422,8 @@ def _key_usage(ca: bool) -> x509.KeyUsage:
 
 
 def _generate(algorithm: str) -> PrivateKey:
-    if algorithm == "RSA-2048":
-        return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    if algorithm.startswith("RSA-"):
+        return rsa.generate_private_key(public_exponent=65537, key_size=int(algorithm[4:]))
     return ec.generate_private_key(ec.SECP384R1() if algorithm == "ECDSA P-384" else ec.SECP256R1())
 
 
@@ -363,6 +448,6 @@ def _write(host: Host, path: Path, content: bytes, mode: int) -> None:
         fresh.write_bytes(content)
 
 
-def _closed_environment() -> dict[str, str]:
+def closed_environment() -> dict[str, str]:
     """Return the whole environment of the programs that hold a private key."""
     return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC"}

@@ -76,7 +76,7 @@ def test_examples_are_valid(verb: cli.Verb) -> None:
     ("words", "says"),
     [
         ("", "a verb is missing: demo, test, keys new"),
-        ("keys", "a verb is missing: keys new, keys show"),
+        ("keys", "a verb is missing: keys new, keys show, keys export"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("keys nonsense", "invalid choice: 'nonsense'"),
         ("keys new", "required: DIR, --product"),

@@ -19,7 +19,7 @@ from tests.fake import PRODUCT, UKI_ID, policy_json
 from tests.test_init_generations import BOOTKIT, LEAF, install_manifest
 from tests.test_init_manifest import CA, P256, sign
 
-POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), CA)
+POLICY = init.parse_policy(policy_json(), UKI_ID.encode(), {"manifest-ca.pem": CA})
 
 
 def signed(text: bytes) -> generations.SignedManifest:

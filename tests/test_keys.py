@@ -53,7 +53,7 @@ def test_every_role_has_a_key_of_its_own(made: Path, host: Host) -> None:
         .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         for role in keys.ROLES
     }
-    assert len(publics) == len(keys.ROLES) == 9
+    assert len(publics) == len(keys.ROLES) == 10
 
 
 def test_private_files_are_private(made: Path) -> None:
@@ -103,6 +103,61 @@ def test_authorities(made: Path, host: Host, role: str) -> None:
         True,
         False,
     )
+
+
+def test_the_recovery_key_decrypts_and_signs_nothing(made: Path, host: Host) -> None:
+    certificate = keys.open_keyset(host, made).certificate("recovery")
+    public = certificate.public_key()
+    assert isinstance(public, rsa.RSAPublicKey)
+    assert public.key_size == 3072
+    usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+    assert usage.critical
+    assert (usage.value.key_encipherment, usage.value.digital_signature, usage.value.key_cert_sign) == (
+        True,
+        False,
+        False,
+    )
+
+
+# --- What a machine gets to know -----------------------------------------------------------------------
+
+
+def test_export_has_the_public_parts_alone(made: Path, host: Host, tmp_path: Path) -> None:
+    organisation = keys.export(host, made, tmp_path / "org")
+    names = {path.name for path in (tmp_path / "org").iterdir()}
+    assert names == {f"{role}.pem" for role in keys.ROLES} | {"keyset.json", "pcr.pub", "platform.pub"}
+    assert not any(b"PRIVATE" in path.read_bytes() for path in (tmp_path / "org").iterdir())
+    assert organisation.product == keys.open_keyset(host, made).product
+    assert organisation.certificate("sudi-ca") == keys.open_keyset(host, made).certificate("sudi-ca")
+
+
+def test_a_keyset_is_an_organisation_too_and_its_private_keys_are_not_read(copy: Path) -> None:
+    for path in copy.glob("*.key"):
+        path.write_bytes(b"unreadable")
+    assert keys.open_organisation(copy).name == "acme"
+
+
+def test_export_replaces_nothing(made: Path, host: Host, tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    with pytest.raises(Failure, match="exists already"):
+        keys.export(host, made, tmp_path / "org")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("sudi-ca.pem", None, "lacks sudi-ca.pem: make it again by `mosinit keys export`"),
+        ("recovery.pem", b"garbage", "recovery.pem"),
+        ("pcr.pub", b"garbage", "does not fit its certificate"),
+        ("keyset.json", None, "is no keyset"),
+    ],
+)
+def test_a_damaged_organisation_is_told(copy: Path, name: str, content: bytes | None, says: str) -> None:
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    with pytest.raises(Failure, match=says):
+        keys.open_organisation(copy)
 
 
 def test_product_certificate(made: Path, host: Host) -> None:

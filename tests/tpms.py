@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.fake import FakeMachine
 WAIT_SECONDS = 20
 CMD_STOP, CMD_INIT = 0x0E, 0x02  # swtpm_ioctls(3): control channel
 TPM2_STARTUP_CLEAR = struct.pack(">HIIH", init.ST_NO_SESSIONS, 12, 0x144, 0)
+RH_PLATFORM, CLEAR, CLEAR_CONTROL = 0x4000000C, 0x126, 0x127  # part 2, 7.4 and 6.5.2
 
 
 class Swtpm:
@@ -58,6 +60,85 @@ class Swtpm:
         with contextlib.closing(self.connect()) as client:
             client.sendall(TPM2_STARTUP_CLEAR)
             assert client.recv(4096)[6:10] == bytes(4)
+
+    def send(self, command: int, handles: bytes, parameters: bytes) -> None:
+        """Do one command that is authorised by an empty password."""
+        body = handles + struct.pack(">I", len(init.EMPTY_PASSWORD)) + init.EMPTY_PASSWORD + parameters
+        with contextlib.closing(self.connect()) as client:
+            client.sendall(struct.pack(">HII", init.ST_SESSIONS, 10 + len(body), command) + body)
+            assert client.recv(4096)[6:10] == bytes(4)
+
+    def allow_clear(self) -> None:
+        """Do what only the firmware can: switch TPM2_Clear on."""
+        self.send(CLEAR_CONTROL, struct.pack(">I", RH_PLATFORM), b"\0")
+
+    def clear(self) -> None:
+        """Do what the firmware's setup calls clearing the TPM, and restart."""
+        self.reset()
+        self.allow_clear()
+        self.send(CLEAR, struct.pack(">I", RH_PLATFORM), b"")
+
+    def extend(self, pcr: int, digest: bytes) -> None:
+        """Extend the SHA-256 bank of a PCR."""
+        self.send(init.Cc.PCR_EXTEND, struct.pack(">I", pcr), struct.pack(">IH", 1, 0x000B) + digest)
+
+
+class Breaking:
+    """A way to a TPM that breaks at one command, before or after the TPM has done it; `tcti` leads through.
+
+    It stays broken: as if the machine or the program had gone at that moment. `bus` is all that passed.
+    """
+
+    def __init__(self, tpm: Swtpm, at: int = 1 << 30, *, done: bool = False) -> None:
+        self.tpm, self.at, self.done = tpm, at, done
+        self.seen: list[int] = []
+        self.bus = b""
+        self.path = tpm.folder / "breaking.sock"
+        self.tcti = f"swtpm:path={self.path}"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> Breaking:
+        control = Path(f"{self.path}.ctrl")
+        for path in (self.path, control):
+            path.unlink(missing_ok=True)
+        control.symlink_to(self.tpm.control)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(WAIT_SECONDS)
+
+    @property
+    def broken(self) -> bool:
+        """Say whether it came to that command."""
+        return len(self.seen) >= self.at
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with contextlib.closing(client), contextlib.closing(self.tpm.connect()) as tpm:
+                    while not self.broken and self._relay(client, tpm):
+                        pass
+
+    def _relay(self, client: socket.socket, tpm: socket.socket) -> bool:
+        command = client.recv(4096)
+        if not command:
+            return False
+        self.seen.append(struct.unpack_from(">I", command, 6)[0])
+        if self.broken and not self.done:
+            return False
+        tpm.sendall(command)
+        answer = tpm.recv(4096)
+        self.bus += command + answer
+        if not self.broken:
+            client.sendall(answer)
+        return not self.broken
 
 
 @contextlib.contextmanager

@@ -1,0 +1,278 @@
+"""Enrolling, on the organisation's side: a machine's request is checked, and answered with everything that
+the machine needs to open its disk by itself.
+
+    MACHINES/SERIAL/machine.json     serial, product, storage key and PCR 7 of the machine
+    MACHINES/SERIAL/recovery.cms     its recovery record, as encrypted as it came
+    MACHINES/SERIAL/certificate.pem  the last SUDI certificate issued
+
+What a request says of its TPM nobody attests: whoever can make requests in a machine's name can have one
+answered. Enroll what comes from machines that you hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mosinit import exchange, images, init, records
+from mosinit.host import Failure, Host, Usage
+from mosinit.keys import Keyset
+
+
+class Approvals(NamedTuple):
+    """Who decides about a machine's firmware, and who signs that."""
+
+    # Event log and PCR 7; returns what is worth knowing of it, raises Failure if it is not to be approved.
+    read_log: Callable[[Keyset, bytes, bytes], dict[str, object]]
+    approve: Callable[[Keyset, bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A request that contradicts neither itself nor this organisation: only `verify_request` makes one."""
+
+    serial: str
+    key: ec.EllipticCurvePublicKey
+    record: bytes
+    storage_key: bytes  # name
+    pcr7: bytes
+    epoch: int
+    recovery: bytes
+
+
+def enroll(
+    host: Host,
+    request: Path,
+    keyset: Keyset,
+    out: Path,
+    machines: Path | None = None,
+    epoch: int = 1,
+    approvals: Approvals | None = None,
+) -> dict[str, object]:
+    """Check a request, file its recovery record, and write the answer; nothing if the request is not right.
+
+    The recovery record is filed first: no machine is closed whose passwords nobody has.
+    """
+    machines = machines or keyset.folder / "machines"
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise Usage(f"{out} cannot be written: name a file for the answer, in a folder that exists")
+    untrusted = exchange.parse_request(exchange.read_file(request, exchange.DOCUMENT_BYTES), request.name)
+    approvals = approvals or platform_approvals()
+    wanted = verify_request(untrusted, keyset, epoch)
+    _check_recovery(keyset, wanted)
+    platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
+    earlier = filed(machines, wanted.storage_key)
+    _show(host, keyset, wanted, platform, earlier)
+    certificate = records.issue(keyset, wanted.key, wanted.record)
+    init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
+    answer = exchange.Answer(
+        certificate,
+        {wanted.pcr7: approvals.approve(keyset, wanted.pcr7)},
+        sign_order(keyset, wanted.epoch),
+    )
+    folder = _file(host, machines, keyset.product, wanted, certificate)
+    with host.replacing(out) as fresh:
+        fresh.write_bytes(exchange.encode_answer(answer))
+    return {
+        "serial": wanted.serial, "product": keyset.product, "epoch": wanted.epoch,
+        "storage_key": wanted.storage_key.hex(), "pcr7": wanted.pcr7.hex(), "platform": platform,
+        "enrolled_before": earlier, "answer": out, "machine": folder,
+    }  # fmt: skip
+
+
+def _show(
+    host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object], earlier: list[str]
+) -> None:
+    """Say what will be signed, before it is."""
+    host.say(f"machine {wanted.serial}, product {keyset.product}, epoch {wanted.epoch}")
+    host.say(f"  storage key {wanted.storage_key.hex()}")
+    host.say(f"  PCR 7 {wanted.pcr7.hex()}: Secure Boot with exactly this keyset")
+    for name, value in platform.items():
+        host.say(f"    {name} {value}")
+    for serial in earlier:
+        host.say(f"  this TPM was enrolled before, as {serial}")
+
+
+def platform_approvals() -> Approvals:
+    """Return the way in which this organisation's platform key approves PCR 7 values."""
+    from mosinit import approvals, firmware
+
+    def read_log(keyset: Keyset, log: bytes, pcr7: bytes) -> dict[str, object]:
+        certificates = firmware.certificates_of_keyset(keyset.folder)
+        seen = approvals.read_platform_log(log, pcr7, certificates).describe()
+        return {name: value for name, value in seen.items() if name != "pcr7"}
+
+    return Approvals(read_log, approvals.approve_platform)
+
+
+def sign_order(keyset: Keyset, epoch: int) -> exchange.Order:
+    """Return the product's signed statement that everything below `epoch` is unsafe."""
+    statement = images.encode(init.epoch_statement(keyset.product, epoch))
+    signature = keyset.signer("product").sign(statement)
+    return exchange.Order(statement, signature, keyset.certificate_path("product").read_bytes())
+
+
+# --- What a request must be --------------------------------------------------------------------------
+
+
+def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> Verified:
+    """Return the request if its key signed it, and it shows what this organisation's machines make."""
+    if untrusted.product != keyset.product:
+        raise init.Refused("RECORD-PRODUCT", expected=keyset.product, seen=untrusted.product)
+    if untrusted.epoch != epoch:
+        raise init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
+    key, record = _verify_csr(untrusted.csr)
+    policy = init.policy_keys(*(keyset.public_path(role).read_bytes() for role in ("pcr", "platform")))
+    try:
+        records.parse_point(untrusted.storage_key, init.SRK_HEAD)
+        sudi = records.parse_point(untrusted.sudi, records.SUDI_HEAD)
+    except ValueError as error:
+        expected = "a storage root key and a SUDI key of their templates"
+        raise init.Refused("RECORD-FORMAT", expected=expected, seen=str(error)) from error
+    head = policy.sealed_head
+    if not untrusted.sealed.startswith(head) or len(untrusted.sealed) != len(head) + 32:
+        raise init.Refused(
+            "TPM-SEAL",
+            expected="a secret under this organisation's policy",
+            seen=untrusted.sealed.hex()[:200],
+        )
+    if untrusted.epoch_index != policy.epoch_index:
+        raise init.Refused(
+            "TPM-INDEX", expected=policy.epoch_index.hex(), seen=untrusted.epoch_index.hex()[:200]
+        )
+    proof = record[-init.RECORD.size :][17:49]
+    names = init.tpm_name(untrusted.storage_key), init.tpm_name(untrusted.epoch_index)
+    if (record, key) != (records.encode_record(keyset.product, proof, *names), sudi):
+        raise init.Refused(
+            "RECORD-FORMAT", expected="a certificate request for the keys that come with it",
+            seen=record.hex()[:400],
+        )  # fmt: skip
+    return Verified(records.serial_of(key), key, record, names[0], untrusted.pcr7, epoch, untrusted.recovery)
+
+
+def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
+    """Return key and record of a certificate request that its own key signed."""
+    try:
+        request = x509.load_der_x509_csr(untrusted)
+        extensions = list(request.extensions)
+        key, signed = request.public_key(), request.is_signature_valid
+        if [extension.oid for extension in extensions] != [records.RECORD_OID]:
+            raise ValueError("other extensions than a machine record")
+        record = extensions[0].value
+        assert isinstance(record, x509.UnrecognizedExtension)  # no library knows our OID
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError(f"a key of the kind {type(key).__name__}")
+    except Exception as error:  # of a spoiled request the parser raises more kinds than it names
+        seen = f"{type(error).__name__}: {error}"[:300]
+        raise init.Refused(
+            "RECORD-FORMAT", expected="a certificate request with a machine record", seen=seen
+        ) from error
+    if not signed:
+        raise init.Refused(
+            "RECORD-FORMAT",
+            expected="a certificate request that its own key signed",
+            seen="another signature",
+        )
+    return key, record.value
+
+
+def _check_recovery(keyset: Keyset, wanted: Verified) -> None:
+    """See that the recovery record opens and is this machine's: later would be too late."""
+    recovery = open_cms(keyset, wanted.recovery, "the recovery record of the request")
+    seen = (recovery.product, recovery.serial, recovery.storage_key)
+    if seen != (keyset.product, wanted.serial, wanted.storage_key):
+        raise init.Refused(
+            "RECORD-FORMAT", expected=f"the recovery record of machine {wanted.serial}",
+            seen=f"one of machine {recovery.serial}",
+        )  # fmt: skip
+
+
+# --- The organisation's file of machines -------------------------------------------------------------
+
+
+def filed(machines: Path, storage_key: bytes) -> list[str]:
+    """Return the serials under which a TPM was enrolled before."""
+    found = [path.parent.name for path in machines.glob("*/machine.json")]
+    return sorted(serial for serial in found if _filed_key(machines, serial) == storage_key)
+
+
+def _filed_key(machines: Path, serial: str) -> bytes:
+    path = machines / serial / "machine.json"
+    try:
+        return bytes.fromhex(json.loads(path.read_text())["storage_key"])
+    except FileNotFoundError as error:
+        raise Failure(f"no machine {serial} is filed in {machines}: see the folders there") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failure(f"cannot read {path}: restore it from a backup") from error
+
+
+def _file(host: Host, machines: Path, product: str, wanted: Verified, certificate: bytes) -> Path:
+    """File a machine; its folder appears complete or not at all, and no recovery record is replaced."""
+    folder = machines / wanted.serial
+    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
+    if os.path.lexists(folder):
+        if (folder / "recovery.cms").read_bytes() != wanted.recovery:
+            raise Failure(
+                f"{folder} has another recovery record of the same machine: move that folder away if it is "
+                "of no use any more"
+            )
+        _write(host, folder / "certificate.pem", pem)
+        return folder
+    machines.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = {
+        "schema": 1, "serial": wanted.serial, "product": product, "pcr7": wanted.pcr7.hex(),
+        "storage_key": wanted.storage_key.hex(),
+    }  # fmt: skip
+    with host.scratch(near=folder) as scratch:
+        fresh = scratch / "machine"
+        fresh.mkdir(mode=0o700)
+        _write(host, fresh / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
+        _write(host, fresh / "recovery.cms", wanted.recovery)
+        _write(host, fresh / "certificate.pem", pem)
+        fresh.rename(folder)
+        host.sync_file(machines)
+    return folder
+
+
+def _write(host: Host, path: Path, content: bytes) -> None:
+    with host.replacing(path, mode=0o600) as fresh:
+        fresh.write_bytes(content)
+
+
+# --- Recovery, and consent to provision again --------------------------------------------------------
+
+
+def open_recovery(path: Path, keyset: Keyset) -> exchange.Recovery:
+    """Decrypt a filed recovery record. Nothing else shows what is in one."""
+    return open_cms(keyset, exchange.read_file(path, 16384), str(path))
+
+
+def open_cms(keyset: Keyset, untrusted: bytes, name: str) -> exchange.Recovery:
+    """Decrypt a recovery record (CMS, DER) by the keyset's recovery key."""
+    try:
+        clear = keyset.signer("recovery").open_cms(untrusted)
+    except Failure as error:
+        raise Failure(f"cannot open {name}: it is not one for this keyset's recovery key") from error
+    return exchange.parse_recovery(clear, name)
+
+
+def consent(
+    host: Host, serial: str, keyset: Keyset, out: Path, machines: Path | None = None
+) -> dict[str, object]:
+    """Sign that a filed machine may be provisioned again."""
+    if not serial.isalnum():
+        raise Usage(f"{serial!r} is no serial: name a folder of the machines")
+    storage_key = _filed_key(machines or keyset.folder / "machines", serial)
+    statement = exchange.consent_statement(keyset.product, storage_key)
+    signed = exchange.Consent(statement, keyset.signer("sudi-ca").sign(statement))
+    with host.replacing(out) as fresh:
+        fresh.write_bytes(exchange.encode_consent(signed))
+    return {"consent": out, "serial": serial, "storage_key": storage_key.hex()}

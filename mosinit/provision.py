@@ -1,0 +1,501 @@
+"""Provisioning, on the machine's side: identity, epoch and seal in its TPM; a request out, the answer in.
+
+    STATE/request.json       what goes to the organisation
+    STATE/machine.json       public: product, epoch, public areas, PCR 7
+    STATE/organisation/      the public parts of the keyset
+    STATE/sudi.key sudi.auth the SUDI key as only this TPM can load it (TSS2 PEM), and its password
+    STATE/config.key         secret of the config volume
+    STATE/recovery.key       recovery key of the disk
+    STATE/auths.json         passwords of the TPM; gone when the answer was taken
+    STATE/closing            the answer was verified, passwords are being set
+    STATE/seal.json sudi.pem what `install` needs, once all is done
+
+The TPM gets its first password when all of this lies on the disk. Before that every step can be done again;
+after it, a second run goes on from what the TPM says is done.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from mosinit import exchange, init, keys, records
+from mosinit.exchange import Seal
+from mosinit.host import Failure, Host, Usage
+from mosinit.tpm import DEVICE, Tpm, WrongAuth, open_tpm
+
+EVENT_LOG = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
+FLAGS = {
+    init.Permanent.OWNER_AUTH: "owner password",
+    init.Permanent.ENDORSEMENT_AUTH: "endorsement password",
+    init.Permanent.LOCKOUT_AUTH: "lockout password",
+    init.Permanent.CLEAR_DISABLED: "TPM2_Clear switched off",
+}
+# TPM2_Clear switched off alone is harmless: a TPM that is provisioned once more has it so from before.
+PASSWORDS = init.PROVISIONED & ~init.Permanent.CLEAR_DISABLED
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request is made from."""
+
+    organisation: Path
+    folder: Path
+    epoch: int = 1
+    event_log: Path = EVENT_LOG
+    tcti: str = DEVICE
+    consent: Path | None = None
+    auths: Path | None = None
+
+
+class Made(NamedTuple):
+    """What the TPM made for one request."""
+
+    storage_key: bytes
+    epoch_index: bytes
+    seal: Seal
+    sudi: bytes
+    sudi_pem: bytes
+    pcr7: bytes
+
+
+class Secrets(NamedTuple):
+    """What nobody but this machine, and the recovery record, may know."""
+
+    config: bytes
+    sudi_auth: bytes
+    recovery_key: str
+    auths: Mapping[str, bytes]
+
+
+class State(NamedTuple):
+    """What a request left for the answer. Written by us, mode 0600."""
+
+    epoch: int
+    storage_key: bytes
+    epoch_index: bytes
+    sudi: bytes
+    seal: Seal
+
+
+# --- Step 1: the request -----------------------------------------------------------------------------
+
+
+def request(host: Host, options: Options) -> dict[str, object]:
+    """Make identity, epoch index and seal in the TPM, and the request; STATE appears complete or not at all.
+
+    Refuses before it writes anything to a TPM that is provisioned, locked out or holds what is not ours.
+    """
+    if (options.consent is None) != (options.auths is None):
+        raise Usage("--again and --auths go together: the consent and the opened recovery record")
+    organisation = keys.open_organisation(options.organisation)
+    policy = policy_keys(organisation)
+    log = read_event_log(options.event_log)
+    if os.path.lexists(options.folder):
+        return _made_before(options, organisation, policy)
+    options.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    secrets = make_secrets(host)
+    with open_tpm(options.tcti) as machine:
+        if options.consent and options.auths:
+            start_over(machine, organisation, policy, options)
+        inspect(machine, policy, options.epoch)
+        made = make_objects(machine, policy, options.epoch, secrets)
+    with host.scratch(near=options.folder) as scratch:
+        fresh = scratch / "state"
+        _write_state(host, fresh, organisation, options.epoch, made, secrets)
+        csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config)
+        sent = exchange.Request(
+            organisation.product, options.epoch, csr, made.storage_key, made.epoch_index, made.seal.public,
+            made.sudi, made.pcr7, log, encrypt_recovery(host, fresh, organisation, made, secrets),
+        )  # fmt: skip
+        _write(host, fresh / "request.json", exchange.encode_request(sent))
+        fresh.rename(options.folder)
+        host.sync_file(options.folder.absolute().parent)
+    return _asked(options.folder, organisation.product, made.sudi)
+
+
+def _asked(folder: Path, product: str, sudi: bytes) -> dict[str, object]:
+    serial = records.serial_of(records.parse_point(sudi, records.SUDI_HEAD))
+    take = f"mosinit provision --dir {folder} --answer ANSWER"
+    return {
+        "request": folder / "request.json",
+        "product": product,
+        "serial": serial,
+        "next": f"`mosinit enroll` where the keyset is, then here `{take}`",
+    }
+
+
+def policy_keys(organisation: keys.Organisation) -> init.PolicyKeys:
+    """Return the public areas of the two keys that approve."""
+    try:
+        return init.policy_keys(organisation.files["pcr.pub"], organisation.files["platform.pub"])
+    except ValueError as error:
+        raise Failure(f"{organisation.folder} cannot be used: {error}; make a new keyset") from error
+
+
+def read_event_log(path: Path) -> bytes:
+    """Read the firmware's event log."""
+    if not path.exists():
+        raise Failure(
+            f"there is no event log at {path}: mount securityfs, or name one by --event-log; firmware "
+            "that keeps none cannot be approved"
+        )
+    log = exchange.read_file(path, exchange.LOG_BYTES)
+    if not log:
+        raise Failure(f"the event log {path} is empty: restart the machine through its firmware")
+    return log
+
+
+def make_secrets(host: Host) -> Secrets:
+    """Make every secret of a new machine. Passwords are hex: a TPM drops zeros at the end of one."""
+    auths = {name: host.random(16).hex().encode() for name in exchange.HIERARCHIES}
+    recovery_key = exchange.make_recovery_key(host.random(32))
+    return Secrets(host.random(32), host.random(16).hex().encode(), recovery_key, auths)
+
+
+def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
+    """Refuse a TPM that cannot be provisioned, or is; nothing is written."""
+    with init.asking_tpm("the TPM to tell its banks"):
+        banks = init.active_banks(machine)
+    if "sha256" not in banks:
+        raise init.Refused("TPM-BANK", expected="a SHA-256 bank", seen=", ".join(banks) or "none")
+    flags = _check_usable(machine)
+    if flags & PASSWORDS:
+        expected = "a TPM that nobody provisioned (or --again with the organisation's consent)"
+        raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+    machine.find_storage_key()
+    _check_epoch(machine, policy, epoch)
+
+
+def _check_usable(machine: Tpm) -> init.Permanent:
+    """Return what of provisioning a TPM has, if it can be worked with."""
+    flags, startup = machine.flags()
+    if startup & 6 != 6:
+        expected = "the hierarchies of owner and endorsement to be enabled"
+        raise init.Refused("TPM-STATE", expected=expected, seen=f"hierarchies {startup & 7:#x}")
+    if flags & init.Permanent.IN_LOCKOUT:
+        raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
+    return flags
+
+
+def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
+    """Refuse a TPM whose epoch is later already, or whose epoch index is somebody else's."""
+    if machine.find_epoch_index(policy) == policy.epoch_index:
+        with init.asking_tpm("the epoch index"):
+            bits = init.read_epoch(machine)
+        if bits & ~init.epoch_bits(epoch):
+            expected = f"a TPM at epoch {epoch} or before (--epoch)"
+            raise init.Refused("EPOCH", expected=expected, seen=f"epoch {bits.bit_length()}")
+
+
+def words_of(flags: init.Permanent) -> str:
+    """Say what of provisioning a TPM has."""
+    return ", ".join(words for flag, words in FLAGS.items() if flags & flag) or "nothing set"
+
+
+def make_objects(machine: Tpm, policy: init.PolicyKeys, epoch: int, secrets: Secrets) -> Made:
+    """Make what the request names. What an interrupted run left in the TPM is used again.
+
+    The epoch index comes last: that the storage root key can be used is then known.
+    """
+    storage_key = machine.make_storage_key()
+    sudi = machine.make_identity(secrets.sudi_auth)
+    seal = machine.seal(policy, secrets.config)
+    index = machine.make_epoch_index(policy, epoch)
+    with init.asking_tpm("PCR 7"):
+        pcr7 = init.read_pcr(machine, init.PLATFORM_STATE[0])
+    return Made(storage_key, index, seal, sudi.public, sudi.pem, pcr7)
+
+
+def _write(host: Host, path: Path, content: bytes) -> None:
+    with host.replacing(path, mode=0o600) as fresh:
+        fresh.write_bytes(content)
+
+
+def _write_state(
+    host: Host, folder: Path, organisation: keys.Organisation, epoch: int, made: Made, secrets: Secrets
+) -> None:
+    folder.mkdir(mode=0o700)
+    keys.write_organisation(host, organisation, folder / "organisation")
+    words = {
+        "schema": 1, "epoch": epoch, "pcr7": made.pcr7.hex(), "storage_key": made.storage_key.hex(),
+        "epoch_index": made.epoch_index.hex(), "sudi": made.sudi.hex(),
+        "seal": {"public": made.seal.public.hex(), "private": made.seal.private.hex()},
+    }  # fmt: skip
+    _write(host, folder / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
+    _write(host, folder / "sudi.key", made.sudi_pem)
+    _write(host, folder / "sudi.auth", secrets.sudi_auth + b"\n")
+    _write(host, folder / "config.key", secrets.config)
+    _write(host, folder / "recovery.key", secrets.recovery_key.encode())
+    auths = {name: secrets.auths[name].decode() for name in exchange.HIERARCHIES}
+    _write(host, folder / "auths.json", (json.dumps(auths) + "\n").encode())
+
+
+def make_csr(host: Host, folder: Path, tcti: str, made: Made, product: str, secret: bytes) -> bytes:
+    """Return a certificate request (PKCS#10, DER) that the SUDI key signs in the TPM: record and all."""
+    serial = records.serial_of(records.parse_point(made.sudi, records.SUDI_HEAD))
+    record = records.encode_record(
+        product,
+        init.secret_proof(secret, product),
+        init.tpm_name(made.storage_key),
+        init.tpm_name(made.epoch_index),
+    )
+    config = (
+        "[req]\nprompt = no\ndistinguished_name = dn\nreq_extensions = extensions\n"
+        f"[dn]\nCN = {serial}\n[extensions]\n{init.RECORD_OID} = DER:{record.hex()}\n"
+    )
+    with host.scratch() as scratch:
+        (scratch / "request.cnf").write_text(config)
+        with_tpm = {**keys.closed_environment(), "TPM2OPENSSL_TCTI": tcti, "TSS2_LOG": "all+NONE"}
+        words: list[str | Path] = [
+            "openssl", "req", "-new", "-sha256", "-outform", "DER", "-config", scratch / "request.cnf",
+            "-provider", "tpm2", "-provider", "default",
+            "-key", folder / "sudi.key", "-passin", f"file:{folder / 'sudi.auth'}",
+        ]  # fmt: skip
+        try:
+            return host.run(words, env=with_tpm, timeout=120)
+        except Failure as error:
+            raise Failure(
+                f"the TPM did not sign the request ({error}): run the same command again"
+            ) from error
+
+
+def encrypt_recovery(
+    host: Host, folder: Path, organisation: keys.Organisation, made: Made, secrets: Secrets
+) -> bytes:
+    """Return the recovery record, encrypted for the organisation (CMS, RSA-OAEP, AES-256-GCM)."""
+    serial = records.serial_of(records.parse_point(made.sudi, records.SUDI_HEAD))
+    name = init.tpm_name(made.storage_key)
+    recovery = exchange.Recovery(organisation.product, serial, name, secrets.auths, secrets.recovery_key)
+    return host.run(
+        ["openssl", "cms", "-encrypt", "-binary", "-aes-256-gcm", "-outform", "DER",
+         "-recip", folder / "organisation/recovery.pem",
+         "-keyopt", "rsa_padding_mode:oaep", "-keyopt", "rsa_oaep_md:sha256"],
+        stdin=exchange.encode_recovery(recovery), env=keys.closed_environment(),
+    )  # fmt: skip
+
+
+def _made_before(
+    options: Options, organisation: keys.Organisation, policy: init.PolicyKeys
+) -> dict[str, object]:
+    """Tell again of the request that an earlier run left, if it is for this TPM and organisation."""
+    folder = options.folder
+    state, other = read_state(folder), f"{folder} is from another run"
+    if options.consent:
+        raise Failure(f"{folder} exists already: name another --dir to provision the machine again")
+    if (folder / "seal.json").exists() or (folder / "closing").exists():
+        raise Failure(f"{folder} has its answer already: name another --dir for another machine")
+    if keys.open_organisation(folder / "organisation").files != organisation.files:
+        raise Failure(f"{other}, for another organisation: remove it, or name another --dir")
+    with open_tpm(options.tcti) as machine:
+        inspect(machine, policy, options.epoch)
+        seen = machine.find_storage_key(), machine.find_epoch_index(policy)
+    if (*seen, options.epoch) != (state.storage_key, state.epoch_index, state.epoch):
+        raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
+    return _asked(folder, organisation.product, state.sudi)
+
+
+def read_state(folder: Path) -> State:
+    """Read what a request left."""
+    try:
+        if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+            raise Failure(f"{folder} is open to others: chmod 700 {folder}")
+        words = json.loads((folder / "machine.json").read_text())
+        seal = Seal(*(bytes.fromhex(words["seal"][name]) for name in Seal._fields))
+        storage_key, index, sudi = (bytes.fromhex(words[name]) for name in State._fields[1:4])
+        return State(int(words["epoch"]), storage_key, index, sudi, seal)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Failure(
+            f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the right "
+            "folder, or remove it and begin anew"
+        ) from error
+
+
+# --- Once more: a provisioned machine ----------------------------------------------------------------
+
+
+def start_over(
+    machine: Tpm, organisation: keys.Organisation, policy: init.PolicyKeys, options: Options
+) -> None:
+    """Undo a provisioning, if the organisation consents and the passwords are right.
+
+    An interrupted run goes on from what is still set. The consent names the storage key, which comes back
+    the same until the TPM is cleared; the passwords do not.
+    """
+    consent, auths = options.consent, options.auths
+    assert consent and auths  # `request` saw it
+    if auths.exists() and stat.S_IMODE(auths.stat().st_mode) & 0o077:
+        raise Failure(f"{auths} is open to others: chmod 600 {auths}")
+    recovery = exchange.parse_recovery(exchange.read_file(auths, exchange.DOCUMENT_BYTES), str(auths))
+    agreed = exchange.parse_consent(exchange.read_file(consent, exchange.DOCUMENT_BYTES), str(consent))
+    try:
+        init.verify_signature(organisation.certificate("sudi-ca"), agreed.signature, agreed.statement)
+    except init.Refused as error:
+        expected = "a consent that the SUDI CA signed"
+        raise init.Refused("RECORD-SIGNATURE", expected=expected, seen="another signature") from error
+    wanted = exchange.consent_statement(organisation.product, recovery.storage_key)
+    if agreed.statement != wanted or recovery.product != organisation.product:
+        seen = agreed.statement.decode()[:200]
+        raise init.Refused("TPM-IDENTITY", expected=f"a consent for {wanted.decode()}", seen=seen)
+    _undo(machine, recovery, policy, options.epoch)
+
+
+def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
+    _check_usable(machine)
+    try:
+        own = {init.tpm_name(area) for area in machine.storage_keys(recovery.auths)}
+    except WrongAuth as error:
+        raise Failure(
+            "the owner password in the recovery record is not this TPM's: name the record of this machine's "
+            "last provisioning"
+        ) from error
+    if recovery.storage_key not in own:
+        seen = ", ".join(sorted(name.hex() for name in own))
+        raise init.Refused("TPM-IDENTITY", expected=f"storage key {recovery.storage_key.hex()}", seen=seen)
+    try:
+        # An index of this organisation stays: its epoch must not fall.
+        _check_epoch(machine, policy, epoch)
+    except init.Refused as refused:
+        if refused.check != "TPM-INDEX":
+            raise
+        machine.remove_epoch_index()
+    machine.remove_storage_key()
+    machine.open_hierarchies(recovery.auths)
+
+
+# --- Step 2: the answer ------------------------------------------------------------------------------
+
+
+def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[str, object]:
+    """Take the organisation's answer, and close the TPM: passwords set, TPM2_Clear off.
+
+    Run again after an interruption it goes on; run again when all is done it only looks.
+    """
+    state, organisation = read_state(folder), keys.open_organisation(folder / "organisation")
+    policy = policy_keys(organisation)
+    taken = exchange.parse_answer(exchange.read_file(answer, exchange.DOCUMENT_BYTES), str(answer))
+    record = verify_answer(folder, state, organisation, policy, taken)
+    with open_tpm(tcti) as machine:
+        _check_same_tpm(machine, state, policy, taken)
+        if not (folder / "seal.json").exists() or (folder / "auths.json").exists():
+            auths = _read_auths(folder)
+            _begin_closing(host, folder, machine)
+            machine.close_hierarchies(auths)
+        init.check_tpm(machine, record, state.epoch)
+    pem = x509.load_der_x509_certificate(taken.certificate).public_bytes(serialization.Encoding.PEM)
+    _write(host, folder / "sudi.pem", pem)
+    sealed = exchange.Sealed(organisation.product, state.seal, taken)
+    _write(host, folder / "seal.json", exchange.encode_sealed(sealed))
+    (folder / "auths.json").unlink(missing_ok=True)
+    host.sync_file(folder)
+    serial = records.serial_of(records.parse_point(state.sudi, records.SUDI_HEAD))
+    return {
+        "provisioned": serial,
+        "product": organisation.product,
+        "epoch": state.epoch,
+        "seal": folder / "seal.json",
+        "certificate": folder / "sudi.pem",
+    }
+
+
+def verify_answer(
+    folder: Path,
+    state: State,
+    organisation: keys.Organisation,
+    policy: init.PolicyKeys,
+    untrusted: exchange.Answer,
+) -> init.MachineRecord:
+    """Return the machine record if the whole answer is the organisation's, and for this very machine."""
+    ca, product = organisation.files["sudi-ca.pem"], organisation.product
+    record = init.verify_record(untrusted.certificate, ca, product)
+    certificate = x509.load_der_x509_certificate(untrusted.certificate)
+    secret = exchange.read_file(folder / "config.key", 32)
+    ours = (
+        init.tpm_name(state.storage_key),
+        init.tpm_name(policy.epoch_index),
+        records.parse_point(state.sudi, records.SUDI_HEAD),
+    )
+    named = (record.storage_key, record.epoch_index, certificate.public_key())
+    proof = init.secret_proof(secret, product)
+    if ours != named or not hmac.compare_digest(proof, record.secret_proof):
+        raise init.Refused(
+            "TPM-IDENTITY", expected="the answer to this machine's request",
+            seen=f"one for {certificate.subject.rfc4514_string()}, storage key {record.storage_key.hex()}",
+        )  # fmt: skip
+    verify_approvals(organisation, policy, untrusted.approvals)
+    machine = init.Policy("run", product, state.epoch, "", "", (), (), (), (), "", organisation.files)
+    init.verify_epoch_order(*untrusted.order, machine)
+    return record
+
+
+def verify_approvals(
+    organisation: keys.Organisation, policy: init.PolicyKeys, approvals: Mapping[bytes, bytes]
+) -> None:
+    """Raise Refused unless the platform key signed each approval: the TPM would say so only at boot."""
+    key = serialization.load_pem_public_key(organisation.files["platform.pub"])
+    assert isinstance(key, rsa.RSAPublicKey)  # `init.policy_keys` saw it
+    for pcr7, signature in approvals.items():
+        signed = policy.platform_policy(pcr7) + init.PLATFORM_REF
+        try:
+            key.verify(signature, signed, padding.PKCS1v15(), hashes.SHA256())
+        except InvalidSignature as error:
+            raise init.Refused(
+                "TPM-APPROVAL", expected="signatures of the platform key", seen=f"another for {pcr7.hex()}"
+            ) from error
+
+
+def _check_same_tpm(machine: Tpm, state: State, policy: init.PolicyKeys, answer: exchange.Answer) -> None:
+    """See that this is the TPM as the request left it, in a firmware that the answer approves."""
+    with init.asking_tpm("the storage root key"):
+        seen = init.read_storage_key(machine)
+        pcr7 = init.read_pcr(machine, init.PLATFORM_STATE[0])
+    if seen != state.storage_key:
+        name = init.tpm_name(seen).hex() if seen else "none"
+        expected = f"storage key {init.tpm_name(state.storage_key).hex()}"
+        raise init.Refused("TPM-IDENTITY", expected=expected, seen=name)
+    index = machine.find_epoch_index(policy)
+    if index != state.epoch_index:
+        raise init.Refused(
+            "TPM-INDEX", expected=state.epoch_index.hex(), seen=index.hex() if index else "none"
+        )
+    _check_epoch(machine, policy, state.epoch)
+    if pcr7 not in answer.approvals:
+        approved = ", ".join(value.hex() for value in answer.approvals)
+        raise init.Refused("TPM-POLICY", expected=f"an approved PCR 7: {approved[:300]}", seen=pcr7.hex())
+
+
+def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
+    """Note that from here the TPM's passwords are ours: whatever else is set is somebody else's.
+
+    Trying a password would tell it as well, but one wrong lockout password locks the TPM for a day.
+    """
+    flags = _check_usable(machine)
+    if (folder / "closing").exists():
+        return
+    if flags & PASSWORDS:
+        expected = "the TPM as the request left it"
+        raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+    _write(host, folder / "closing", b"")
+
+
+def _read_auths(folder: Path) -> Mapping[str, bytes]:
+    try:
+        words = json.loads((folder / "auths.json").read_text())
+        return {name: words[name].encode() for name in exchange.HIERARCHIES}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(
+            f"cannot read {folder / 'auths.json'}: clear the TPM in the firmware's setup, remove {folder} "
+            "and begin anew"
+        ) from error

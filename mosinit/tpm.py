@@ -1,0 +1,331 @@
+"""The TPM as provisioning uses it: tpm2-pytss on any TCTI. What is read is read by the core's own functions,
+through the same connection.
+
+Secrets cross the bus in salted, encrypted sessions, passwords not at all. The salt goes to the storage root
+key that the TPM itself shows: who sits on the bus and plays TPM while a machine is provisioned gets all.
+Provision machines that you hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
+from tpm2_pytss.TCTILdr import TCTILdr
+from tpm2_pytss.tsskey import TSSPrivKey
+from tpm2_pytss.types import (
+    TPM2B_NV_PUBLIC,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPMS_NV_PUBLIC,
+    TPMS_SENSITIVE_CREATE,
+    TPMT_PUBLIC,
+)
+
+from mosinit import init
+from mosinit.exchange import Seal
+from mosinit.host import Failure, Usage
+from mosinit.records import SUDI_HEAD
+
+DEVICE = "device:/dev/tpmrm0"
+# What `unique` begins with makes another key of the same seed: TCG Provisioning Guidance 7.5.1 has zeros,
+# tpm2-tools nothing. An SRK that is there already may be either.
+UNIQUE = (b"\0\x20" + bytes(32) + b"\0\x20" + bytes(32), bytes(4))
+WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
+
+# Dictionary attacks are on whatever asks for a password outside our policy: 32 tries, one more every ten
+# minutes, a day after a wrong lockout password. Never off: that would be for good.
+TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS = 32, 600, 86400
+
+RC_AUTH = (0x8E, 0xA2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH (part 2, 6.6.3), of whatever session
+RC_FORMAT_ONE = 0xBF  # what is left of such a code without the session's number
+_REMOVE_SRK = (
+    f"remove it (`tpm2_evictcontrol -C o -c {init.SRK:#x}`), or clear the TPM in the firmware's setup"
+)
+HIERARCHIES: Mapping[str, tuple[init.Permanent, ESYS_TR]] = {
+    "lockout": (init.Permanent.LOCKOUT_AUTH, ESYS_TR.LOCKOUT),
+    "endorsement": (init.Permanent.ENDORSEMENT_AUTH, ESYS_TR.ENDORSEMENT),
+    "owner": (init.Permanent.OWNER_AUTH, ESYS_TR.OWNER),
+}
+
+
+class WrongAuth(Failure):
+    """The TPM does not take a password."""
+
+
+class TpmKey(NamedTuple):
+    """A key that only its TPM can load: its public area, and the file (PEM) that tpm2-openssl takes."""
+
+    public: bytes
+    pem: bytes
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turn whatever the TPM or the way to it does not do into a refusal."""
+    try:
+        with init.asking_tpm(what):
+            yield
+    except TSS2_Exception as error:
+        if error.rc & RC_FORMAT_ONE in RC_AUTH and error.rc < 1 << 16:
+            raise WrongAuth(f"the TPM does not take the password: {what}") from error
+        check = "TPM-LOCKOUT" if error.rc & 0xFFFF == init.RC_LOCKOUT else "TPM-ANSWER"
+        raise init.Refused(check, expected=what, seen=f"{error} ({error.rc:#x})") from error
+
+
+@contextlib.contextmanager
+def open_tpm(words: str) -> Iterator[Tpm]:
+    """Yield the TPM that a TCTI string names, such as device:/dev/tpmrm0 or swtpm:path=SOCKET."""
+    # The libraries' own messages: each is an exception here as well.
+    os.environ.setdefault("TSS2_LOG", "all+NONE")
+    name, _, place = words.partition(":")
+    if not name.isalnum() or not place:
+        raise Usage(f"{words!r} is no TCTI: name one such as {DEVICE}")
+    if name == "device" and not os.path.exists(place):
+        raise init.Refused("TPM-ABSENT", expected="a TPM 2.0", seen=f"no {place}")
+    try:
+        way = TCTILdr(name, place)
+    except TSS2_Exception as error:
+        raise init.Refused("TPM-ABSENT", expected=f"a TPM 2.0 at {words}", seen=str(error)) from error
+    with contextlib.closing(way), asking("a TPM 2.0"), contextlib.closing(ESAPI(way)) as esapi:
+        yield Tpm(way, esapi)
+
+
+class Tpm(init.Machine):
+    """A TPM: the core's seam for reading, and what provisioning alone does."""
+
+    def __init__(self, way: TCTILdr, esapi: ESAPI) -> None:
+        super().__init__()
+        self._way, self._esapi = way, esapi
+
+    def tpm(self, command: bytes) -> bytes:
+        """Send one command of the core's and return the answer."""
+        try:
+            self._way.transmit(command)
+            return bytes(self._way.receive())
+        except TSS2_Exception as error:
+            raise OSError(errno.EIO, str(error)) from error
+
+    # --- The storage root key and what lies under it
+
+    def find_storage_key(self) -> bytes | None:
+        """Return the public area of the SRK, None if there is none.
+
+        Raises `Failure` unless it is what this very TPM makes of the template.
+        """
+        with asking("the storage root key"):
+            seen = init.read_storage_key(self)
+        if seen is None:
+            return None
+        for unique in UNIQUE if seen.startswith(init.SRK_HEAD) else ():
+            with self._primary(unique) as (_, public):
+                if public == seen:
+                    return seen
+        raise Failure(
+            f"the TPM holds another object at {init.SRK:#x} than its storage root key: {_REMOVE_SRK}"
+        )
+
+    def make_storage_key(self) -> bytes:
+        """Make the SRK persistent unless it is, and return its public area."""
+        seen = self.find_storage_key()
+        if seen is not None:
+            return seen
+        with self._primary(UNIQUE[0]) as (key, public):
+            self._evict(key)
+        again = self.find_storage_key()
+        if again != public:
+            raise init.Refused("TPM-ANSWER", expected="the key just made", seen=repr(again))
+        return public
+
+    def remove_storage_key(self) -> None:
+        """Remove the SRK if it is there."""
+        if self.find_storage_key() is not None:
+            with asking("the storage root key to be removed"):
+                self._evict(self._esapi.tr_from_tpmpublic(init.SRK))
+
+    def _evict(self, key: ESYS_TR) -> None:
+        """Make a loaded key persistent as the SRK; if it is the SRK, remove it."""
+        with self._session() as session:
+            self._esapi.evict_control(ESYS_TR.OWNER, key, init.SRK, session1=session)
+
+    @contextlib.contextmanager
+    def _primary(self, unique: bytes) -> Iterator[tuple[ESYS_TR, bytes]]:
+        """Yield the primary key of the SRK's template while it is loaded."""
+        template = TPMT_PUBLIC.unmarshal(init.SRK_HEAD + unique)[0]
+        with asking("a storage root key"):
+            with self._session() as session:
+                key, public, *_ = self._esapi.create_primary(
+                    TPM2B_SENSITIVE_CREATE(), TPM2B_PUBLIC(template), ESYS_TR.OWNER, session1=session
+                )
+            try:
+                yield key, public.publicArea.marshal()
+            finally:
+                with contextlib.suppress(TSS2_Exception):
+                    self._esapi.flush_context(key)
+
+    @contextlib.contextmanager
+    def _session(self, *, salted: bool = False) -> Iterator[ESYS_TR]:
+        """Yield a session that proves passwords without sending them.
+
+        With the salt it also encrypts the first parameter both ways.
+        """
+        key = self._esapi.tr_from_tpmpublic(init.SRK) if salted else ESYS_TR.NONE
+        session = self._esapi.start_auth_session(
+            key, ESYS_TR.NONE, TPM2_SE.HMAC, "aes128cfb", TPM2_ALG.SHA256
+        )
+        try:
+            attributes = TPMA_SESSION.CONTINUESESSION
+            attributes |= (TPMA_SESSION.DECRYPT | TPMA_SESSION.ENCRYPT) if salted else 0
+            self._esapi.trsess_set_attributes(session, attributes)
+            yield session
+        finally:
+            with contextlib.suppress(TSS2_Exception):
+                self._esapi.flush_context(session)
+
+    def _create(self, template: bytes, auth: bytes, data: bytes) -> tuple[bytes, bytes, bytes]:
+        """Make an object under the SRK; return its TPM2B_PRIVATE (no size), public area and PEM."""
+        area = TPM2B_PUBLIC(TPMT_PUBLIC.unmarshal(template)[0])
+        sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth, data=data))
+        with self._session(salted=True) as session:
+            key = self._esapi.tr_from_tpmpublic(init.SRK)
+            private, public, *_ = self._esapi.create(key, sensitive, area, session1=session)
+        pem = TSSPrivKey(private, public, empty_auth=not auth, parent=init.SRK).to_pem()
+        return bytes(private), public.publicArea.marshal(), pem
+
+    def make_identity(self, auth: bytes) -> TpmKey:
+        """Make the SUDI key: it signs only in this TPM, and only for who knows `auth`."""
+        try:
+            with asking("a SUDI key"):
+                _, public, pem = self._create(SUDI_HEAD + bytes(4), auth, b"")
+        except WrongAuth as error:
+            raise Failure(f"the storage root key has a password: {_REMOVE_SRK}") from error
+        return TpmKey(public, pem)
+
+    def seal(self, keys: init.PolicyKeys, secret: bytes) -> Seal:
+        """Seal the config volume's secret: to this TPM, and to what the organisation approves."""
+        with asking("a sealed secret"):
+            private, public, _ = self._create(keys.sealed_head[:-2] + bytes(2), b"", secret)
+        return Seal(public, private)
+
+    # --- The epoch index
+
+    def find_epoch_index(self, keys: init.PolicyKeys) -> bytes | None:
+        """Return the public area of the epoch index, None if there is none, Refused if it is not ours."""
+        try:
+            with asking("the epoch index"):
+                seen = init.read_epoch_index(self)
+        except init.Refused as refused:
+            if refused.check == "TPM-INDEX":
+                return None
+            raise
+        if seen not in (keys.epoch_index, unwritten(keys)):
+            raise init.Refused("TPM-INDEX", expected=keys.epoch_index.hex(), seen=seen.hex())
+        return seen
+
+    def make_epoch_index(self, keys: init.PolicyKeys, epoch: int) -> bytes:
+        """Define the epoch index unless it is there, set the bits up to `epoch`, return its public area."""
+        seen, bits = self.find_epoch_index(keys), init.epoch_bits(epoch)
+        with asking("the epoch index to be made"):
+            if seen is None:
+                public = TPM2B_NV_PUBLIC(nvPublic=TPMS_NV_PUBLIC.unmarshal(unwritten(keys))[0])
+                with self._session() as session:
+                    self._esapi.nv_define_space(b"", public, session1=session)
+            if seen != keys.epoch_index or init.read_epoch(self) & bits != bits:
+                index = self._esapi.tr_from_tpmpublic(init.EPOCH_INDEX)
+                with self._session() as session:
+                    self._esapi.nv_set_bits(index, bits, auth_handle=ESYS_TR.OWNER, session1=session)
+            seen, set_bits = init.read_epoch_index(self), init.read_epoch(self)
+        if seen != keys.epoch_index:
+            raise init.Refused("TPM-INDEX", expected=keys.epoch_index.hex(), seen=seen.hex())
+        if set_bits != bits:
+            raise init.Refused("EPOCH", expected=f"epoch bits {bits:#x}", seen=f"{set_bits:#x}")
+        return seen
+
+    def remove_epoch_index(self) -> None:
+        """Remove the epoch index if it is there."""
+        with asking("the epoch index to be removed"):
+            try:
+                init.read_epoch_index(self)
+            except init.TpmError as error:
+                if error.code == init.RC_ABSENT:
+                    return
+                raise
+            index = self._esapi.tr_from_tpmpublic(init.EPOCH_INDEX)
+            with self._session() as session:
+                self._esapi.nv_undefine_space(index, session1=session)
+
+    # --- The hierarchies' passwords
+
+    def flags(self) -> tuple[init.Permanent, int]:
+        """Return TPMA_PERMANENT and TPMA_STARTUP_CLEAR."""
+        with asking("the TPM to tell its state"):
+            return init.read_tpm_flags(self)
+
+    def close_hierarchies(self, auths: Mapping[str, bytes]) -> None:
+        """Set dictionary attack parameters and the passwords that are not set, and switch TPM2_Clear off.
+
+        An interrupted run goes on from what is set: passwords that are set must be these.
+        """
+        self._use(auths)
+        with asking("the TPM to be closed"):
+            with self._session() as session:
+                self._esapi.dictionary_attack_parameters(
+                    TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS, session1=session
+                )
+            self._set("lockout", auths["lockout"])
+            if not self.flags()[0] & init.Permanent.CLEAR_DISABLED:
+                with self._session() as session:
+                    self._esapi.clear_control(ESYS_TR.LOCKOUT, True, session1=session)
+            self._set("endorsement", auths["endorsement"])
+            self._set("owner", auths["owner"])
+
+    def storage_keys(self, auths: Mapping[str, bytes]) -> list[bytes]:
+        """Return the public areas of the storage root keys that this TPM can make, by the owner's password.
+
+        No wrong try of that one locks the TPM. Raises `WrongAuth`. From here these passwords are used.
+        """
+        self._use(auths)
+        areas = []
+        for unique in UNIQUE:
+            with self._primary(unique) as (_, public):
+                areas.append(public)
+        return areas
+
+    def open_hierarchies(self, auths: Mapping[str, bytes]) -> None:
+        """Take the passwords away; an interrupted run goes on from what is still set.
+
+        Only the firmware could switch TPM2_Clear on again (part 3, 24.7): it stays off.
+        """
+        self._use(auths)
+        with asking("the TPM to be opened"):
+            for hierarchy in ("endorsement", "owner", "lockout"):
+                self._unset(hierarchy)
+
+    def _use(self, auths: Mapping[str, bytes]) -> None:
+        flags, _ = self.flags()
+        for hierarchy, (flag, handle) in HIERARCHIES.items():
+            self._esapi.tr_set_auth(handle, auths[hierarchy] if flags & flag else b"")
+
+    def _set(self, hierarchy: str, auth: bytes) -> None:
+        flag, handle = HIERARCHIES[hierarchy]
+        if not self.flags()[0] & flag:
+            with self._session(salted=True) as session:
+                self._esapi.hierarchy_change_auth(handle, auth, session1=session)
+
+    def _unset(self, hierarchy: str) -> None:
+        flag, handle = HIERARCHIES[hierarchy]
+        if self.flags()[0] & flag:
+            with self._session() as session:
+                self._esapi.hierarchy_change_auth(handle, b"", session1=session)
+
+
+def unwritten(keys: init.PolicyKeys) -> bytes:
+    """Return the public area of the epoch index as it is until its first bits are set."""
+    area = keys.epoch_index
+    attributes = int.from_bytes(area[6:10], "big") & ~WRITTEN
+    return area[:6] + attributes.to_bytes(4, "big") + area[10:]

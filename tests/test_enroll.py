@@ -1,0 +1,311 @@
+"""Enrolling: what is answered, what is refused, and that nothing is written then."""
+
+from __future__ import annotations
+
+import json
+import random
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mosinit import cli, enroll, exchange, init, keys, records
+from mosinit.host import Failure, Usage
+from tests import provisioned
+from tests.provisioned import Site
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """An organisation, a machine, and its request."""
+    with provisioned.site(tmp_path_factory.mktemp("site")) as made:
+        made.start()
+        made.request()
+        yield made
+
+
+@pytest.fixture
+def site(shared: Site, tmp_path: Path) -> Site:
+    """The same, with an empty folder for what comes of it."""
+    (tmp_path / "state").symlink_to(shared.folder / "state")
+    return replace(shared, folder=tmp_path)
+
+
+def sent(site: Site) -> exchange.Request:
+    return exchange.parse_request((site.state / "request.json").read_bytes(), "request.json")
+
+
+def enroll_changed(site: Site, **changes: Any) -> dict[str, object]:
+    path = site.folder / "changed.json"
+    path.write_bytes(exchange.encode_request(sent(site)._replace(**changes)))
+    return enroll.enroll(site.host, path, site.keyset, site.answer, site.machines)
+
+
+# --- The answer ----------------------------------------------------------------------------------------
+
+
+def test_what_a_machine_gets(site: Site) -> None:
+    told = site.enroll()
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer.json")
+    ca = site.keyset.certificate_path("sudi-ca").read_bytes()
+    record = init.verify_record(answer.certificate, ca, site.keyset.product)
+    assert record.storage_key == init.tpm_name(sent(site).storage_key)
+    assert record.epoch_index == init.tpm_name(site.policy().epoch_index)
+    assert list(answer.approvals) == [sent(site).pcr7]
+    organisation = keys.open_organisation(site.keyset.folder)
+    policy = init.Policy("run", site.keyset.product, 1, "", "", (), (), (), (), "", organisation.files)
+    assert init.verify_epoch_order(*answer.order, policy) == 1
+    assert told["pcr7"] == sent(site).pcr7.hex()
+    assert told["enrolled_before"] == []
+
+
+def test_what_is_filed(site: Site) -> None:
+    folder = site.machines / str(site.enroll()["serial"])
+    assert (folder / "recovery.cms").read_bytes() == sent(site).recovery
+    assert {path.name for path in folder.iterdir()} == {"machine.json", "recovery.cms", "certificate.pem"}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+def test_machines_lie_in_the_keyset_unless_told(site: Site) -> None:
+    request = site.state / "request.json"
+    serial = str(enroll.enroll(site.host, request, site.keyset, site.answer)["serial"])
+    assert (site.keyset.folder / "machines" / serial / "recovery.cms").exists()
+
+
+def test_the_same_request_twice_is_answered_twice(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    serial = site.enroll()["serial"]
+    assert site.enroll()["enrolled_before"] == [serial]
+    assert f"this TPM was enrolled before, as {serial}" in capsys.readouterr().err
+
+
+def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
+    serial = str(site.enroll()["serial"])
+    site.answer.unlink()
+    (site.machines / serial / "recovery.cms").write_bytes(b"another")
+    with pytest.raises(Failure, match="has another recovery record of the same machine"):
+        site.enroll()
+    assert (site.machines / serial / "recovery.cms").read_bytes() == b"another"
+    assert not site.answer.exists()
+
+
+def test_the_recovery_record_opens(site: Site) -> None:
+    serial = str(site.enroll()["serial"])
+    opened = enroll.open_recovery(site.machines / serial / "recovery.cms", site.keyset)
+    assert opened.recovery_key == (site.state / "recovery.key").read_text()
+    assert {name: word.decode() for name, word in opened.auths.items()} == json.loads(site.saved_auths())
+    with pytest.raises(Failure, match="not one for this keyset's recovery key"):
+        enroll.open_recovery(site.machines / serial / "recovery.cms", site.other)
+    assert exchange.parse_recovery(exchange.encode_recovery(opened), "again") == opened
+
+
+def test_consent_names_one_machine(site: Site) -> None:
+    serial = str(site.enroll()["serial"])
+    out = site.folder / "consent.json"
+    enroll.consent(site.host, serial, site.keyset, out, site.machines)
+    consent = exchange.parse_consent(out.read_bytes(), "consent")
+    init.verify_signature(site.keyset.certificate("sudi-ca"), consent.signature, consent.statement)
+    assert json.loads(consent.statement)["storage_key"] == init.tpm_name(sent(site).storage_key).hex()
+    for wrong, kind, says in (("0" * 16, Failure, "no machine 0"), ("../x", Usage, "no serial")):
+        with pytest.raises(kind, match=says):
+            enroll.consent(site.host, wrong, site.keyset, out, site.machines)
+
+
+# --- Requests that are not right -----------------------------------------------------------------------
+
+
+def csr(key: ec.EllipticCurvePrivateKey, record: bytes, *more: x509.ExtensionType) -> bytes:
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(
+        x509.UnrecognizedExtension(records.RECORD_OID, record), critical=False
+    )
+    for extension in more:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+NAMED = x509.SubjectAlternativeName([x509.DNSName("example.org")])
+
+
+def record_of(site: Site) -> bytes:
+    request = x509.load_der_x509_csr(sent(site).csr)
+    value = request.extensions.get_extension_for_oid(records.RECORD_OID).value
+    assert isinstance(value, x509.UnrecognizedExtension)
+    return value.value
+
+
+def spoil(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if at >= 0 else spoil(data, len(data) + at)
+
+
+def own_key(site: Site) -> dict[str, object]:
+    """Return a request that only its SUDI key makes another: nobody can tell it from a machine's own."""
+    return {
+        "csr": csr(KEY, record_of(site)),
+        "sudi": records.encode_point(KEY.public_key(), records.SUDI_HEAD),
+    }
+
+
+CHANGES: list[tuple[Callable[[Site], dict[str, object]], str]] = [
+    (lambda site: {"product": "11111111-2222-4333-8444-555555555555"}, "RECORD-PRODUCT"),
+    (lambda site: {"epoch": 2}, r"EPOCH.*epoch 1 \(--epoch\).*seen epoch 2"),
+    (lambda site: {"csr": spoil(sent(site).csr, -1)}, "RECORD-FORMAT.*its own key signed"),
+    (lambda site: {"csr": b"\x30\x00"}, "RECORD-FORMAT"),
+    (lambda site: {"csr": csr(KEY, record_of(site))}, "RECORD-FORMAT.*for the keys that come with it"),
+    (lambda site: {"csr": csr(KEY, record_of(site), NAMED)}, "RECORD-FORMAT.*other extensions"),
+    (
+        lambda site: {**own_key(site), "csr": csr(KEY, spoil(record_of(site), -1))},
+        "RECORD-FORMAT.*for the keys",
+    ),
+    (
+        lambda site: {**own_key(site), "csr": csr(KEY, record_of(site) + b"\0")},
+        "RECORD-FORMAT.*for the keys",
+    ),
+    (lambda site: {**own_key(site), "csr": csr(KEY, b"")}, "RECORD-FORMAT"),
+    (lambda site: {"storage_key": spoil(sent(site).storage_key, 7)}, "RECORD-FORMAT.*templates"),
+    (lambda site: {"storage_key": records.encode_point(KEY.public_key(), init.SRK_HEAD)}, "for the keys"),
+    (lambda site: {"sudi": spoil(sent(site).sudi, 7)}, "RECORD-FORMAT.*templates"),
+    (lambda site: {"sudi": records.encode_point(KEY.public_key(), records.SUDI_HEAD)}, "for the keys"),
+    (lambda site: {"epoch_index": spoil(sent(site).epoch_index, -3)}, "TPM-INDEX"),
+    (lambda site: {"sealed": spoil(sent(site).sealed, 20)}, "TPM-SEAL"),
+    (lambda site: {"sealed": sent(site).sealed + b"\0"}, "TPM-SEAL"),
+    (own_key, "RECORD-FORMAT.*the recovery record of machine"),
+    (lambda site: {"recovery": b"garbage"}, "cannot open the recovery record"),
+    (lambda site: {"recovery": spoil(sent(site).recovery, -1)}, "cannot open the recovery record"),
+    (lambda site: {"pcr7": bytes([7] * 32)}, "the machine's event log gives PCR 7"),
+    (lambda site: {"event_log": b"garbage"}, "event log"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGES)
+def test_a_request_that_is_not_right_leaves_nothing(
+    site: Site, change: Callable[[Site], dict[str, object]], says: str
+) -> None:
+    with pytest.raises((Failure, init.Refused), match=says):
+        enroll_changed(site, **change(site))
+    assert not site.answer.exists()
+    assert not site.machines.exists()
+
+
+def test_another_organisation_does_not_answer(site: Site) -> None:
+    with pytest.raises(init.Refused, match="RECORD-PRODUCT"):
+        enroll.enroll(site.host, site.state / "request.json", site.other, site.answer, site.machines)
+
+
+def without(name: str) -> Callable[[dict[str, object]], object]:
+    return lambda words: {key: value for key, value in words.items() if key != name}
+
+
+DOCUMENTS: list[tuple[Callable[[dict[str, object]], object], str]] = [
+    (lambda words: [], "is no request of schema 1"),
+    (lambda words: {**words, "schema": 2}, "is no request of schema 1"),
+    (lambda words: {**words, "type": "answer"}, "is no request of schema 1"),
+    (lambda words: {**words, "more": 1}, "has an unknown field 'more'"),
+    (without("csr"), "lacks the field 'csr'"),
+    (lambda words: {**words, "csr": "%%%"}, "csr is not base64"),
+    (lambda words: {**words, "csr": ""}, "csr is not 1 to 4096 bytes"),
+    (lambda words: {**words, "csr": 7}, "csr is not base64"),
+    (lambda words: {**words, "csr": "é"}, "csr is not base64"),
+    (lambda words: {**words, "epoch": True}, "epoch is not a number from 1 to 64"),
+    (lambda words: {**words, "epoch": 65}, "epoch is not a number from 1 to 64"),
+    (lambda words: {**words, "pcr7": "AB"}, "pcr7 is not 32 bytes in hex"),
+    (lambda words: {**words, "product": "acme"}, "product is not a uuid"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), DOCUMENTS)
+def test_a_request_is_read_strictly(
+    site: Site, change: Callable[[dict[str, object]], object], says: str
+) -> None:
+    words = json.loads((site.state / "request.json").read_text())
+    with pytest.raises(Failure, match=says) as caught:
+        exchange.parse_request(json.dumps(change(words)).encode(), "request.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_spoiled_documents_are_failures_and_nothing_else(site: Site) -> None:
+    site.enroll()
+    dice = random.Random(7)
+    for data, parse in (
+        ((site.state / "request.json").read_bytes(), exchange.parse_request),
+        (site.answer.read_bytes(), exchange.parse_answer),
+    ):
+        for _ in range(150):
+            at = dice.randrange(len(data))
+            piece = bytes(dice.randrange(256) for _ in range(dice.randrange(3)))
+            spoiled = data[:at] + piece + data[at + dice.randrange(4) :]
+            try:
+                parse(spoiled, "spoiled")
+            except Failure as failure:
+                assert str(failure).startswith("spoiled")
+
+
+def test_documents_go_round(site: Site) -> None:
+    site.enroll()
+    request, answer = sent(site), exchange.parse_answer(site.answer.read_bytes(), "answer.json")
+    assert exchange.parse_request(exchange.encode_request(request), "again") == request
+    assert exchange.parse_answer(exchange.encode_answer(answer), "again") == answer
+    sealed = exchange.Sealed(request.product, exchange.Seal(request.sealed, b"private"), answer)
+    assert exchange.parse_sealed(exchange.encode_sealed(sealed), "again") == sealed
+    consent = exchange.Consent(b"statement", b"signature")
+    assert exchange.parse_consent(exchange.encode_consent(consent), "again") == consent
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+
+def run(site: Site, words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.chdir(site.folder)
+    table = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    return cli.main(words.replace("KEYS", str(site.keyset.folder)).split(), table)
+
+
+def test_the_command(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "enroll state/request.json --keys KEYS --out answer.json --machines machines --json"
+    assert run(site, words, monkeypatch) == 0
+    said = capsys.readouterr()
+    serial = json.loads(said.out)["serial"]
+    secrets = [*json.loads(site.saved_auths()).values(), (site.state / "recovery.key").read_text()]
+    assert not any(secret in said.out + said.err for secret in secrets)
+    assert run(site, f"enroll --open-recovery machines/{serial}/recovery.cms --keys KEYS", monkeypatch) == 0
+    assert all(secret in capsys.readouterr().out for secret in secrets[:1])
+    consent = f"enroll --consent {serial} --keys KEYS --out consent.json --machines machines"
+    assert run(site, consent, monkeypatch) == 0
+    assert (site.folder / "consent.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ("enroll --keys KEYS --out a", 2, "name one thing"),
+        ("enroll state/request.json --consent x --keys KEYS --out a", 2, "name one thing"),
+        ("enroll state/request.json --keys KEYS", 2, "--out names where"),
+        ("enroll --open-recovery f --keys KEYS --out a", 2, "--out names where"),
+        ("enroll none.json --keys KEYS --out a", 1, "cannot use none.json"),
+        ("enroll state --keys KEYS --out a", 1, "state is no file"),
+        ("enroll state/machine.json --keys KEYS --out a", 1, "machine.json is no request"),
+        ("enroll state/config.key --keys KEYS --out a", 1, "config.key is no JSON"),
+        ("enroll state/request.json --keys KEYS --out state", 2, "name a file for the answer"),
+        ("enroll state/request.json --keys KEYS --out none/a --machines m", 2, "name a file for the answer"),
+        ("enroll state/request.json --keys KEYS --out a --epoch 2", 3, "refused: EPOCH"),
+        ("enroll --consent 0 --keys KEYS --out a", 1, "no machine 0 is filed"),
+        ("enroll --open-recovery state/config.key --keys KEYS", 1, "cannot open state/config.key"),
+    ],
+)
+def test_bad_input(
+    site: Site, words: str, status: int, says: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(site, words, monkeypatch) == status
+    said = capsys.readouterr()
+    assert says in said.err
+    assert "Traceback" not in said.err
+    assert {path.name for path in site.folder.iterdir()} <= {"state"}

@@ -1,0 +1,784 @@
+"""Provisioning against a real TPM in software: what it makes, what it refuses, and every interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from mosinit import cli, exchange, init, keys, provision, records
+from mosinit import tpm as tpms
+from mosinit.host import Failure, Host, Usage
+from tests import provisioned
+from tests.provisioned import PASSWORDS, Site
+from tests.tpms import Breaking, TpmMachine
+
+# TPM 2.0 library, part 2, 6.5.2: what leaves something behind in a TPM.
+WRITES = {
+    0x120: "EvictControl", 0x12A: "NV_DefineSpace", 0x122: "NV_UndefineSpace", 0x135: "NV_SetBits",
+    0x129: "HierarchyChangeAuth", 0x127: "ClearControl", 0x13A: "DictionaryAttackParameters",
+}  # fmt: skip
+SRK = ("-G", "ecc256:aes128cfb", "-g", "sha256", "-a",
+       "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One organisation and one software TPM."""
+    with provisioned.site(tmp_path_factory.mktemp("site")) as made:
+        yield made
+
+
+@pytest.fixture
+def site(shared: Site, tmp_path: Path) -> Site:
+    """The same, with a new TPM and an empty folder."""
+    shared.renew(tmp_path / "work")
+    return shared
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A provisioned machine, which tests leave as it is."""
+    with provisioned.site(tmp_path_factory.mktemp("done")) as made:
+        made.start()
+        made.provision()
+        yield made
+
+
+def writes(seen: Sequence[int]) -> list[str]:
+    return [WRITES[code] for code in seen if code in WRITES]
+
+
+# --- What is made ------------------------------------------------------------------------------------
+
+
+def test_the_core_finds_its_machine(done: Site) -> None:
+    sealed = exchange.parse_sealed((done.state / "seal.json").read_bytes(), "seal.json")
+    ca = done.keyset.certificate_path("sudi-ca").read_bytes()
+    record = init.verify_record(sealed.answer.certificate, ca, done.keyset.product)
+    machine = TpmMachine(done.tpm)
+    public = init.check_tpm(machine, record, 1)
+    assert init.tpm_name(public) == record.storage_key
+    assert init.read_epoch(machine) == 1
+
+
+def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
+    done.restart()
+    sealed = exchange.parse_sealed((done.state / "seal.json").read_bytes(), "seal.json")
+    ca = done.keyset.certificate_path("sudi-ca").read_bytes()
+    record = init.verify_record(sealed.answer.certificate, ca, done.keyset.product)
+    machine, policy = TpmMachine(done.tpm), done.policy()
+    init.extend_pcr(machine, init.MEASURED, init.ENTER_INITRD)
+    signed = policy.unseal_policy(init.read_pcr(machine, init.MEASURED), 1) + init.UKI_REF
+    approval = init.UkiApproval(1, done.keyset.signer("pcr").sign(signed), bytes(256))
+
+    def unseal() -> bytearray:
+        public = init.check_tpm(machine, record, 1)
+        return init.unseal(machine, exchange.tokens(sealed), public, policy, approval)
+
+    secret = unseal()
+    assert bytes(secret) == (done.state / "config.key").read_bytes()
+    init.check_secret(record, secret)
+    init.fence(machine)
+    with pytest.raises(init.Refused, match="TPM-APPROVAL"):
+        unseal()
+
+
+def test_files_are_private_and_passwords_are_gone(done: Site) -> None:
+    assert stat.S_IMODE(done.state.stat().st_mode) == 0o700
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in done.state.iterdir() if path.is_file()}
+    assert files == dict.fromkeys(
+        ("closing", "config.key", "machine.json", "recovery.key", "request.json", "seal.json", "sudi.auth",
+         "sudi.key", "sudi.pem"), 0o600,
+    )  # fmt: skip
+    assert not any(b"PRIVATE KEY" in path.read_bytes() for path in (done.state / "organisation").iterdir())
+
+
+def test_the_tpm_is_closed(done: Site) -> None:
+    assert done.flags() & init.PROVISIONED == init.PROVISIONED
+    properties = done.tpm.run("tpm2_getcap", "properties-variable").decode()
+    for line in ("MAX_AUTH_FAIL: 0x20", "LOCKOUT_INTERVAL: 0x258", "LOCKOUT_RECOVERY: 0x15180"):
+        assert f"TPM2_PT_{line}\n" in properties
+    done.tpm.run("tpm2_clear", fails=True)
+    done.tpm.run("tpm2_nvundefine", hex(init.EPOCH_INDEX), fails=True)
+
+
+def test_the_sudi_key_stays_in_its_tpm(done: Site) -> None:
+    attributes = struct.unpack_from(">I", records.SUDI_HEAD, 4)[0]
+    assert attributes & (0x2 | 0x10 | 0x20) == 0x2 | 0x10 | 0x20
+    words = json.loads((done.state / "machine.json").read_text())
+    key = records.parse_point(bytes.fromhex(words["sudi"]), records.SUDI_HEAD)
+    certificate = x509.load_pem_x509_certificate((done.state / "sudi.pem").read_bytes())
+    assert certificate.public_key() == key
+    assert b"TSS2 PRIVATE KEY" in (done.state / "sudi.key").read_bytes()
+
+
+def test_the_recovery_key_is_one_as_systemd_makes_them() -> None:
+    """Modhex, 8 groups of 8 (systemd's src/shared/recovery-key.c)."""
+    assert exchange.make_recovery_key(bytes(range(32))) == (
+        "cccbcdce-cfcgchci-cjckclcn-crctcucv-bcbbbdbe-bfbgbhbi-bjbkblbn-brbtbubv"
+    )
+
+
+# --- Secrets -----------------------------------------------------------------------------------------
+
+
+class Listening(Host):
+    """A host that keeps what every program was started with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = ""
+
+    def run(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> bytes:
+        self.words += f"{[str(word) for word in command]} {dict(env or os.environ)}\n"
+        return super().run(command, env=env, **more)
+
+
+def secrets_of(state: Path) -> list[str]:
+    auths = json.loads((state / "auths.json").read_text())
+    names = ("sudi.auth", "recovery.key")
+    return [*auths.values(), *((state / name).read_text().strip() for name in names)]
+
+
+def test_no_secret_shows(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither on the bus, nor in what programs are started with, nor in what is said or sent."""
+    host = site.host = Listening()
+    try:
+        with Breaking(site.tpm) as way:
+            site.request(tcti=way.tcti)
+            secrets, config = secrets_of(site.state), (site.state / "config.key").read_bytes()
+            site.enroll()
+            site.finish(tcti=way.tcti)
+            bus = way.bus
+    finally:
+        site.host = Host()
+    request = (site.state / "request.json").read_text()
+    said = capfd.readouterr()
+    assert len(secrets) == 5
+    for secret in secrets:
+        for place in (host.words, said.out, said.err, request, site.answer.read_text()):
+            assert secret not in place
+    # tpm2-openssl sends the SUDI key's password as it is: whoever reads the bus must still have the TPM.
+    sudi = (site.state / "sudi.auth").read_bytes().strip()
+    assert not any(secret.encode() in bus for secret in secrets if secret.encode() != sudi)
+    assert config not in bus
+    assert config.hex() not in host.words + said.out + said.err + request
+    filed = b"".join(path.read_bytes() for path in site.machines.rglob("*") if path.is_file())
+    assert not any(secret.encode() in filed for secret in secrets)
+
+
+def test_two_machines_share_no_secret(site: Site) -> None:
+    site.request()
+    first = secrets_of(site.state)
+    site.request(state=site.folder / "second")
+    assert not set(first) & set(secrets_of(site.folder / "second"))
+
+
+# --- What a TPM may hold before ------------------------------------------------------------------------
+
+
+def make_srk(site: Site, *more: str) -> None:
+    site.tpm.run("tpm2_createprimary", "-C", "o", *SRK, "-c", "srk.ctx", *more)
+    site.tpm.run("tpm2_evictcontrol", "-C", "o", "-c", "srk.ctx", hex(init.SRK))
+    site.tpm.run("tpm2_flushcontext", "-t")
+
+
+def test_a_storage_key_of_the_template_is_used(site: Site) -> None:
+    make_srk(site)
+    before = site.tpm.run("tpm2_readpublic", "-c", hex(init.SRK))
+    site.provision()
+    assert site.tpm.run("tpm2_readpublic", "-c", hex(init.SRK)) == before
+
+
+def disable(site: Site) -> None:
+    site.tpm.run("tpm2_hierarchycontrol", "-C", "o", "shEnable", "clear")
+
+
+def disable_endorsement(site: Site) -> None:
+    site.tpm.run("tpm2_hierarchycontrol", "-C", "e", "ehEnable", "clear")
+
+
+def set_owner(site: Site) -> None:
+    site.tpm.run("tpm2_changeauth", "-c", "o", "secret")
+
+
+def set_endorsement(site: Site) -> None:
+    site.tpm.run("tpm2_changeauth", "-c", "e", "secret")
+
+
+def set_lockout(site: Site) -> None:
+    site.tpm.run("tpm2_changeauth", "-c", "l", "secret")
+
+
+def lock_out(site: Site) -> None:
+    site.tpm.run("tpm2_dictionarylockout", "-s", "-n", "1", "-t", "600", "-l", "600")
+    site.tpm.run(
+        "tpm2_nvdefine", "-C", "o", "-p", "secret", "-s", "8", "-a", "authwrite|authread", "0x1500001"
+    )
+    site.tpm.run("tpm2_nvread", "0x1500001", "-P", "wrong", fails=True)
+
+
+def foreign_key(site: Site) -> None:
+    site.tpm.run("tpm2_createprimary", "-C", "o", "-G", "rsa2048", "-c", "srk.ctx")
+    site.tpm.run("tpm2_evictcontrol", "-C", "o", "-c", "srk.ctx", hex(init.SRK))
+    site.tpm.run("tpm2_flushcontext", "-t")
+
+
+def endorsed_key(site: Site) -> None:
+    """A key of the same template, but of another hierarchy."""
+    site.tpm.run("tpm2_createprimary", "-C", "e", *SRK, "-c", "srk.ctx")
+    site.tpm.run("tpm2_evictcontrol", "-C", "o", "-c", "srk.ctx", hex(init.SRK))
+    site.tpm.run("tpm2_flushcontext", "-t")
+
+
+def foreign_index(site: Site) -> None:
+    site.tpm.run("tpm2_nvdefine", "-C", "o", "-s", "8", "-a", "ownerwrite|authread", hex(init.EPOCH_INDEX))
+
+
+def later_epoch(site: Site) -> None:
+    site.request(state=site.folder / "other", epoch=2)
+
+
+def key_with_password(site: Site) -> None:
+    make_srk(site, "-p", "secret")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (disable, "TPM-STATE.*hierarchies of owner and endorsement.*seen hierarchies 0x5"),
+        (disable_endorsement, "TPM-STATE.*seen hierarchies 0x3"),
+        (set_owner, "TPM-STATE.*--again.*seen owner password"),
+        (set_endorsement, "TPM-STATE.*seen endorsement password"),
+        (set_lockout, "TPM-STATE.*seen lockout password"),
+        (lock_out, "TPM-LOCKOUT"),
+        (foreign_key, "another object at 0x81000001.*tpm2_evictcontrol"),
+        (endorsed_key, "another object at 0x81000001"),
+        (key_with_password, "the storage root key has a password: remove it"),
+        (foreign_index, "TPM-INDEX"),
+        (later_epoch, "EPOCH.*epoch 1 or before.*seen epoch 2"),
+    ],
+)
+def test_other_tpms_are_refused_before_anything_is_written(
+    site: Site, spoil: Callable[[Site], None], says: str
+) -> None:
+    spoil(site)
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
+        site.request(tcti=way.tcti)
+    assert writes(way.seen) == []
+    assert not site.state.exists()
+    assert not list(site.folder.glob(".mosinit-*"))
+
+
+def test_an_absent_tpm_is_refused(site: Site) -> None:
+    for tcti in ("device:/dev/none", "swtpm:path=/none"):
+        with pytest.raises(init.Refused, match="TPM-ABSENT"):
+            site.request(tcti=tcti)
+    for tcti in ("nonsense", ":", "a b:c"):
+        with pytest.raises(Usage, match="is no TCTI"):
+            site.request(tcti=tcti)
+
+
+def test_the_event_log_must_be_there(site: Site) -> None:
+    content = site.log.read_bytes()
+    try:
+        site.log.write_bytes(b"")
+        with pytest.raises(Failure, match="is empty"):
+            site.request()
+        site.log.write_bytes(bytes(exchange.LOG_BYTES + 1))
+        with pytest.raises(Failure, match="more than"):
+            site.request()
+        site.log.unlink()
+        with pytest.raises(Failure, match="--event-log"):
+            site.request()
+    finally:
+        site.log.write_bytes(content)
+
+
+# --- Run twice, and interrupted ------------------------------------------------------------------------
+
+
+def test_a_request_is_told_again(site: Site) -> None:
+    first = site.request()
+    content = (site.state / "request.json").read_bytes()
+    assert site.request() == first
+    assert (site.state / "request.json").read_bytes() == content
+
+
+def test_a_state_of_other_things_is_not_touched(site: Site) -> None:
+    site.request()
+    with pytest.raises(Failure, match="for another TPM or epoch: remove it"):
+        site.request(epoch=2)
+    site.tpm.clear()
+    site.start()
+    with pytest.raises(Failure, match="for another TPM or epoch: remove it"):
+        site.request()
+    (site.folder / "something").mkdir(mode=0o700)
+    with pytest.raises(Failure, match="is not what `mosinit provision"):
+        site.request(state=site.folder / "something")
+    site.state.chmod(0o755)
+    with pytest.raises(Failure, match="chmod 700"):
+        site.request()
+
+
+def test_a_state_for_another_organisation_is_not_taken(site: Site) -> None:
+    site.request()
+    other = site.folder / "other"
+    keys.export(site.host, site.other.folder, other)
+    options = provision.Options(other, site.state, event_log=site.log, tcti=site.tpm.tcti)
+    with pytest.raises(init.Refused, match="TPM-INDEX"):
+        provision.request(site.host, replace(options, folder=site.folder / "new"))
+    with pytest.raises(Failure, match="for another organisation"):
+        provision.request(site.host, options)
+
+
+def test_all_done_a_second_run_only_looks(site: Site) -> None:
+    site.provision()
+    with Breaking(site.tpm) as way:
+        site.finish(tcti=way.tcti)
+    assert writes(way.seen) == []
+    with pytest.raises(Failure, match="has its answer already"):
+        site.request()
+    with pytest.raises(init.Refused, match="TPM-STATE.*owner password, endorsement password, lockout"):
+        site.request(state=site.folder / "second")
+
+
+def breaks(seen: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """Yield where to break: before each command, and after those that leave something behind.
+
+    After all others is the same as before the next.
+    """
+    for at, code in enumerate(seen, 1):
+        yield at, False
+        if code in WRITES:
+            yield at, True
+
+
+def test_a_request_may_be_interrupted_at_any_command(site: Site, tmp_path: Path) -> None:
+    with Breaking(site.tpm) as way:
+        site.request(tcti=way.tcti)
+    assert writes(way.seen) == ["EvictControl", "NV_DefineSpace", "NV_SetBits"]
+    assert len(way.seen) > 40
+    policy, secrets = site.policy(), provision.make_secrets(site.host)
+    for at, done in breaks(way.seen):
+        site.renew(tmp_path / "work")
+        with Breaking(site.tpm, at, done=done) as broken, contextlib.suppress(Failure, init.Refused):
+            site.request(tcti=broken.tcti)
+            # Nobody waits for what is only tidied up.
+            assert broken.seen[-1] == init.Cc.FLUSH_CONTEXT
+            site.state.rename(site.folder / "whole")
+        assert [path.name for path in site.folder.iterdir() if path.name != "whole"] == []
+        site.restart()
+        with tpms.open_tpm(site.tpm.tcti) as machine:
+            # The rest of a request touches nothing that stays.
+            provision.inspect(machine, policy, 1)
+            made = provision.make_objects(machine, policy, 1, secrets)
+        assert made.epoch_index == policy.epoch_index
+    site.provision()
+
+
+def test_an_answer_may_be_interrupted_at_any_command(site: Site) -> None:
+    site.request()
+    site.enroll()
+    auths = {name: word.encode() for name, word in json.loads(site.saved_auths()).items()}
+    saved = shutil.copytree(site.state, site.folder / "saved")
+
+    def take_back() -> None:
+        with tpms.open_tpm(site.tpm.tcti) as machine:
+            machine.open_hierarchies(auths)
+        site.tpm.allow_clear()
+        shutil.rmtree(site.state)
+        shutil.copytree(saved, site.state)
+
+    with Breaking(site.tpm) as way:
+        site.finish(tcti=way.tcti)
+    assert writes(way.seen) == [
+        "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl", "HierarchyChangeAuth",
+        "HierarchyChangeAuth",
+    ]  # fmt: skip
+    take_back()
+    for at, done in breaks(way.seen):
+        whole = False
+        with Breaking(site.tpm, at, done=done) as broken, contextlib.suppress(Failure, init.Refused):
+            site.finish(tcti=broken.tcti)
+            whole = True
+            assert broken.seen[-1] == init.Cc.FLUSH_CONTEXT
+        assert (site.state / "seal.json").exists() == whole
+        assert (site.state / "auths.json").exists() != whole
+        site.restart()
+        site.finish()
+        assert site.flags() & init.PROVISIONED == init.PROVISIONED
+        assert not (site.state / "auths.json").exists()
+        take_back()
+
+
+def test_passwords_of_somebody_else_are_not_tried(site: Site) -> None:
+    """One wrong lockout password locks the TPM for a day."""
+    site.request()
+    site.enroll()
+    set_lockout(site)
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match="TPM-STATE.*seen lockout password"):
+        site.finish(tcti=way.tcti)
+    assert writes(way.seen) == []
+    assert not site.flags() & init.Permanent.IN_LOCKOUT
+
+
+# --- The answer ----------------------------------------------------------------------------------------
+
+
+def other_machine(site: Site) -> None:
+    site.request(state=site.folder / "second")
+    site.enroll(site.folder / "second")
+
+
+def change_answer(site: Site, **changes: Any) -> None:
+    site.enroll()
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer")
+    site.answer.write_bytes(exchange.encode_answer(answer._replace(**changes)))
+
+
+def foreign_approval(site: Site) -> None:
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer") if site.answer.exists() else None
+    assert answer is None
+    site.enroll()
+    answer = exchange.parse_answer(site.answer.read_bytes(), "answer")
+    change_answer(site, approvals={pcr7: bytes(256) for pcr7 in answer.approvals})
+
+
+def other_firmware(site: Site) -> None:
+    site.enroll()
+    site.tpm.extend(7, bytes(32))
+
+
+def other_tpm(site: Site) -> None:
+    site.enroll()
+    site.tpm.clear()
+    site.start()
+
+
+def lost_index(site: Site) -> None:
+    site.enroll()
+    site.tpm.run("tpm2_nvundefine", "-C", "o", hex(init.EPOCH_INDEX))
+
+
+def disabled_since(site: Site) -> None:
+    site.enroll()
+    disable_endorsement(site)
+
+
+def raised_epoch(site: Site) -> None:
+    site.enroll()
+    site.tpm.run("tpm2_nvsetbits", "-C", "o", "-i", "3", hex(init.EPOCH_INDEX))
+
+
+def other_ca(site: Site) -> None:
+    other = site.other
+    site.enroll()
+    record = records.encode_record(other.product, bytes(32), bytes(34), bytes(34))
+    key = records.parse_point(_sudi(site), records.SUDI_HEAD)
+    change_answer(site, certificate=records.issue(other, key, record))
+
+
+def other_secret(site: Site) -> None:
+    """All is this machine's own but the secret."""
+    site.enroll()
+    words = json.loads((site.state / "machine.json").read_text())
+    names = [init.tpm_name(bytes.fromhex(words[name])) for name in ("storage_key", "epoch_index")]
+    record = records.encode_record(site.keyset.product, bytes(32), *names)
+    key = records.parse_point(_sudi(site), records.SUDI_HEAD)
+    change_answer(site, certificate=records.issue(site.keyset, key, record))
+
+
+def _sudi(site: Site) -> bytes:
+    return bytes.fromhex(json.loads((site.state / "machine.json").read_text())["sudi"])
+
+
+def broken_order(site: Site) -> None:
+    site.enroll()
+    order = exchange.parse_answer(site.answer.read_bytes(), "answer").order
+    statement = re.sub(rb'("epoch": ?)1', rb"\g<1>2", order.statement)
+    assert statement != order.statement
+    change_answer(site, order=order._replace(statement=statement))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_machine, "TPM-IDENTITY.*the answer to this machine's request"),
+        (other_secret, "TPM-IDENTITY.*the answer to this machine's request"),
+        (foreign_approval, "TPM-APPROVAL"),
+        (other_firmware, "TPM-POLICY.*an approved PCR 7"),
+        (other_tpm, "TPM-IDENTITY.*seen none"),
+        (lost_index, "TPM-INDEX.*seen none"),
+        (raised_epoch, "EPOCH.*seen epoch 2"),
+        (disabled_since, "TPM-STATE.*seen hierarchies 0x3"),
+        (other_ca, "RECORD-FORMAT|RECORD-SIGNATURE"),
+        (broken_order, "EPOCH-ORDER"),
+    ],
+)
+def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None], says: str) -> None:
+    site.request()
+    spoil(site)
+    before = sorted(path.name for path in site.state.iterdir())
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match=says):
+        site.finish(tcti=way.tcti)
+    assert writes(way.seen) == []
+    assert sorted(path.name for path in site.state.iterdir()) == before
+    assert not site.flags() & PASSWORDS
+
+
+def test_lost_passwords_are_told(site: Site) -> None:
+    site.request()
+    site.enroll()
+    (site.state / "auths.json").unlink()
+    with pytest.raises(Failure, match="clear the TPM in the firmware's setup, remove .* and begin anew"):
+        site.finish()
+    assert not site.flags() & PASSWORDS
+
+
+# --- Once more -------------------------------------------------------------------------------------------
+
+
+def test_a_machine_is_provisioned_again_by_consent(site: Site) -> None:
+    serial = site.provision()
+    first = site.consent(serial)
+    second = site.folder / "second"
+    site.request(state=second, again=True)
+    assert not site.flags() & PASSWORDS
+    answer = site.enroll(second)
+    assert answer["enrolled_before"] == [serial]
+    assert site.finish(state=second)["provisioned"] != serial
+    assert site.flags() & init.PROVISIONED == init.PROVISIONED
+    # The consent is still good, but the old passwords are not.
+    with pytest.raises(Failure, match="owner password in the recovery record is not this TPM's"):
+        site.request(state=site.folder / "third", again=True)
+    assert site.flags() & init.PROVISIONED == init.PROVISIONED
+    assert first.auths != site.consent(str(answer["serial"])).auths
+
+
+def test_to_begin_anew_may_be_interrupted_at_any_command(site: Site) -> None:
+    serial = site.provision()
+    auths = site.consent(serial).auths
+    organisation, policy = keys.open_organisation(site.organisation), site.policy()
+
+    def again(tcti: str) -> None:
+        with tpms.open_tpm(tcti) as machine:
+            provision.start_over(machine, organisation, policy, site.options(again=True))
+            provision.inspect(machine, policy, 1)
+
+    with Breaking(site.tpm) as way:
+        again(way.tcti)
+    assert writes(way.seen) == ["EvictControl", *["HierarchyChangeAuth"] * 3]
+    for at, done in breaks(way.seen):
+        with tpms.open_tpm(site.tpm.tcti) as machine:
+            machine.make_storage_key()
+            machine.close_hierarchies(auths)
+        with Breaking(site.tpm, at, done=done) as broken, contextlib.suppress(Failure, init.Refused):
+            again(broken.tcti)
+        site.restart()
+        again(site.tpm.tcti)
+        assert not site.flags() & PASSWORDS
+
+
+def other_consent(site: Site, serial: str) -> None:
+    other = site.other
+    consent = exchange.parse_consent((site.folder / "consent.json").read_bytes(), "consent")
+    signature = other.signer("sudi-ca").sign(consent.statement)
+    (site.folder / "consent.json").write_bytes(
+        exchange.encode_consent(consent._replace(signature=signature))
+    )
+
+
+def consent_for_another(site: Site, serial: str) -> None:
+    statement = exchange.consent_statement(site.keyset.product, bytes(34))
+    signature = site.keyset.signer("sudi-ca").sign(statement)
+    (site.folder / "consent.json").write_bytes(
+        exchange.encode_consent(exchange.Consent(statement, signature))
+    )
+
+
+def record_of_another(site: Site, serial: str) -> None:
+    """Consent and record agree, but not about this TPM."""
+    path = site.folder / "auths.json"
+    words = json.loads(path.read_text())
+    words["storage_key"] = "00" * 34
+    path.write_text(json.dumps(words))
+    consent_for_another(site, serial)
+
+
+def wrong_passwords(site: Site, serial: str) -> None:
+    path = site.folder / "auths.json"
+    words = json.loads(path.read_text())
+    words["auths"]["owner"] = "0" * 32
+    path.write_text(json.dumps(words))
+
+
+def open_passwords(site: Site, serial: str) -> None:
+    (site.folder / "auths.json").chmod(0o644)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_consent, "RECORD-SIGNATURE.*a consent that the SUDI CA signed"),
+        (consent_for_another, "TPM-IDENTITY.*a consent for"),
+        (record_of_another, "TPM-IDENTITY.*expected storage key 00"),
+        (wrong_passwords, "owner password"),
+        (open_passwords, "chmod 600"),
+    ],
+)
+def test_without_consent_and_passwords_nothing_begins_anew(
+    site: Site, spoil: Callable[[Site, str], None], says: str
+) -> None:
+    serial = site.provision()
+    site.consent(serial)
+    spoil(site, serial)
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
+        site.request(tcti=way.tcti, state=site.folder / "second", again=True)
+    assert writes(way.seen) == []
+
+
+def test_the_epoch_does_not_fall_when_a_machine_begins_anew(site: Site) -> None:
+    site.request(epoch=2)
+    site.enroll(epoch=2)
+    serial = str(site.finish()["provisioned"])
+    site.consent(serial)
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match="EPOCH"):
+        site.request(tcti=way.tcti, state=site.folder / "second", again=True)
+    assert writes(way.seen) == []
+    site.request(state=site.folder / "second", again=True, epoch=2)
+
+
+# --- TLS by the SUDI key ---------------------------------------------------------------------------------
+
+
+def test_the_sudi_key_serves_tls_after_the_fence(done: Site, tmp_path: Path) -> None:
+    done.restart()
+    machine = TpmMachine(done.tpm)
+    init.fence(machine)
+    assert machine.report.fenced
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-naccept", "1", "-quiet", "-tls1_3",
+         "-provider", "tpm2", "-provider", "default", "-cert", str(done.state / "sudi.pem"),
+         "-key", str(done.state / "sudi.key"), "-pass", f"file:{done.state / 'sudi.auth'}"],
+        env=done.tpm.environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    context = ssl.create_default_context(cafile=str(done.keyset.certificate_path("sudi-ca")))
+    context.check_hostname = False  # a SUDI certificate names a product and a serial, no host
+    try:
+        with contextlib.closing(connect(port, server)) as plain, context.wrap_socket(plain) as tls:
+            seen = tls.getpeercert(binary_form=True)
+    finally:
+        server.terminate()
+        server.communicate(timeout=20)
+    assert seen is not None
+    record = init.verify_record(
+        seen, done.keyset.certificate_path("sudi-ca").read_bytes(), done.keyset.product
+    )
+    assert record.storage_key == init.tpm_name(init.read_storage_key(machine) or b"")
+
+
+def connect(port: int, server: subprocess.Popen[bytes]) -> socket.socket:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            assert server.poll() is None, server.stderr and server.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_sudi_key_is_a_tls_client_too(done: Site, tmp_path: Path) -> None:
+    done.restart()  # no resource manager frees here what a killed program had loaded
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(done.other.folder / "uki.pem"), str(done.other.folder / "uki.key"))
+    context.load_verify_locations(str(done.keyset.certificate_path("sudi-ca")))
+    context.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        client = subprocess.Popen(
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{listener.getsockname()[1]}", "-quiet",
+             "-provider", "tpm2", "-provider", "default", "-cert", str(done.state / "sudi.pem"),
+             "-key", str(done.state / "sudi.key"), "-pass", f"file:{done.state / 'sudi.auth'}"],
+            env=done.tpm.environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            plain, _ = listener.accept()
+            plain.settimeout(20)
+            with contextlib.closing(plain), context.wrap_socket(plain, server_side=True) as tls:
+                seen = tls.getpeercert()
+        finally:
+            client.kill()
+            client.communicate(timeout=20)
+    assert seen is not None
+    assert ("URI", f"urn:uuid:{done.keyset.product}") in seen["subjectAltName"]
+
+
+def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Path) -> None:
+    done.restart()
+    (tmp_path / "wrong").write_text("wrong\n")
+    done.tpm.run(
+        "openssl", "pkeyutl", "-provider", "tpm2", "-provider", "default", "-sign", "-rawin", "-digest",
+        "sha256", "-inkey", done.state / "sudi.key", "-passin", f"file:{tmp_path / 'wrong'}",
+        "-in", done.state / "machine.json", "-out", tmp_path / "signature", fails=True,
+    )  # fmt: skip
+    assert not done.flags() & init.Permanent.IN_LOCKOUT
+
+
+# --- The command -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("provision --dir s", "--organisation ORG .* or --answer"),
+        ("provision --dir s --organisation o --answer a", "--organisation ORG .* or --answer"),
+        ("provision --dir s --answer a --again c", "go with --organisation"),
+        ("provision --organisation o", "required: --dir"),
+        ("provision --dir s --organisation . --epoch 65", "from 1 to 64"),
+        ("provision --dir s --organisation none", "is no keyset"),
+        ("provision --dir none --answer a", "is not what `mosinit provision"),
+    ],
+)
+def test_wrong_words(
+    words: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    status = cli.main(words.split(), table)
+    said = capsys.readouterr()
+    assert status in (1, 2)
+    assert said.err.count("\n") == 1
+    assert re.search(says, said.err)
+    assert list(tmp_path.iterdir()) == []
