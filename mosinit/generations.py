@@ -169,7 +169,17 @@ def list_all(folder: Path, product: str) -> list[init.Generation]:
     return list(init.read_generations(Elsewhere({init.MANIFEST_GIT: folder}), product))
 
 
-class Elsewhere(init.Machine):
+class Quiet(init.Machine):
+    """A machine that reads as the bring-up does, and says nothing: this is no boot."""
+
+    def log(self, text: str) -> None:
+        """Say nothing."""
+
+    def print(self, text: str) -> None:
+        """Say nothing."""
+
+
+class Elsewhere(Quiet):
     """A machine whose folders lie elsewhere: the bring-up's functions read an installed one through it."""
 
     def __init__(self, places: Mapping[str, Path]) -> None:
@@ -202,9 +212,3 @@ class Elsewhere(init.Machine):
     def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
         """Return nothing: what this machine's firmware says is not about that one."""
         return None
-
-    def log(self, text: str) -> None:
-        """Say nothing: this is no boot."""
-
-    def print(self, text: str) -> None:
-        """Say nothing: this is no boot."""

@@ -261,6 +261,19 @@ class Host(init.Kernel):
         finally:
             os.close(fd)
 
+    @contextlib.contextmanager
+    def mounted(self, device: Path, fstype: str, *, read_only: bool = False) -> Iterator[Path]:
+        """Mount a file system where nobody else sees it, and yield the folder."""
+        flags = init.SAFE | init.MountFlag.NOSYMFOLLOW
+        with self.scratch() as folder:
+            point = folder / "mounted"
+            point.mkdir()
+            self.mount(str(device), str(point), fstype, flags | (init.MountFlag.RDONLY if read_only else 0))
+            try:
+                yield point
+            finally:
+                self.unmount(str(point))
+
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""
         libc = ctypes.CDLL(None, use_errno=True)

@@ -246,6 +246,7 @@ def finish(host: Host, plan: Plan) -> None:
     host.run(["sfdisk", "--quiet", "--no-reread", "--disk-id", plan.disk.path, plan.identity], timeout=120)
     host.sync_file(plan.disk.path)
     check(host, plan)
+    wait_for_devices(host, plan)
 
 
 def check(host: Host, plan: Plan) -> None:
