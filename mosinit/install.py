@@ -339,7 +339,7 @@ def act(
     layout.wait_for_devices(host, planned)
     commit = fill_config(host, planned, release, provisioned)
     fill_store(host, planned, release, provisioned)
-    if planned.partitions[-1].name == layout.STATE_LABEL:
+    if planned.partitions[-1].name == init.STATE:
         fill_state(host, planned, provisioned)
     fill_esp(host, planned, release, loader)
     host.say("reading everything back")
@@ -432,7 +432,7 @@ def fill_store(host: Installer, planned: layout.Plan, release: Release, provisio
 
 def fill_state(host: Installer, planned: layout.Plan, provisioned: Provisioned) -> None:
     """Make the volume that keeps /var, empty."""
-    _make_volume(host, planned, provisioned, layout.STATE_LABEL)
+    _make_volume(host, planned, provisioned, init.STATE)
 
 
 def sync_tree(host: Host, folder: Path) -> None:

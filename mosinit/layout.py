@@ -17,13 +17,7 @@ from mosinit.host import Failure, Host
 
 GIB = 1 << 30
 SMALLEST = 8 * GIB
-# The types of the machine's own volumes are those of mos, whose tools then know them.
-CONFIG_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771a"
-STORE_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771b"
-SCRATCH_TYPE = "f79962b9-24e6-9948-9f94-e6bfdad2771c"
-LINUX_TYPE = "0fc63daf-8483-4772-8e79-3d69d8477de4"  # UAPI group, Discoverable Partitions Specification
 ESP_BYTES, CONFIG_BYTES = 512 * init.MIB, 128 * init.MIB
-STATE_LABEL = "state"
 SMALLEST_STATE = 64 * init.MIB
 # A disk has this id while it is being installed: whoever finds it may begin anew without asking.
 UNFINISHED = "5a3d1b0e-6f0c-4d7a-9c55-d0b3a1f7e2c4"
@@ -86,12 +80,12 @@ def make_plan(disk: Disk, state: int = 0, new_uuid: Callable[[], str] = lambda: 
         raise Failure(f"a state volume on {disk.path} can have {SMALLEST_STATE >> 20} to {most} MiB")
     rows = [
         ("esp", init.ESP_TYPE, ESP_BYTES, "boot loader and UKIs, FAT32"),
-        ("machine-config", CONFIG_TYPE, CONFIG_BYTES, "/config, encrypted with integrity"),
-        ("machine-store", STORE_TYPE, store, "/atomfs-cache, encrypted"),
-        ("machine-scratch", SCRATCH_TYPE, scratch, "/scratch-writes, encrypted anew at each boot"),
+        ("machine-config", init.CONFIG_TYPE, CONFIG_BYTES, "/config, encrypted with integrity"),
+        ("machine-store", init.STORE_TYPE, store, "/atomfs-cache, encrypted"),
+        ("machine-scratch", init.SCRATCH_TYPE, scratch, "/scratch-writes, encrypted anew at each boot"),
     ]
     if state:
-        rows.append((STATE_LABEL, LINUX_TYPE, _whole(state), "/var, encrypted"))
+        rows.append((init.STATE, init.LINUX_TYPE, _whole(state), "/var, encrypted"))
     partitions, start = [], init.MIB
     for number, (name, kind, size, holds) in enumerate(rows, 1):
         partitions.append(Partition(number, name, kind, new_uuid(), start, size, holds))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import generations, init, install, layout, luks
+from mosinit import generations, init, install, keys, layout, luks
 from mosinit.host import Failure, Host, Usage
 from tests import installation
 from tests.installation import NativeInstaller, Setting
@@ -195,7 +195,7 @@ def test_a_blob_that_is_not_there(made: Setting, disk: Path, tmp_path: Path) -> 
 
 def test_a_release_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:
     host = Host()
-    other = installation.keys.new(host, tmp_path / "keyset", "other")
+    other = keys.new(host, tmp_path / "keyset", "other")
     left = installation.make_left(tmp_path / "left", other)
     assert refused(made, disk, left=left) == "MANIFEST-CHAIN"
 
@@ -207,7 +207,7 @@ def test_tokens_of_another_machine(made: Setting, disk: Path) -> None:
 
 
 def test_a_record_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:
-    other = installation.keys.new(Host(), tmp_path / "keyset", "other")
+    other = keys.new(Host(), tmp_path / "keyset", "other")
     foreign = dataclasses.replace(made, provisioned=installation.make_provisioned(other))
     assert refused(foreign, disk) == "RECORD-SIGNATURE"
 

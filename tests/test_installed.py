@@ -150,8 +150,8 @@ def test_a_live_system_says_that_it_is(setting: Setting, host: Host, tmp_path: P
 
 @pytest.mark.parametrize(
     "names",
-    [("mosinit_7+3.efi",), ("mosinit_7+2-1.efi",), ("mosinit_7.efi",), ("mosinit_7.efi", "mosinit_7+1-2.efi"),
-     ("mosinit_7+0-3.efi", "mosinit_8+3.efi", "mosinit_77+3.efi")],
+    [("mosinit_7+3.efi",), ("mosinit_7+2-1.efi",), ("mosinit_7.efi",),
+     ("mosinit_7.efi", "mosinit_7+1-2.efi"), ("mosinit_7+0-3.efi", "mosinit_8+3.efi", "mosinit_77+3.efi")],
 )  # fmt: skip
 def test_the_uki_loses_its_counter(names: tuple[str, ...], host: Host, tmp_path: Path) -> None:
     folder = tmp_path / "EFI/Linux"
