@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import hmac
 import os
@@ -34,6 +35,7 @@ LOADER_PLACES = ("EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI")  # i
 # No menu unless a key is held, no other systems, no keys to enrol.
 LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
 TRIES = 3
+BUSY_TRIES = 100
 SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
 # Beside the images: what ext4 keeps for itself, and room for the next release to come.
 STORE_MARGIN = 64 * init.MIB
@@ -112,7 +114,15 @@ class Installer(Host):
     def check_layer(self, machine: init.Machine, name: str, layer: init.Layer, signature: str) -> None:
         """Have the kernel check a layer's signature, as a boot does."""
         verity = init.open_layer(machine, name, layer, signature)
-        self.dm(init.DmCommand.DEV_REMOVE, verity.name)
+        for last in (False,) * BUSY_TRIES + (True,):
+            try:
+                self.dm(init.DmCommand.DEV_REMOVE, verity.name)
+                return
+            except OSError as error:
+                # udev looks at each new device for a moment.
+                if error.errno != errno.EBUSY or last:
+                    raise
+            self.sleep(0.1)
 
 
 # --- What the live system knows -------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def write(host: Host, plan: Plan) -> None:
     finally:
         os.close(fd)
     host.run(
-        ["sfdisk", "--quiet", "--wipe=always", "--wipe-partitions=never", disk.path],
+        ["sfdisk", "--quiet", "--lock=yes", "--wipe=always", "--wipe-partitions=never", disk.path],
         stdin=script(plan, UNFINISHED), timeout=120,
     )  # fmt: skip
     check(host, plan)
@@ -237,7 +237,8 @@ def write(host: Host, plan: Plan) -> None:
 
 def finish(host: Host, plan: Plan) -> None:
     """Give the disk its own id: from here it is a machine's, and needs a word to be erased."""
-    host.run(["sfdisk", "--quiet", "--no-reread", "--disk-id", plan.disk.path, plan.identity], timeout=120)
+    words = ["--quiet", "--lock=yes", "--no-reread", "--disk-id", str(plan.disk.path), plan.identity]
+    host.run(["sfdisk", *words], timeout=120)
     host.sync_file(plan.disk.path)
     check(host, plan)
     wait_for_devices(host, plan)
