@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,10 @@ def need() -> Callable[..., None]:
 def host() -> Host:
     """Return the real host: for what neither mounts nor asks."""
     return Host()
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """Yield a folder in memory: nobody waits for a disk when all is synced."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)

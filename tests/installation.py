@@ -122,11 +122,13 @@ def sudi_certificate(keyset: keys.Keyset, record: bytes) -> bytes:
 class NativeInstaller(install.Installer):
     """An installer on a kernel without device-mapper: headers are real, what they encrypt is not.
 
-    A volume "opens" if its header opens with the key; its data then lies behind the header in clear.
+    A volume "opens" if its header opens with the key; its data then lies behind the header in clear. A slot
+    for the recovery key, which is made to be slow, there is only if it is asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, recovery: bool = False) -> None:
         super().__init__()
+        self.recovery = recovery
         self.steps: list[str] = []
         self.failing = ""
         self.layers: list[str] = []
@@ -140,11 +142,14 @@ class NativeInstaller(install.Installer):
     def format_volume(self, path: Path, kind: str, uuid: str, key: bytes, recovery: bytes) -> None:
         """Make the header of a volume."""
         if kind == "plain":
-            super().format_volume(path, kind, uuid, key, recovery)
+            luks.format_volume(self, path, kind, uuid, key)
+            if self.recovery:
+                luks.add_recovery(self, path, key, recovery)
             return
         with self.scratch() as folder:
             made = volumes.config(self, folder / "volume", uuid, key)
-            luks.add_recovery(self, made, key, recovery)
+            if self.recovery:
+                luks.add_recovery(self, made, key, recovery)
             with path.open("r+b") as device:
                 device.write(made.read_bytes()[: init.LUKS_DATA] + volumes.SUPERBLOCK)
                 os.fsync(device.fileno())

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,23 +73,28 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.fixture(scope="module")
-def installed_disk(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed_disk(setting: Setting) -> Iterator[Path]:
     """A disk that was installed once for all tests; they copy it."""
-    file = tmp_path_factory.mktemp("disk") / "disk"
-    with loop(file) as device:
-        installation.run(NativeInstaller(), setting, device)
-    return file
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with loop(Path(folder, "disk")) as device:
+            installation.run(NativeInstaller(), setting, device)
+        yield Path(folder, "disk")
 
 
 @pytest.fixture
 def running(
-    setting: Setting, installed_disk: Path, need: Callable[..., None], host: Host, tmp_path: Path
+    setting: Setting,
+    installed_disk: Path,
+    need: Callable[..., None],
+    host: Host,
+    tmp_path: Path,
+    memory: Path,
 ) -> Iterator[Running]:
     need(*TOOLS)
-    host.run(["cp", "--sparse=always", installed_disk, tmp_path / "disk"])
+    host.run(["cp", "--sparse=always", installed_disk, memory / "disk"])
     shutil.copytree(setting.left, tmp_path / "left")
     with contextlib.ExitStack() as stack:
-        device = stack.enter_context(loop(tmp_path / "disk"))
+        device = stack.enter_context(loop(memory / "disk"))
         host.run(["partx", "--update", device])
         data = stack.enter_context(installation.data_behind(Path(f"{device}p2")))
         config = stack.enter_context(host.mounted(data, "ext4"))

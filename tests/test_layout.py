@@ -75,10 +75,10 @@ def test_a_state_volume_that_does_not_fit(state: int) -> None:
 
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_the_bring_up_reads_what_is_written(
-    sector: int, host: Host, need: Callable[..., None], tmp_path: Path
+    sector: int, host: Host, need: Callable[..., None], memory: Path
 ) -> None:
     need("sfdisk", "losetup")
-    with loop(tmp_path / "disk", 8 * GIB, sector) as device:
+    with loop(memory / "disk", 8 * GIB, sector) as device:
         disk = layout.inspect(host, device)
         assert (disk.size, disk.sector, disk.content) == (8 * GIB, sector, "")
         layout.check_usable(host, disk)
@@ -103,20 +103,20 @@ def test_the_bring_up_reads_what_is_written(
         ]  # fmt: skip
 
 
-def test_content_is_lost_only_for_who_says_so(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_content_is_lost_only_for_who_says_so(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup", "mkfs.ext4")
-    with loop(tmp_path / "disk") as device:
+    with loop(memory / "disk") as device:
         subprocess.run(["mkfs.ext4", "-q", device], check=True)
         disk = layout.inspect(host, device)
-        before = head(tmp_path / "disk")
+        before = head(memory / "disk")
         with pytest.raises(Failure, match=f"to lose all of it, say --erase {disk.serial}"):
             layout.check_usable(host, disk)
         with pytest.raises(Failure, match="nothing was erased"):
             layout.check_usable(host, disk, "another")
         layout.check_usable(host, disk, disk.serial)
-        assert head(tmp_path / "disk") == before
-    (tmp_path / "disk").unlink()
-    with loop(tmp_path / "disk") as device:
+        assert head(memory / "disk") == before
+    (memory / "disk").unlink()
+    with loop(memory / "disk") as device:
         with device.open("r+b") as file:
             file.seek(-4096, os.SEEK_END)
             file.write(b"EFI PART")
@@ -124,29 +124,29 @@ def test_content_is_lost_only_for_who_says_so(host: Host, need: Callable[..., No
             layout.check_usable(host, layout.inspect(host, device))
 
 
-def test_a_disk_in_use(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_a_disk_in_use(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup", "mkfs.ext4", "sfdisk")
-    with loop(tmp_path / "disk") as device:
+    with loop(memory / "disk") as device:
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         layout.wait_for_devices(host, plan)
         part = layout.device(plan, plan.named("machine-store"))
         subprocess.run(["mkfs.ext4", "-q", part], check=True)
-        (tmp_path / "mnt").mkdir()
-        host.mount(str(part), str(tmp_path / "mnt"), "ext4")
+        (memory / "mnt").mkdir()
+        host.mount(str(part), str(memory / "mnt"), "ext4")
         try:
             with pytest.raises(Failure, match="is in use"):
                 layout.check_usable(host, layout.inspect(host, device), device.name)
             with pytest.raises(OSError, match="busy"):
                 layout.write(host, plan)
         finally:
-            host.unmount(str(tmp_path / "mnt"))
+            host.unmount(str(memory / "mnt"))
         layout.check_usable(host, layout.inspect(host, device))
 
 
-def test_a_disk_that_cannot_be_written(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_a_disk_that_cannot_be_written(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup")
-    with loop(tmp_path / "disk", 8 * GIB, 512, "--read-only") as device:
+    with loop(memory / "disk", 8 * GIB, 512, "--read-only") as device:
         disk = layout.inspect(host, device)
         with pytest.raises(Failure, match="cannot be written"):
             layout.check_usable(host, disk)
@@ -164,9 +164,9 @@ class Booted(Host):
         return 6, struct.pack("<") + (self.part.upper() + "\0").encode("utf-16-le")
 
 
-def test_the_medium_itself(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_the_medium_itself(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup", "sfdisk")
-    with loop(tmp_path / "disk") as device:
+    with loop(memory / "disk") as device:
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         layout.finish(host, plan)
@@ -182,9 +182,9 @@ def test_no_whole_disk(host: Host, name: str) -> None:
         layout.inspect(host, Path(name))
 
 
-def test_a_partition_is_no_disk(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_a_partition_is_no_disk(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup", "sfdisk")
-    with loop(tmp_path / "disk") as device:
+    with loop(memory / "disk") as device:
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         layout.wait_for_devices(host, plan)
@@ -192,9 +192,9 @@ def test_a_partition_is_no_disk(host: Host, need: Callable[..., None], tmp_path:
             layout.inspect(host, layout.device(plan, plan.partitions[0]))
 
 
-def test_a_disk_that_forgets(host: Host, need: Callable[..., None], tmp_path: Path) -> None:
+def test_a_disk_that_forgets(host: Host, need: Callable[..., None], memory: Path) -> None:
     need("losetup", "sfdisk")
-    with loop(tmp_path / "disk") as device:
+    with loop(memory / "disk") as device:
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         with pytest.raises(Failure, match="does not keep what is written"):
