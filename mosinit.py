@@ -38,21 +38,14 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 # What functions below import when they need it. The build freezes these beside this file, and nothing else.
+_PRIMITIVES = (
+    "asymmetric.ec", "asymmetric.ed25519", "asymmetric.padding", "asymmetric.rsa", "ciphers", "hashes",
+    "serialization",
+)  # fmt: skip
 FROZEN_IMPORTS = (
-    "cryptography.exceptions",
-    "cryptography.hazmat.primitives.asymmetric.ec",
-    "cryptography.hazmat.primitives.asymmetric.ed25519",
-    "cryptography.hazmat.primitives.asymmetric.padding",
-    "cryptography.hazmat.primitives.asymmetric.rsa",
-    "cryptography.hazmat.primitives.ciphers",
-    "cryptography.hazmat.primitives.hashes",
-    "cryptography.hazmat.primitives.serialization",
-    "cryptography.x509",
-    "cryptography.x509.oid",
-    "encodings.utf_16_le",
-    "ipaddress",
-    "yaml",
-)
+    "cryptography.exceptions", *(f"cryptography.hazmat.primitives.{name}" for name in _PRIMITIVES),
+    "cryptography.x509", "cryptography.x509.oid", "encodings.utf_16_le", "ipaddress", "yaml",
+)  # fmt: skip
 
 # --- Errors: what is refused, and the table of everything that can be --------------------------------------
 
@@ -514,9 +507,7 @@ class Kernel:
     # Modules, keys, devices
 
     def load_module(self, path: str, parameters: str) -> None:
-        """Load a kernel module with its parameters; one that is loaded, or whose hardware is absent, is no
-        error.
-        """
+        """Load a kernel module with its parameters, unless it is loaded or its hardware is absent."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             failed = self._libc.syscall(SYS["finit_module"], fd, parameters.encode(), 0) < 0
@@ -526,9 +517,7 @@ class Kernel:
             os.close(fd)
 
     def keyring(self, name: str) -> list[str] | None:
-        """Return the description of each key in one of the kernel's own keyrings, None if there is no such
-        keyring.
-        """
+        """Return the description of each key in one of the kernel's own keyrings, None if it has none."""
         pattern = re.compile(rf"^([0-9a-f]+) .* keyring +{re.escape(name)}: ", re.MULTILINE)
         found = pattern.search(self.read("/proc/keys").decode(errors="replace"))
         if found is None:
@@ -554,9 +543,7 @@ class Kernel:
     def dm(
         self, command: DmCommand, name: str, flags: int = 0, table: tuple[int, str, str] | None = None
     ) -> str:
-        """Do one device-mapper ioctl; `table` is (sectors, target type, parameters). Returns the device's
-        path.
-        """
+        """Do one device-mapper ioctl; `table`: (sectors, type, parameters). Returns the device's path."""
         payload = b""
         if table is not None:
             sectors, kind, parameters = table
@@ -564,10 +551,8 @@ class Kernel:
             text += bytes(-len(text) % 8)
             payload = _DM_TARGET.pack(0, sectors, 0, _DM_TARGET.size + len(text), kind.encode()) + text
         size = max(_DM_IOCTL.size + len(payload), 2 * BLOCK)
-        head = _DM_IOCTL.pack(
-            4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b""
-        )
-        buffer = bytearray((head + payload).ljust(size, b"\0"))
+        fields = (4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b"")
+        buffer = bytearray((_DM_IOCTL.pack(*fields) + payload).ljust(size, b"\0"))
         fd = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, command, buffer)
@@ -771,6 +756,7 @@ class Machine(Kernel):
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def stage(step: F) -> F:
@@ -802,6 +788,13 @@ def demand(k: Machine, check: str, *, expected: str, seen: str) -> None:
     k.report.passed(check, expected, seen)
 
 
+def only(items: Sequence[T], check: str, expected: str) -> T:
+    """Return the one item that there is, refuse if there are none or more."""
+    if len(items) != 1:
+        raise Refused(check, expected=expected, seen=str(len(items)))
+    return items[0]
+
+
 @contextlib.contextmanager
 def refusing(check: str, expected: str) -> Iterator[None]:
     """Turn an operating-system error into a refusal by `check`."""
@@ -829,14 +822,33 @@ def parse_json(data: bytes, check: str) -> object:
         raise Refused(check, expected="JSON", seen=str(error)) from error
 
 
+def match(value: object, shape: object, path: str, check: str) -> None:
+    """Refuse a value that is not of a shape: a mapping of shapes, a pattern, range, test or constant."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key in {**shape, **value}:
+            here = f"{path}.{key}"[:100].strip(".")
+            match(value.get(key, ...), shape.get(key, ...), here, check)  # what is not there is no JSON
+        return
+    if isinstance(shape, re.Pattern):
+        fits = isinstance(value, str) and bool(shape.fullmatch(value))
+    elif isinstance(shape, range):
+        fits = type(value) is int and value in shape
+    elif callable(shape):
+        fits = bool(shape(value))
+    else:
+        fits = type(value) is type(shape) and value == shape
+    if not fits:
+        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
+        seen = f"{path}: {'missing' if value is ... else words}"
+        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
+
+
 def _sha256(*parts: bytes) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
 class Module(NamedTuple):
-    """A kernel module to load: name as in /sys/module, path in the initrd, parameters, probing without a
-    wait.
-    """
+    """A kernel module to load: name as in /sys/module, path, parameters, probing without a wait."""
 
     name: str
     path: str
@@ -869,9 +881,7 @@ def parse_policy(data: bytes, uki_id: bytes, organisation: Mapping[str, bytes]) 
     """Parse the policy of a signed initrd. It is our own build's: a fault is a crash, not a refusal."""
     raw = cast(dict[str, Any], json.loads(data))
     if raw["schema"] != 1 or raw["mode"] not in ("live", "run"):
-        raise ValueError(
-            f"policy schema {raw['schema']}, mode {raw['mode']}: this program knows 1, live, run"
-        )
+        raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: known are 1, live and run")
     modules = tuple(
         Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
     )
@@ -892,9 +902,7 @@ _SIGNATURE_LIST = struct.Struct("<16sIII")  # UEFI specification 32.4.1, EFI_SIG
 
 
 def parse_signature_database(data: bytes) -> tuple[str, ...]:
-    """Return each entry of an EFI signature database: the SHA-256 of a certificate, or TYPE:SHA-256 of
-    another kind.
-    """
+    """Return the entries of an EFI signature database: SHA-256 of certificates, TYPE:SHA-256 of others."""
     entries = []
     while data:
         if len(data) < _SIGNATURE_LIST.size:
@@ -930,11 +938,7 @@ assert _GPT_ENTRY.size == 128
 def parse_gpt(
     untrusted_header: bytes, untrusted_entries: bytes, sector: int, sectors: int
 ) -> tuple[Partition, ...]:
-    """Read a primary GPT of a disk of `sectors`; the header is one sector, the entries follow it.
-
-    Strict where the specification leaves room: entries at sector 2, 128 bytes each, none overlapping, ids
-    unique.
-    """
+    """Read a primary GPT, strictly: entries at sector 2, 128 bytes each, none overlapping, ids unique."""
     entries_crc = _check_gpt_header(untrusted_header, sectors)
     first, last, count = struct.unpack_from("<QQ24xI", untrusted_header, 40)
     table = untrusted_entries[: count * _GPT_ENTRY.size]
@@ -955,23 +959,19 @@ def parse_gpt(
 
 def _check_gpt_header(untrusted: bytes, sectors: int) -> int:
     """Check the fixed fields of a GPT header and return the checksum of its entries."""
-    magic, revision, size, crc, zero, mine, _, first, last, _, table, count, each, entries_crc = (
-        _GPT.unpack_from(untrusted)
-    )
+    magic, revision, size, crc, zero, mine, _, first, last, _, *rest = _GPT.unpack_from(untrusted)
+    table, count, each, entries_crc = rest
     if magic != b"EFI PART":
         raise Refused("GPT-HEADER", expected="a GPT", seen="no signature")
-    seen = zlib.crc32(untrusted[:16] + bytes(4) + untrusted[20:92])
-    if seen != crc:
-        raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{seen:08x}")
+    found = zlib.crc32(untrusted[:16] + bytes(4) + untrusted[20:92])
+    if found != crc:
+        raise Refused("GPT-HEADER", expected=f"checksum {crc:08x}", seen=f"{found:08x}")
     fixed = (revision, size, zero, mine, table, each)
     if fixed != (0x10000, 92, 0, 1, 2, 128) or any(untrusted[92:]):
-        raise Refused(
-            "GPT-HEADER", expected="revision 1.0 at sector 1 with its entries at sector 2", seen=str(fixed)
-        )
+        raise Refused("GPT-HEADER", expected="revision 1.0, entries at sector 2", seen=str(fixed))
     if not (1 <= count <= 128 and 2 < first <= last < sectors):
-        raise Refused(
-            "GPT-HEADER", expected=f"within {sectors} sectors", seen=f"{count} entries, {first}-{last}"
-        )
+        seen = f"{count} entries, {first}-{last}"
+        raise Refused("GPT-HEADER", expected=f"within {sectors} sectors", seen=seen)
     return int(entries_crc)
 
 
@@ -981,24 +981,20 @@ def _check_partitions_apart(partitions: list[Partition]) -> None:
     ordered = sorted(partitions, key=lambda partition: partition.start)
     for one, two in zip(ordered, ordered[1:], strict=False):
         if one.start + one.size > two.start:
-            raise Refused(
-                "GPT-ENTRY", expected="partitions apart", seen=f"{one.number} and {two.number} overlap"
-            )
+            seen = f"{one.number} and {two.number} overlap"
+            raise Refused("GPT-ENTRY", expected="partitions apart", seen=seen)
 
 
 class LiveSeal(NamedTuple):
-    """What vouches for the store of a live medium: its size in blocks, its root hash, the layer key's
-    PKCS#7.
-    """
+    """What vouches for the store of a live medium: size in blocks, root hash, the layer key's PKCS#7."""
 
     data_blocks: int
     root_hash: str
     signature: bytes
 
 
-LIVE_SEAL = struct.Struct(
-    "<8sIIQ32s32s"
-)  # magic, version, signature's bytes, data blocks, root hash, checksum
+# magic, version, signature's bytes, data blocks, root hash, checksum
+LIVE_SEAL = struct.Struct("<8sIIQ32s32s")
 LIVE_SEAL_MAGIC = b"MOSLIVE1"
 assert LIVE_SEAL.size == 88
 
@@ -1056,9 +1052,7 @@ def verity_data_blocks(size: int) -> int:
         else:
             high = middle - 1
     if size % BLOCK or low + 1 + verity_tree_blocks(low) != blocks:
-        raise Refused(
-            "LAYER-SIZE", expected="data, superblock and hash tree in 4096-byte blocks", seen=f"{size} bytes"
-        )
+        raise Refused("LAYER-SIZE", expected="whole blocks of data and hashes", seen=f"{size} bytes")
     return low
 
 
@@ -1068,9 +1062,7 @@ assert _VERITY.size == 512
 
 
 def parse_verity_salt(untrusted: bytes, data_blocks: int) -> str:
-    """Return the salt of a verity superblock, after a check that everything else in it is what we pin
-    anyway.
-    """
+    """Return the salt of a verity superblock in which everything else is what we pin anyway."""
     magic, version, kind, _, name, data, hashes, blocks, size, salt = _VERITY.unpack_from(untrusted)
     fixed = (magic, version, kind, name.rstrip(b"\0"), data, hashes, blocks)
     pinned = (b"verity\0\0", 1, 1, b"sha256", BLOCK, BLOCK, data_blocks)
@@ -1166,11 +1158,8 @@ def parse_image(data: bytes) -> Image:
             continue
         roots = {item.annotations[name] for name in ROOT_HASH_ANNOTATIONS if name in item.annotations}
         if len(roots) != 1 or not HEX64.fullmatch(min(roots)):
-            raise Refused(
-                "LAYER-ROOTHASH",
-                expected="one dm-verity root hash",
-                seen=f"{sorted(roots)} in {item.digest}",
-            )
+            seen = f"{sorted(roots)} in {item.digest}"
+            raise Refused("LAYER-ROOTHASH", expected="one dm-verity root hash", seen=seen)
         layers.append(Layer(item.media_type, item.digest, item.size, min(roots)))
     if not layers:
         raise Refused("IMAGE-FORMAT", expected="at least one layer", seen="none")
@@ -1191,24 +1180,17 @@ class Node(NamedTuple):
 
 def fault(node: Node, path: str, expected: str) -> Refused:
     """Make the refusal that names line, key and what should stand there."""
-    seen = node.value if isinstance(node.value, str | int) else type(node.value).__name__
-    return Refused(
-        "MANIFEST-FORMAT", expected=expected, seen=f"line {node.line}, {path or 'top'}: {str(seen)[:100]!r}"
-    )
+    words = str(node.value if isinstance(node.value, str | int) else type(node.value).__name__)
+    seen = f"line {node.line}, {path or 'top'}: {words[:100]!r}"
+    return Refused("MANIFEST-FORMAT", expected=expected, seen=seen)
 
 
 def parse_yaml(data: bytes) -> Node:
-    """Parse one YAML document of plain mappings, sequences, strings, whole numbers and true/false.
-
-    Anchors, aliases, tags, repeated keys, several documents and words that YAML versions read differently
-    are refused.
-    """
+    """Parse one YAML document: no anchors, tags, repeated keys, nor words that versions read differently."""
     import yaml
 
     if len(data) > MANIFEST_BYTES:
-        raise Refused(
-            "MANIFEST-FORMAT", expected=f"at most {MANIFEST_BYTES} bytes", seen=f"{len(data)} bytes"
-        )
+        raise Refused("MANIFEST-FORMAT", expected="at most 1 MiB", seen=f"{len(data)} bytes")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         events = iter(list(_bounded(yaml.parse(data, Loader=loader))))
@@ -1234,9 +1216,8 @@ def _yaml_document(events: Iterator[Any]) -> Node:
     next(events)  # document end
     after = next(events)
     if type(after).__name__ != "StreamEndEvent":
-        raise Refused(
-            "MANIFEST-FORMAT", expected="one YAML document", seen=f"another at line {_line(after)}"
-        )
+        seen = f"another at line {_line(after)}"
+        raise Refused("MANIFEST-FORMAT", expected="one YAML document", seen=seen)
     return node
 
 
@@ -1290,9 +1271,7 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
         return int(text)
     # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
     if (not text or _AMBIGUOUS.fullmatch(text)) and not _ONE_READING.fullmatch(text):
-        raise fault(
-            Node(text, line), path, "a value that can be read in one way only (put text into quotes)"
-        )
+        raise fault(Node(text, line), path, "a value of one reading only (put text into quotes)")
     return text
 
 
@@ -1302,6 +1281,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}")
 MAX_EPOCH, MAX_SEQUENCE = 64, (1 << 63) - 1
+EPOCHS = range(1, MAX_EPOCH + 1)
 
 
 class Volume(NamedTuple):
@@ -1337,9 +1317,7 @@ class StorageMount(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One image with a role. `source` stands in a person's manifest, digest, size and signatures in a signed
-    one.
-    """
+    """One image with a role. A person's manifest has a source, a signed one digest, size, signatures."""
 
     service_name: str
     service_type: str
@@ -1474,19 +1452,16 @@ def _mount_path(node: Node, path: str) -> str:
 _name = _text(NAME, "a name of a-z, 0-9, '.', '_', '-', at most 64 characters")
 _digest = _text(DIGEST, "sha256: and 64 hex digits")
 _NO_NETWORK = Network("none", "", "", ())
-_PORT = _record(
-    Port, {"host": Field(_number(1, 65535), REQUIRED), "container": Field(_number(1, 65535), REQUIRED)}
-)
+_PORT = _record(Port, dict.fromkeys(("host", "container"), Field(_number(1, 65535), REQUIRED)))
 _NETWORK = _record(Network, {
     "type": Field(_choice("host", "none", "simple"), REQUIRED),
     "ipv4": Field(_address(4), ""),
     "ipv6": Field(_address(6), ""),
     "ports": Field(_list_of(_PORT, 1024), ()),
 })  # fmt: skip
-_STORAGE_MOUNT = _record(StorageMount, {
-    "dest": Field(_mount_path, REQUIRED),
-    "label": Field(_name, REQUIRED),
-})  # fmt: skip
+_STORAGE_MOUNT = _record(
+    StorageMount, {"dest": Field(_mount_path, REQUIRED), "label": Field(_name, REQUIRED)}
+)
 _VOLUME = _record(Volume, {
     "label": Field(_name, REQUIRED),
     "persistent": Field(_boolean, REQUIRED),
@@ -1502,16 +1477,9 @@ _TARGET = {
     "network": Field(_NETWORK, _NO_NETWORK),
     "storage": Field(_list_of(_STORAGE_MOUNT, 64), ()),
 }
-_WRITTEN = {
-    **_TARGET,
-    "source": Field(
-        _text(
-            re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}"),
-            "oci:DIR[:TAG], docker-archive:FILE or docker://…",
-        ),
-        REQUIRED,
-    ),
-}
+_SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
+_SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
+_WRITTEN = {**_TARGET, "source": Field(_text(_SOURCE, _SOURCE_WORDS), REQUIRED)}
 _SIGNED = {
     **_TARGET,
     "digest": Field(_digest, REQUIRED),
@@ -1535,16 +1503,13 @@ def _contents(target: Mapping[str, Field]) -> Callable[[Node, str], Any]:
 
 
 def parse_manifest(text: bytes, *, published: bool = True) -> Contents:
-    """Parse an install manifest: as signed (`published`) or as a person writes it. Raises Refused with line
-    and key.
-    """
+    """Parse an install manifest: as signed (`published`) or as a person writes it."""
     node = parse_yaml(text)
     contents = cast(Contents, _contents(_SIGNED if published else _WRITTEN)(node, ""))
     fields = cast(dict[str, Node], node.value)
     _check_unique([volume.label for volume in contents.storage], fields.get("storage"), "storage", "label")
-    _check_unique(
-        [target.service_name for target in contents.targets], fields["targets"], "targets", "service_name"
-    )
+    services = [target.service_name for target in contents.targets]
+    _check_unique(services, fields["targets"], "targets", "service_name")
     labels = {volume.label for volume in contents.storage}
     for index, target in enumerate(contents.targets):
         item = cast(list[Node], fields["targets"].value)[index]
@@ -1561,34 +1526,26 @@ def _check_unique(names: list[str], node: Node | None, path: str, key: str) -> N
 
 def _check_target(target: Target, labels: set[str], node: Node, path: str) -> None:
     """Check what one target's keys must be together."""
+    network = Node(target.network.type, node.line)
     for mount in target.storage:
         if mount.label not in labels:
-            raise fault(
-                Node(mount.label, node.line), f"{path}.storage", f"a label of storage: {sorted(labels)}"
-            )
+            expected = f"a label of storage: {sorted(labels)}"
+            raise fault(Node(mount.label, node.line), f"{path}.storage", expected)
     if (target.service_type in ("hostfs", "bootkit")) and target.service_name != target.service_type:
-        raise fault(
-            node, f"{path}.service_name", f"the name {target.service_type} for a target of that type"
-        )
+        raise fault(node, f"{path}.service_name", f"the name {target.service_type} for such a target")
     if target.writable and target.service_type != "hostfs":
         raise fault(Node(target.writable, node.line), f"{path}.writable", "writable at hostfs only")
     if target.network.type != "simple" and target.network[1:] != _NO_NETWORK[1:]:
-        raise fault(
-            Node(target.network.type, node.line),
-            f"{path}.network",
-            "addresses and ports with type simple only",
-        )
+        raise fault(network, f"{path}.network", "addresses and ports with type simple only")
     if target.network != _NO_NETWORK and target.service_type != "container":
-        raise fault(Node(target.network.type, node.line), f"{path}.network", "a network at containers only")
+        raise fault(network, f"{path}.network", "a network at containers only")
 
 
 # --- Trust: who signed this, and is it exactly what they signed? -------------------------------------------
 
 
 class Manifest(NamedTuple):
-    """An install manifest whose signature, chain, product and epoch were verified: only `verify_manifest`
-    makes one.
-    """
+    """An install manifest that is proven: only `verify_manifest` makes one."""
 
     contents: Contents
     sha256: str
@@ -1602,9 +1559,8 @@ def verify_manifest(untrusted: bytes, signature: bytes, certificate: bytes, poli
     if contents.product != policy.product:
         raise Refused("MANIFEST-PRODUCT", expected=policy.product, seen=contents.product)
     if contents.epoch < policy.epoch:
-        raise Refused(
-            "MANIFEST-EPOCH", expected=f"epoch {policy.epoch} or later", seen=f"epoch {contents.epoch}"
-        )
+        expected = f"epoch {policy.epoch} or later"
+        raise Refused("MANIFEST-EPOCH", expected=expected, seen=f"epoch {contents.epoch}")
     return Manifest(contents, hashlib.sha256(untrusted).hexdigest())
 
 
@@ -1625,16 +1581,9 @@ def verify_certificate(untrusted: bytes, policy: Policy) -> x509.Certificate:
         uses, issuer = _certificate_uses(certificate), certificate.issuer.rfc4514_string()
         certificate.public_key()
     except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
-        seen = f"{type(error).__name__}: {error}"
-        raise Refused(
-            "MANIFEST-CERTIFICATE", expected="a certificate for code signing", seen=seen
-        ) from error
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception as error:
-        seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
-        expected = f"issued by {authority.subject.rfc4514_string()}"
-        raise Refused("MANIFEST-CHAIN", expected=expected, seen=seen) from error
+        expected, seen = "a certificate for code signing", f"{type(error).__name__}: {error}"
+        raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=seen) from error
+    check_issuer(certificate, authority, issuer, "MANIFEST-CHAIN")
     if uses[:-1] != ("leaf", "digitalSignature", "codeSigning"):
         raise Refused("MANIFEST-CERTIFICATE", expected="a leaf for code signing", seen=", ".join(uses))
     if uses[-1] != f"urn:uuid:{policy.product}":
@@ -1644,10 +1593,20 @@ def verify_certificate(untrusted: bytes, policy: Policy) -> x509.Certificate:
     return certificate
 
 
+def check_issuer(
+    certificate: x509.Certificate, authority: x509.Certificate, issuer: str, check: str
+) -> None:
+    """Refuse by `check` a certificate that the authority did not sign."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except Exception as error:
+        seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
+        expected = f"issued by {authority.subject.rfc4514_string()}"
+        raise Refused(check, expected=expected, seen=seen) from error
+
+
 def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str]:
-    """Return what a certificate may be used for, in words: leaf or ca, key usage, extended usage, its one
-    URI.
-    """
+    """Return what a certificate is for, in words: leaf or ca, key usage, extended usage, its one URI."""
     from cryptography import x509
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -1658,14 +1617,12 @@ def _certificate_uses(certificate: x509.Certificate) -> tuple[str, str, str, str
     find = certificate.extensions.get_extension_for_class
     usage = find(x509.KeyUsage).value
     signs_only = usage.digital_signature and not (usage.key_cert_sign or usage.crl_sign)
-    extended = find(x509.ExtendedKeyUsage).value
+    code = list(find(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CODE_SIGNING]
     names = find(x509.SubjectAlternativeName).value.get_values_for_type(x509.UniformResourceIdentifier)
     return (
         "ca" if find(x509.BasicConstraints).value.ca else "leaf",
         "digitalSignature" if signs_only else "other key usage",
-        "codeSigning"
-        if list(extended) == [ExtendedKeyUsageOID.CODE_SIGNING]
-        else "other extended key usage",
+        "codeSigning" if code else "other extended key usage",
         names[0] if len(names) == 1 else f"{len(names)} names",
     )
 
@@ -1704,20 +1661,13 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
         extension = cast(x509.UnrecognizedExtension, certificate.extensions.get_extension_for_oid(oid).value)
         head, body = extension.value[:2], extension.value[2:]
         version, raw, proof, storage_key, index = RECORD.unpack(body)
+        issuer = certificate.issuer.rfc4514_string()
         if (head, version, storage_key[:2], index[:2]) != (RECORD_HEAD, 1, b"\0\x0b", b"\0\x0b"):
             raise ValueError("not a machine record of version 1")
     except Exception as error:  # of a spoiled certificate the parser raises more kinds than it names
-        seen = f"{type(error).__name__}: {error}"
-        raise Refused(
-            "RECORD-FORMAT", expected="a SUDI certificate with a machine record", seen=seen
-        ) from error
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except Exception as error:
-        expected = f"issued by {authority.subject.rfc4514_string()}"
-        raise Refused(
-            "RECORD-SIGNATURE", expected=expected, seen=str(error) or "another signature"
-        ) from error
+        expected, seen = "a SUDI certificate with a machine record", f"{type(error).__name__}: {error}"
+        raise Refused("RECORD-FORMAT", expected=expected, seen=seen) from error
+    check_issuer(certificate, authority, issuer, "RECORD-SIGNATURE")
     text = raw.hex()
     named = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
     if named != product:
@@ -1729,14 +1679,12 @@ def verify_epoch_order(statement: bytes, signature: bytes, certificate: bytes, p
     """Return the epoch that the publisher's statement orders; it is signed and checked like a manifest."""
     try:
         verify_signature(verify_certificate(certificate, policy), signature, statement)
-        fields = parse_json(statement, "EPOCH-ORDER")
+        fields = cast(dict[str, Any], parse_json(statement, "EPOCH-ORDER"))
+        match(fields, {**epoch_statement(policy.product, 1), "epoch": EPOCHS}, "", "EPOCH-ORDER")
     except Refused as error:
         seen = f"{error.check}: {error.seen}"
         raise Refused("EPOCH-ORDER", expected=error.expected, seen=seen) from error
-    epoch, product = fields.get("epoch") if isinstance(fields, dict) else None, policy.product
-    if type(epoch) is not int or not 1 <= epoch <= MAX_EPOCH or fields != epoch_statement(product, epoch):
-        raise Refused("EPOCH-ORDER", expected=f"an epoch of {product}", seen=repr(statement[:200]))
-    return epoch
+    return int(fields["epoch"])
 
 
 def epoch_statement(product: str, epoch: int) -> dict[str, object]:
@@ -1765,16 +1713,11 @@ def verify_signature(signer: x509.Certificate, signature: bytes, untrusted: byte
         elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= 3072:
             key.verify(signature, untrusted, padding.PKCS1v15(), hashes.SHA256())
         else:
-            raise Refused(
-                "MANIFEST-CERTIFICATE",
-                expected="ECDSA P-256 or P-384, Ed25519 or RSA from 3072 bits",
-                seen=str(key),
-            )
+            expected = "ECDSA P-256 or P-384, Ed25519 or RSA from 3072 bits"
+            raise Refused("MANIFEST-CERTIFICATE", expected=expected, seen=str(key))
     except InvalidSignature as error:
         seen = f"a signature that does not fit the manifest or {signer.subject.rfc4514_string()}"
-        raise Refused(
-            "MANIFEST-SIGNATURE", expected="the signature of exactly these bytes", seen=seen
-        ) from error
+        raise Refused("MANIFEST-SIGNATURE", expected="the signature of these bytes", seen=seen) from error
 
 
 # --- LUKS2: the header of a volume, taken apart before anything else reads it ------------------------------
@@ -1820,7 +1763,7 @@ class _LuksCopy(NamedTuple):
 
 
 def read_luks_header(k: Kernel, fd: int, kind: str) -> LuksHeader:
-    """Read everything in front of a volume's data, once; nothing else of it may be read again."""
+    """Read everything in front of a volume's data, once; nothing of it may be read again."""
     with refusing("LUKS-HEADER", "a header that can be read"):
         untrusted = k.read_at(fd, 0, LUKS_BYTES)
         if kind == "config":
@@ -1883,9 +1826,8 @@ def _parse_luks_copy(untrusted: bytes, offset: int) -> _LuksCopy | None:
     if raw != ours or not UUID.fullmatch(copy.uuid):
         pairs = zip(fields, _LUKS.unpack_from(ours), strict=True)
         seen = [field for field, wanted in pairs if field != wanted] or [copy.uuid]
-        raise Refused(
-            "LUKS-HEADER", expected="a header as mosinit makes it", seen=f"{str(seen[0])[:60]} at {offset}"
-        )
+        words = f"{str(seen[0])[:60]} at {offset}"
+        raise Refused("LUKS-HEADER", expected="a header as mosinit makes it", seen=words)
     return copy
 
 
@@ -1903,30 +1845,6 @@ def _choose_luks_copy(first: _LuksCopy | None, second: _LuksCopy | None) -> tupl
     if chosen := first or second:
         return chosen, "" if first and second else "one copy of the header is damaged"
     raise Refused("LUKS-HEADER", expected="a LUKS2 header", seen="no copy with the right checksum")
-
-
-def _match(value: object, shape: object, path: str) -> None:
-    """Refuse a value that is not of a shape: a mapping with exactly these keys, a pattern, a range, a test
-    or a constant.
-    """
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key in {**shape, **value}:
-            here = f"{path}.{key}"[:100].strip(".")
-            _match(value.get(key, ...), shape.get(key, ...), here)  # what is not there is no JSON
-        return
-    if isinstance(shape, re.Pattern):
-        fits = isinstance(value, str) and bool(shape.fullmatch(value))
-    elif isinstance(shape, range):
-        fits = type(value) is int and value in shape
-    elif callable(shape):
-        fits = bool(shape(value))
-    else:
-        fits = type(value) is type(shape) and value == shape
-    if not fits:
-        words = str(value)[:60] if isinstance(value, str | int) else type(value).__name__
-        seen = f"{path}: {'missing' if value is ... else words}"
-        check = "LUKS-TOKEN" if path.startswith("tokens") else "LUKS-HEADER"
-        raise Refused(check, expected="what mosinit writes there, nothing else", seen=seen)
 
 
 def _base64(least: int, most: int) -> Callable[[object], bool]:
@@ -1987,12 +1905,12 @@ def _check_luks_json(raw: dict[str, Any], kind: str) -> tuple[int, ...]:
     size = -(-LUKS_KEY_BYTES[kind] * 4000 // BLOCK) * BLOCK
     shape = {
         "keyslots": {slot: _slot_shape(value, LUKS_KEY_BYTES[kind], size) for slot, value in slots.items()},
-        "tokens": _TOKENS if kind == "config" else {},
         "segments": {"0": segment},
         "digests": {"0": digest},
         "config": {"json_size": str(LUKS_COPY - BLOCK), "keyslots_size": str(LUKS_SLOT_BYTES)},
     }
-    _match(raw, shape, "")
+    match(raw.get("tokens", ...), _TOKENS if kind == "config" else {}, "tokens", "LUKS-TOKEN")
+    match({key: value for key, value in raw.items() if key != "tokens"}, shape, "", "LUKS-HEADER")
     free = 2 * LUKS_COPY
     for start, slot in sorted((int(value["area"]["offset"]), slot) for slot, value in slots.items()):
         if start % BLOCK or not free <= start <= LUKS_BYTES - size:
@@ -2024,7 +1942,7 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
     """Take apart the tokens of config, whose outer shape is checked."""
     seal, record, approvals, order = raw["0"], raw["1"], raw["2"]["approvals"], raw["3"]
     for index, approval in enumerate(approvals):
-        _match(approval, _APPROVAL, f"tokens.2.approvals[{index}]")
+        match(approval, _APPROVAL, f"tokens.2.approvals[{index}]", "LUKS-TOKEN")
     decode = binascii.a2b_base64
     signatures = {approval["pcr7"]: decode(approval["signature"]) for approval in approvals}
     if len(signatures) != len(approvals):
@@ -2037,10 +1955,7 @@ def _parse_tokens(raw: dict[str, Any]) -> Tokens:
 
 
 def open_volume(k: Kernel, header: LuksHeader, device: str, secret: bytearray, name: str | None) -> None:
-    """Open a volume by its checked header and key slot 0; without a name, only try the secret.
-
-    The secret stays the caller's, who wipes it.
-    """
+    """Open a volume by its checked header and key slot 0; without a name, only try the secret."""
     with refusing("VOLUME-KEY", f"the volume {header.uuid} opened by this machine's key"):
         k.open_luks(detached_header(header), device, secret, 0, name)
 
@@ -2148,9 +2063,8 @@ def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Man
             manifest = verified[sha256] = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
             if manifest.sha256 != sha256 or manifest.contents.sequence > generation.sequence:
                 seen = f"{manifest.sha256}, sequence {manifest.contents.sequence}"
-                raise Refused(
-                    "MANIFEST-SEQUENCE", expected=f"{sha256}, at most {generation.sequence}", seen=seen
-                )
+                expected = f"{sha256}, at most {generation.sequence}"
+                raise Refused("MANIFEST-SEQUENCE", expected=expected, seen=seen)
         contents = verified[sha256].contents
         found = [target for target in contents.targets if target.service_name == service_name]
         if not found or any(target.service_name == service_name for target in targets):
@@ -2165,17 +2079,10 @@ def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Man
 
 
 def pick_generation(k: Machine, policy: Policy) -> Manifest:
-    """Return the generation that the boot menu named, if it is this UKI's and all of it verifies.
-
-    Otherwise the newest that is and does.
-    """
-    entry = k.efi_read("LoaderEntrySelected", LOADER_GUID)
-    named = (
-        re.match(r"mosinit_([0-9]{1,19})(?:\+|\.efi)", entry[1].decode("utf-16-le", "replace"))
-        if entry
-        else None
-    )
-    wanted = int(named[1]) if named and not (entry and entry[0] & EFI_NON_VOLATILE) else 0
+    """Return the newest generation of this UKI that verifies, or before it the one the menu named."""
+    attributes, value = k.efi_read("LoaderEntrySelected", LOADER_GUID) or (EFI_NON_VOLATILE, b"")
+    named = re.match(r"mosinit_([0-9]{1,19})(?:\+|\.efi)", value.decode("utf-16-le", "replace"))
+    wanted = int(named[1]) if named and not attributes & EFI_NON_VOLATILE else 0
     ours = [each for each in read_generations(k, policy.product) if each.uki == policy.uki_id]
     ours.sort(key=lambda generation: generation.sequence != wanted)  # stable: then newest first
     failure = Refused("GENERATION", expected=f"a generation of UKI {policy.uki_id}", seen="none")
@@ -2195,12 +2102,8 @@ def pick_generation(k: Machine, policy: Policy) -> Manifest:
 
 TPM_SYSFS = "/sys/class/tpm/tpm0"
 MEASURE_LOG = "/run/log/systemd/tpm2-measure.log"
-TPM_ALGORITHMS = {
-    "sha1": 0x0004,
-    "sha256": 0x000B,
-    "sha384": 0x000C,
-    "sha512": 0x000D,
-}  # TCG algorithm registry
+# TCG algorithm registry
+TPM_ALGORITHMS = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
 
 
 class Cc(enum.IntEnum):
@@ -2365,20 +2268,10 @@ class UkiApproval(NamedTuple):
 
 def parse_uki_approval(data: bytes) -> UkiApproval:
     """Parse the section .pcrsig as the stub hands it over. It is not measured: the TPM checks it."""
-    raw = parse_json(data, "TPM-APPROVAL")
-    fields = raw if isinstance(raw, dict) else {}
-    epoch, words = fields.get("epoch"), [fields.get(name) for name in ("unseal", "set_epoch")]
-    if not (
-        type(epoch) is int
-        and 1 <= epoch <= MAX_EPOCH
-        and set(fields) == {"schema", "epoch", "unseal", "set_epoch"}
-        and fields["schema"] == 1
-        and all(isinstance(word, str) and SIGNATURE.fullmatch(word) for word in words)
-    ):
-        raise Refused(
-            "TPM-APPROVAL", expected="an approval of this UKI", seen=data[:80].decode(errors="replace")
-        )
-    return UkiApproval(epoch, *(bytes.fromhex(cast(str, word)) for word in words))
+    raw = cast(dict[str, Any], parse_json(data, "TPM-APPROVAL"))
+    shape = {"schema": 1, "epoch": EPOCHS, "unseal": SIGNATURE, "set_epoch": SIGNATURE}
+    match(raw, shape, "", "TPM-APPROVAL")
+    return UkiApproval(raw["epoch"], *(bytes.fromhex(raw[name]) for name in ("unseal", "set_epoch")))
 
 
 class TpmError(OSError):
@@ -2484,10 +2377,7 @@ def read_pcr(k: Kernel, pcr: Pcr) -> bytes:
 
 
 def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
-    """Extend every bank of a PCR with a word, and append the event to systemd's measurement log.
-
-    Raises OSError if the TPM does not take it.
-    """
+    """Extend every bank of a PCR with a word, append the event to systemd's log; OSError if that fails."""
     digests = {bank: hashlib.new(bank, word).digest() for bank in active_banks(k)}
     values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
     tpm(k, Cc.PCR_EXTEND, [pcr], struct.pack(">I", len(digests)) + values, EMPTY_PASSWORD)
@@ -2495,9 +2385,7 @@ def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
 
 
 class Session:
-    """A policy session, salted and encrypted (part 1, 19): only the TPM with the storage root key can make
-    its answers, and only we can read them.
-    """
+    """A policy session, salted and encrypted to the storage root key (part 1, 19): only its TPM answers."""
 
     def __init__(self, k: Kernel, storage_key: bytes) -> None:
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -2547,9 +2435,8 @@ def tpm_in(
     if command != Cc.UNSEAL:
         return bytearray()
     keys, inner = kdfa(session.key, b"CFB", nonce_tpm, nonce), Answer(command, body)
-    secret = bytearray(
-        Cipher(algorithms.AES(keys[:16]), modes.CFB(keys[16:])).decryptor().update(inner.sized())
-    )
+    cipher = Cipher(algorithms.AES(keys[:16]), modes.CFB(keys[16:]))
+    secret = bytearray(cipher.decryptor().update(inner.sized()))
     inner.end()
     return secret
 
@@ -2571,12 +2458,8 @@ def authorize(
         ticket = tpm(k, Cc.VERIFY_SIGNATURE, [loaded], signed).rest()
     finally:
         flush(k, loaded)
-    tpm(
-        k,
-        Cc.POLICY_AUTHORIZE,
-        [session],
-        _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket,
-    )
+    approved = _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket
+    tpm(k, Cc.POLICY_AUTHORIZE, [session], approved)
 
 
 def satisfy_pcrs(k: Kernel, session: int, pcrs: Sequence[Pcr]) -> None:
@@ -2707,11 +2590,8 @@ def asking_tpm(expected: str) -> Iterator[None]:
     try:
         yield
     except TpmError as error:
-        check = (
-            "TPM-LOCKOUT"
-            if error.code == RC_LOCKOUT
-            else TPM_REFUSALS.get((error.command, error.code), "TPM-ANSWER")
-        )
+        check = TPM_REFUSALS.get((error.command, error.code), "TPM-ANSWER")
+        check = "TPM-LOCKOUT" if error.code == RC_LOCKOUT else check
         raise Refused(check, expected=expected, seen=str(error.strerror)) from error
     except OSError as error:
         raise Refused("TPM-ANSWER", expected=expected, seen=str(error)) from error
@@ -2783,9 +2663,8 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
     name = tpm_name(storage_key) if storage_key else b""
     if name != record.storage_key:
         check = ("TPM-IDENTITY" if storage_key else "TPM-SRK") if whole else "TPM-CLEARED"
-        raise Refused(
-            check, expected=f"storage key {record.storage_key.hex()}", seen=f"{name.hex() or 'none'}, {seen}"
-        )
+        expected, seen = f"storage key {record.storage_key.hex()}", f"{name.hex() or 'none'}, {seen}"
+        raise Refused(check, expected=expected, seen=seen)
     k.report.passed("TPM-IDENTITY", name.hex(), name.hex())
     demand(k, "TPM-STATE", expected=f"{PROVISIONED!r}", seen=f"{permanent & PROVISIONED!r}")
     with asking_tpm("the epoch index"):
@@ -2794,9 +2673,8 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
         bits = read_epoch(k)
     k.report.facts["tpm_epoch"] = bits.bit_length()
     if bits & ~epoch_bits(epoch):
-        raise Refused(
-            "EPOCH", expected=f"a TPM at epoch {epoch} or before", seen=f"epoch {bits.bit_length()}"
-        )
+        seen = f"epoch {bits.bit_length()}"
+        raise Refused("EPOCH", expected=f"a TPM at epoch {epoch} or before", seen=seen)
     k.report.passed("EPOCH", f"at most {epoch}", str(bits.bit_length()))
     return cast(bytes, storage_key)
 
@@ -2865,10 +2743,7 @@ def raise_epoch(
 
 
 def check_secret(record: MachineRecord, secret: bytearray) -> None:
-    """See that the unsealed secret is the one of the machine record.
-
-    A volume that somebody else sealed to the same public policy ends here, before it is opened.
-    """
+    """See that the secret is the record's: what somebody else sealed to the same policy ends here."""
     proof = secret_proof(secret, record.product)
     if len(secret) != 32 or not hmac.compare_digest(proof, record.secret_proof):
         raise Refused("VOLUME-IDENTITY", expected=record.secret_proof.hex(), seen=proof.hex())
@@ -2928,19 +2803,15 @@ def load_modules(k: Machine, policy: Policy) -> None:
     """Load what the build listed, in its order, read parameters back, arm the watchdog once it is there."""
     armed = False
     for module in policy.modules:
-        words = [f"{name}={value}" for name, value in module.parameters.items()]
-        words += ["async_probe=1"] if module.background else []
+        given = [f"{name}={value}" for name, value in module.parameters.items()]
+        given += ["async_probe=1"] if module.background else []
         with refusing("MODULE-LOAD", f"{module.name} to load"):
-            k.load_module(module.path, " ".join(words))
+            k.load_module(module.path, " ".join(given))
         for name, value in module.parameters.items():
             with refusing("MODULE-PARAMETER", f"{module.name}.{name}={value}"):
                 seen = k.read(f"/sys/module/{module.name}/parameters/{name}", BLOCK).decode().strip()
-            demand(
-                k,
-                "MODULE-PARAMETER",
-                expected=f"{module.name}.{name}={value}",
-                seen=f"{module.name}.{name}={seen}",
-            )
+            words = f"{module.name}.{name}="
+            demand(k, "MODULE-PARAMETER", expected=words + value, seen=words + seen)
         armed = armed or k.arm_watchdog(WATCHDOG_SECONDS)
     k.report.facts["watchdog"] = armed
 
@@ -2973,9 +2844,7 @@ def _check_secure_boot(k: Machine) -> None:
 
 
 def _check_trusted_keys(k: Machine, policy: Policy) -> None:
-    """See that the firmware's db and the kernel's keyrings hold what the build listed, and nothing of
-    shim's.
-    """
+    """See that the firmware's db and the kernel's keyrings hold what the build listed, nothing of shim."""
     shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID) and name not in SHIM_HARMLESS]
     for name in shim:
         with contextlib.suppress(OSError):
@@ -3011,13 +2880,8 @@ def _check_tpm(k: Machine) -> None:
     demand(k, "TPM-ABSENT", expected="TPM 2", seen=f"TPM {major.decode().strip()}")
     with refusing("TPM-BANK", "a SHA-256 bank"):
         value = read_pcr(k, MEASURED)
-    measured = value not in (bytes(32), b"\xff" * 32)
-    demand(
-        k,
-        "TPM-BANK",
-        expected="measured into PCR 11",
-        seen=f"{'measured' if measured else 'nothing'} into PCR 11",
-    )
+    seen = "nothing into PCR 11" if value in (bytes(32), b"\xff" * 32) else "measured into PCR 11"
+    demand(k, "TPM-BANK", expected="measured into PCR 11", seen=seen)
 
 
 def _check_nothing_extra(k: Machine) -> None:
@@ -3065,9 +2929,8 @@ def find_disk(k: Machine) -> BootDisk:
             break
         k.sleep(0.02)
     if not found:
-        raise Refused(
-            "DISK-ABSENT", expected=f"a disk with partition {wanted}", seen="; ".join(others) or "no disk"
-        )
+        seen = "; ".join(others) or "no disk"
+        raise Refused("DISK-ABSENT", expected=f"a disk with partition {wanted}", seen=seen)
     twins = " and ".join(disk.name for disk in found[1:])
     demand(k, "DISK-AMBIGUOUS", expected="on one disk", seen=f"on {twins} too" if twins else "on one disk")
     return found[0]
@@ -3105,20 +2968,15 @@ def _read_gpt(k: Machine, name: str) -> tuple[Partition, ...]:
 
 def open_partition(k: Machine, disk: BootDisk, kind: str, name: str = "") -> tuple[int, Partition]:
     """Open the one partition of that type (and name) on the boot disk, where kernel and table agree."""
-    partitions = disk.find(kind, name)
-    if len(partitions) != 1:
-        seen = str(len(partitions))
-        raise Refused("DISK-PARTITION", expected=f"one partition of type {kind} {name}".strip(), seen=seen)
-    partition = partitions[0]
+    partition = only(disk.find(kind, name), "DISK-PARTITION", f"one partition of type {kind} {name}".strip())
     expected = f"partition {partition.number} of {partition.size} bytes at {partition.start}"
     for name in k.names(f"/sys/block/{disk.name}"):
         folder = f"/sys/block/{disk.name}/{name}"
         if not k.exists(f"{folder}/partition"):
             continue
         with refusing("DISK-PARTITION", expected):
-            number, start, size = (
-                int(k.read(f"{folder}/{file}", 64)) for file in ("partition", "start", "size")
-            )
+            files = ("partition", "start", "size")
+            number, start, size = (int(k.read(f"{folder}/{file}", 64)) for file in files)
         if number == partition.number:
             seen = f"partition {number} of {size * 512} bytes at {start * 512}"
             demand(k, "DISK-PARTITION", expected=expected, seen=seen)
@@ -3138,17 +2996,10 @@ class Verity(NamedTuple):
 
 
 def activate_verity(
-    k: Machine,
-    name: str,
-    device: str,
-    data_blocks: int,
-    root_hash: str,
-    salt: str,
-    signature: bytes,
+    k: Machine, name: str, device: str, data_blocks: int, root_hash: str, salt: str, signature: bytes,
     check: str,
-) -> Verity:
-    """Make a dm-verity device whose root hash the kernel itself checked; refused by `check` if it does not
-    agree.
+) -> Verity:  # fmt: skip
+    """Make a dm-verity device whose root hash the kernel itself checked, or refuse by `check`.
 
     `device` is MAJOR:MINOR and holds data, one block of superblock, and the tree.
     """
@@ -3175,11 +3026,8 @@ def load_verity_table(k: Machine, verity: Verity, *extra: str) -> None:
     options = ("root_hash_sig_key_desc", key, *extra)
     k.add_key(key, verity.signature)
     try:
-        table = (
-            verity.data_blocks * (BLOCK // 512),
-            "verity",
-            f"{verity.parameters} {len(options)} {' '.join(options)}",
-        )
+        words = f"{verity.parameters} {len(options)} {' '.join(options)}"
+        table = (verity.data_blocks * (BLOCK // 512), "verity", words)
         k.dm(DmCommand.TABLE_LOAD, verity.name, DM_READONLY, table)
     finally:
         k.clear_keys()
@@ -3307,15 +3155,12 @@ def open_live_store(k: Machine, disk: BootDisk) -> Verity:
     store_fd, partition = open_partition(k, disk, LIVE_STORE_TYPE)
     needed = (seal.data_blocks + 1 + verity_tree_blocks(seal.data_blocks)) * BLOCK
     if needed > partition.size:
-        raise Refused(
-            "STORE-SEAL", expected=f"a store within {partition.size} bytes", seen=f"{needed} bytes"
-        )
+        expected = f"a store within {partition.size} bytes"
+        raise Refused("STORE-SEAL", expected=expected, seen=f"{needed} bytes")
     # The descriptor stays open: its device number cannot pass to another disk before device-mapper holds it.
     device, salt = k.device_number(store_fd), live_store_salt(seal.data_blocks)
-    name = "mosinit-store"
-    verity = activate_verity(
-        k, name, device, seal.data_blocks, seal.root_hash, salt, seal.signature, "STORE-SIGNATURE"
-    )
+    sealed = (seal.data_blocks, seal.root_hash, salt, seal.signature)
+    verity = activate_verity(k, "mosinit-store", device, *sealed, "STORE-SIGNATURE")
     with refusing("STORE-READ", "an erofs file system"):
         k.mount(verity.path, STORE, "erofs", RO_SAFE | MountFlag.NOSYMFOLLOW)
     return verity
@@ -3327,9 +3172,7 @@ def blob_path(digest: str) -> str:
 
 
 def read_blob(k: Machine, digest: str, size: int, check: str) -> bytes:
-    """Return a small blob of the store if it is exactly what `digest` and `size` say, refused by `check` if
-    not.
-    """
+    """Return a small blob of the store if it is exactly what digest and size say, or else `check`."""
     if size > 4 * MIB:
         raise Refused(check, expected="at most 4 MiB", seen=f"{size} bytes")
     with refusing("STORE-READ", f"blob {digest}"):
@@ -3345,14 +3188,12 @@ def find_release(k: Machine) -> dict[str, Descriptor]:
     with refusing("MANIFEST-ABSENT", "a release"):
         data = k.read(f"{STORE}/{REPOSITORY}/index.json")
     _, releases = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    if len(releases) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one release", seen=str(len(releases)))
-    data = read_blob(k, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    release = only(releases, "MANIFEST-ABSENT", "one release")
+    data = read_blob(k, release.digest, release.size, "MANIFEST-ABSENT")
     _, images = parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
     artefacts = [image for image in images if image.artifact_type == RELEASE_ARTIFACT]
-    if len(artefacts) != 1:
-        raise Refused("MANIFEST-ABSENT", expected="one install artefact", seen=str(len(artefacts)))
-    data = read_blob(k, artefacts[0].digest, artefacts[0].size, "MANIFEST-ABSENT")
+    artefact = only(artefacts, "MANIFEST-ABSENT", "one install artefact")
+    data = read_blob(k, artefact.digest, artefact.size, "MANIFEST-ABSENT")
     _, parts = parse_descriptors(data, "layers", "MANIFEST-ABSENT")
     return {part.media_type: part for part in reversed(parts)}
 
@@ -3411,12 +3252,8 @@ def mount_layers(k: Machine, manifest: Manifest, policy: Policy) -> Mounted:
         if target is bootkit:
             demand(k, "MANIFEST-UKI", expected=policy.uki_id, seen=str(image.uki_ids.get(policy.mode)))
         if len(image.layers) != len(target.layer_signatures):
-            seen = f"{len(target.layer_signatures)} signatures for {len(image.layers)} layers"
-            raise Refused(
-                "LAYER-SIGNATURE",
-                expected="a signature for each layer",
-                seen=f"{seen} of {target.service_name}",
-            )
+            seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
+            raise Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
         k.report.passed("IMAGE-DIGEST", target.digest, target.digest)
         # The last layer of an image is its uppermost.
         for index in range(len(image.layers) - 1, -1, -1):
@@ -3482,11 +3319,8 @@ def plan_root(layers: tuple[str, ...], writable: str) -> list[Overlay]:
     if writable == "all":
         return [Overlay(SYSROOT, layers, f"{SCRATCH}/root")]
     root = Overlay(SYSROOT, layers, "")
-    return (
-        [root, Overlay(f"{SYSROOT}/etc", (f"{SYSROOT}/etc",), f"{SCRATCH}/etc")]
-        if writable == "etc"
-        else [root]
-    )
+    etc = Overlay(f"{SYSROOT}/etc", (f"{SYSROOT}/etc",), f"{SCRATCH}/etc")
+    return [root, etc] if writable == "etc" else [root]
 
 
 @stage
@@ -3521,9 +3355,9 @@ def _is_program(k: Machine, path: str) -> bool:
     if found is None or not stat.S_ISREG(found[0]) or not found[0] & 0o111:
         return False
     interpreter = find_interpreter(found[1])
-    return interpreter == "" or (
-        interpreter is not None and k.read_in_root(SYSROOT, interpreter, 4) is not None
-    )
+    if not interpreter:
+        return interpreter is not None
+    return k.read_in_root(SYSROOT, interpreter, 4) is not None
 
 
 def find_interpreter(head: bytes) -> str | None:
@@ -3532,9 +3366,8 @@ def find_interpreter(head: bytes) -> str | None:
         words = head[2:].split(b"\n")[0].split()
         return words[0].decode(errors="replace") if words else None
     try:
-        magic, machine, table, size, count = struct.unpack_from(
-            "<4s14xH12xQ14xHH", head
-        )  # elf(5), Elf64_Ehdr
+        # elf(5), Elf64_Ehdr
+        magic, machine, table, size, count = struct.unpack_from("<4s14xH12xQ14xHH", head)
         if (magic, machine, size) != (b"\x7fELF", 62, 56):
             return None
         for number in range(count):
@@ -3553,12 +3386,8 @@ def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None
         with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
             if not k.is_folder(SYSROOT + folder):
                 k.make_folder(SYSROOT + folder)
-        demand(
-            k,
-            "OVERLAY-MOUNTPOINT",
-            expected=folder,
-            seen=folder if k.is_folder(SYSROOT + folder) else "a link",
-        )
+        seen = folder if k.is_folder(SYSROOT + folder) else "a link"
+        demand(k, "OVERLAY-MOUNTPOINT", expected=folder, seen=seen)
     if volumes.state:
         mount_ext4(k, volumes.state, f"{SYSROOT}/var", MountFlag.NOSUID | MountFlag.NODEV)
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
@@ -3571,11 +3400,12 @@ def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None
 
 
 def hand_over(k: Machine, policy: Policy, folders: Sequence[str], init: str) -> NoReturn:
-    """Leave the report and the organisation's public parts, free the initramfs, become hostfs's init."""
+    """Leave the report and what is public of the keyset, free the initramfs, become hostfs's init."""
     k.report.facts["previous_refusal"] = read_refusal(k)
     document = json.dumps(k.report.document("pivoted"))
     k.make_folder(f"{LEFT}/organisation")
     k.write(f"{LEFT}/report.json", document.encode() + b"\n")
+    k.write(f"{LEFT}/policy.json", k.read(f"{POLICY_FOLDER}/policy.json"))
     for name, content in policy.organisation.items():
         k.write(f"{LEFT}/organisation/{name}", content)
     if policy.mode == "live":
@@ -3624,20 +3454,14 @@ FIRST_WAIT, LONGEST_WAIT = 10, 600
 
 
 def read_refusal(k: Machine) -> dict[str, object] | None:
-    """Return what the last refused boot left behind. Anybody can write it: it is shown and counts a wait, no
-    more.
-    """
+    """Return what the last refused boot left. Anybody can write it: it is shown and counts a wait."""
     try:
         untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
         if untrusted is None or len(untrusted[1]) > 1024:
             return None
         raw = json.loads(untrusted[1], parse_constant=int)
-        keep = {
-            "id": str(raw["id"]),
-            "sequence": raw["sequence"],
-            "uki": str(raw["uki"]),
-            "count": raw["count"],
-        }
+        words = {"id": str(raw["id"]), "uki": str(raw["uki"])}
+        keep: dict[str, object] = {**words, "sequence": raw["sequence"], "count": raw["count"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     numbers = type(keep["count"]) is int and 0 < keep["count"] <= 64
@@ -3665,10 +3489,8 @@ def screen(report: Mapping[str, object], error: BaseException) -> str:
         rows = [("check", error.check), ("", check.title), *rows]
         rows += [("expected", error.expected), ("seen", error.seen), ("what to do", check.remedy)]
     else:
-        rows += [
-            ("crash", f"{type(error).__name__}: {error}"),
-            ("what to do", "this is a fault of mosinit: report it"),
-        ]
+        rows.append(("crash", f"{type(error).__name__}: {error}"))
+        rows.append(("what to do", "this is a fault of mosinit: report it"))
     uki = str(report.get("uki_id"))[:16]
     facts = f"UKI {uki}, manifest sequence {report['sequence']}, mode {report['mode']}"
     lines = [f"  {name:<12}{_printable(text)[:600]}" for name, text in (*rows, ("system", facts))]
@@ -3685,10 +3507,8 @@ def tell(k: Machine, error: BaseException) -> int:
     if isinstance(error, Refused):
         report = k.report.document("refused", error)
     else:
-        report = {
-            **k.report.document("crashed"),
-            "crash": f"{type(error).__name__}: {error} {_where(error)}"[:1000],
-        }
+        crash = f"{type(error).__name__}: {error} {_where(error)}"[:1000]
+        report = {**k.report.document("crashed"), "crash": crash}
     k.log(str(error))
     k.quiet_kernel(1)
     k.print(screen(report, error))

@@ -39,10 +39,21 @@ def guid_bytes(text: str) -> bytes:
     return struct.pack("<IHH", int(a, 16), int(b, 16), int(c, 16)) + bytes.fromhex(d + e)
 
 
-def gpt(partitions: Sequence[tuple[str, str, int, int]], sectors: int = 65536, sector: int = 512) -> bytes:
-    """Encode sectors 0 to 33 of a disk: (type, uuid, first sector, last sector) of each partition."""
+def gpt(
+    partitions: Sequence[tuple[str, str, int, int]],
+    sectors: int = 65536,
+    sector: int = 512,
+    names: Mapping[str, str] | None = None,
+) -> bytes:
+    """Encode sectors 0 to 33 of a disk: (type, uuid, first sector, last sector) of each partition.
+
+    `names` are the labels of partitions, by uuid.
+    """
+    labels = {uuid: name.encode("utf-16-le") for uuid, name in (names or {}).items()}
     entries = b"".join(
-        struct.pack("<16s16sQQQ72s", guid_bytes(kind), guid_bytes(uuid), first, last, 0, b"")
+        struct.pack(
+            "<16s16sQQQ72s", guid_bytes(kind), guid_bytes(uuid), first, last, 0, labels.get(uuid, b"")
+        )
         for kind, uuid, first, last in partitions
     ).ljust(128 * 128, b"\0")
     fields = (b"EFI PART", 0x10000, 92, 0, 0, 1, sectors - 1, 34, sectors - 34, bytes(16), 2, 128, 128)

@@ -131,6 +131,14 @@ def take_ownership(tpm: Swtpm, auths: Mapping[str, str] = AUTHS) -> None:
         tpm.run("tpm2_changeauth", "-c", hierarchy, password)
 
 
+def seal(tpm: Swtpm, secret: bytes) -> Seal:
+    """Seal a secret under the policy of the organisation's keys."""
+    tpm.run("tpm2_create", "-C", SRK, "-i", "-", "-u", "seal.pub", "-r", "seal.priv",
+            "-a", SEAL_ATTRIBUTES, "-L", "seal.policy", data=secret)  # fmt: skip
+    tpm.run("tpm2_flushcontext", "-t")
+    return Seal(*((tpm.folder / f"seal.{part}").read_bytes()[2:] for part in ("pub", "priv")))
+
+
 def provision(folder: Path, keys_of: Path | None = None) -> Material:
     """Provision a new software TPM in `folder` and seal a secret to it; `keys_of` another one if told."""
     with swtpm(folder) as tpm:
@@ -143,18 +151,15 @@ def provision(folder: Path, keys_of: Path | None = None) -> Material:
         make_storage_key(tpm)
         make_epoch_index(tpm)
         secret = os.urandom(32)
-        tpm.run("tpm2_create", "-C", SRK, "-i", "-", "-u", "seal.pub", "-r", "seal.priv",
-                "-a", SEAL_ATTRIBUTES, "-L", "seal.policy", data=secret)  # fmt: skip
-        tpm.run("tpm2_flushcontext", "-t")
+        made = seal(tpm, secret)
         take_ownership(tpm)
         keys = init.policy_keys((folder / "pcr.pub").read_bytes(), (folder / "platform.pub").read_bytes())
         k = start_up(tpm)
         pcrs = init.read_pcrs(k, (init.Pcr(7), init.MEASURED, *init.EXTRA_PCRS))
         name = bytes.fromhex(tpm.run("tpm2_readpublic", "-c", SRK, "-n", "srk.name").decode().split()[1])
         index = init.tpm_name(init.read_epoch_index(k))
-    seal = Seal((folder / "seal.pub").read_bytes()[2:], (folder / "seal.priv").read_bytes()[2:])
     record = init.MachineRecord(PRODUCT, init.secret_proof(secret, PRODUCT), name, index)
-    return Material(folder, secret, seal, keys, record, pcrs)
+    return Material(folder, secret, made, keys, record, pcrs)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Iterable
 
 import pytest
@@ -302,6 +303,18 @@ def test_certificates_that_may_not_sign(check: str, pem: bytes) -> None:
     with pytest.raises(init.Refused) as refused:
         verify(pem=pem)
     assert refused.value.check == check
+
+
+def test_a_revoked_certificate_counts_no_more() -> None:
+    pem = certificate(P256, CA_KEY)
+    der = x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
+    policy = POLICY._replace(revoked=("ab" * 32, hashlib.sha256(der).hexdigest()))
+    with pytest.raises(init.Refused, match="MANIFEST-REVOKED") as refused:
+        init.verify_manifest(TEXT, sign(P256), pem, policy)
+    assert refused.value.check == "MANIFEST-REVOKED"
+    assert init.verify_manifest(
+        TEXT, sign(P256), certificate(P256, CA_KEY), policy
+    )  # a new one of the same key
 
 
 def test_one_flipped_bit_anywhere_in_a_certificate_is_refused() -> None:

@@ -64,7 +64,7 @@ class Release:
         ]  # fmt: skip
         image: dict[str, object] = {"schemaVersion": 2, "layers": layers}
         if name == "bootkit":
-            image["annotations"] = {init.UKI_ID_ANNOTATIONS["live"]: self.uki_id}
+            image["annotations"] = dict.fromkeys(init.UKI_ID_ANNOTATIONS.values(), self.uki_id)
         self.change_image(image)
         return json.dumps(image).encode()
 
@@ -152,7 +152,7 @@ class StoreMachine(FakeMachine):
             raise self.failing[f"dm {command.name} {name}"]
         if table is not None:
             self.tables[name] = table[2]
-        if command == init.DmCommand.DEV_CREATE and name != "mosinit-store":
+        if command == init.DmCommand.DEV_CREATE and name not in ("mosinit-store", "mosinit-scratch"):
             self.disks[f"/dev/dm-{name}"] = self.loops[-1]
         return f"/dev/dm-{name}"
 

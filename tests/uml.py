@@ -26,16 +26,27 @@ def run(*words, data=b"", fails=False):
     return done.stdout
 try:
     from mosinit import init
-    k = init.Kernel()
+    k = init.Machine()
     # Its kernel mounts /dev by itself.
     for kind, place in (("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/run"), ("tmpfs", "/mnt")):
         k.mount(kind, place, kind, init.MountFlag(0))
+    # A root of its own, in memory: folders may be made in it, and the host's are where they were.
+    os.mkdir("/mnt/root")
+    for name in os.listdir("/"):
+        if os.path.islink(f"/{{name}}"):
+            os.symlink(os.readlink(f"/{{name}}"), f"/mnt/root/{{name}}")
+        elif os.path.isdir(f"/{{name}}") and name != "mnt":
+            os.mkdir(f"/mnt/root/{{name}}")
+            k.mount(f"/{{name}}", f"/mnt/root/{{name}}", "", init.MountFlag.BIND | init.MountFlag.REC)
+    os.chroot("/mnt/root")
     os.makedirs("/run/m/lib")
     os.symlink("/usr/lib/uml/modules", "/run/m/lib/modules")
     for name in {modules!r}:
         run("modprobe", "--set-version", os.uname().release, "--dirname", "/run/m", name)
 """
 EPILOGUE = """
+except SystemExit:
+    print("uml: done", flush=True)
 except BaseException:
     traceback.print_exc(file=sys.stdout)
     print("uml: failed", flush=True)
@@ -48,7 +59,7 @@ init.Kernel().power_off()
 def run(folder: Path, program: str, disks: Sequence[Path] = (), seconds: float = 120) -> list[str]:
     """Run a program of Python as PID 1, with `disks` as /dev/ubda and on, and return what it printed.
 
-    It has `init` and `k`, a Kernel; `run` starts programs; files of the host are where they are.
+    It has `init` and `k`, a Machine; `run` starts programs; files of the host are where they are.
     """
     script = folder / "uml-init"
     checkout = str(Path(__file__).resolve().parent.parent)

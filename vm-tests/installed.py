@@ -52,7 +52,7 @@ for name in ("config", "store", "state"):
         luks.import_tokens(host, path, tokens)
     run("cryptsetup", "open", "--key-file", "-", path, name, data=key(name))
     run("mke2fs", "-q", "-t", "ext4", f"/dev/mapper/{{name}}")
-    os.mkdir(f"/mnt/{{name}}")
+    os.makedirs(f"/mnt/{{name}}")
     k.mount(f"/dev/mapper/{{name}}", f"/mnt/{{name}}", "ext4", init.MountFlag(0))
     if (work / name).exists():
         run("cp", "-a", f"{{work}}/{{name}}/.", f"/mnt/{{name}}")
@@ -70,6 +70,7 @@ class Installed:
     release: Path
     sequence: int = 7
     material: sealed.Material = field(init=False)
+    foreign: sealed.Seal = field(init=False)  # another secret, sealed to the same TPM under the same policy
 
     @property
     def disk(self) -> Path:
@@ -83,6 +84,8 @@ class Installed:
         """Provision the TPM, make the disk, and the firmware's variables."""
         self.folder.mkdir(parents=True)
         self.material = sealed.provision(self.folder / "tpm", self.world.keyset.folder)
+        with sealed.copy_of(self.material, self.folder / "attacker") as tpm:
+            self.foreign = sealed.seal(tpm, bytes(32))
         self.state.mkdir()
         certificates = firmware.certificates_of_keyset(self.world.keyset.folder)
         firmware.enroll(self.world.host, self.state / VARIABLES, certificates)
@@ -91,17 +94,15 @@ class Installed:
         self.write_disk(self.tokens())
         return self
 
-    def options(self, **more: object) -> vm.BootOptions:
-        """Return how to boot it."""
-        hardware = more.pop("hardware", Hardware())
-        return vm.BootOptions(
-            self.disk,
-            self.state,
-            until="pivoted",
-            timeout=240,
-            hardware=hardware,
-            **more,  # type: ignore[arg-type]
-        )
+    def options(self, *, snapshot: bool = False) -> vm.BootOptions:
+        """Return how to boot it up to the end of the bring-up."""
+        hardware = Hardware(snapshot=snapshot)
+        return vm.BootOptions(self.disk, self.state, until="pivoted", timeout=240, hardware=hardware)
+
+    def put_uki(self, disk: Path, uki: Path) -> None:
+        """Put another UKI in the place of the one on a copy of the disk."""
+        image = f"{disk}@@{MIB}"
+        self.world.host.run(["mcopy", "-o", "-i", image, uki, f"::EFI/Linux/mosinit_{self.sequence}.efi"])
 
     # --- What lies in config's header
 
@@ -119,16 +120,16 @@ class Installed:
             *self.material.seal, self.record(), {pcr7.hex(): signature}, order, order_signature, certificate
         )
 
-    def record(self) -> bytes:
-        """Return its SUDI certificate with the machine record."""
-        keyset, record = self.world.keyset, self.material.record
+    def record(self, role: str = "sudi-ca", **changes: object) -> bytes:
+        """Return its SUDI certificate with the machine record, or one that says other things."""
+        keyset, record = self.world.keyset, self.material.record._replace(**changes)  # type: ignore[arg-type]
         proof = init.secret_proof(self.material.secret, keyset.product)
         product = uuid.UUID(keyset.product).bytes
         value = init.RECORD_HEAD + init.RECORD.pack(
             1, product, proof, record.storage_key, record.epoch_index
         )
         authority = keyset.certificate("sudi-ca")
-        key = serialization.load_pem_private_key((keyset.folder / "sudi-ca.key").read_bytes(), None)
+        key = serialization.load_pem_private_key((keyset.folder / f"{role}.key").read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         now = datetime.datetime(2026, 1, 1)
         builder = x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(authority.subject)
