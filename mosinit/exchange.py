@@ -255,6 +255,11 @@ class Sealed(NamedTuple):
     seal: Seal
     answer: Answer
 
+    def tokens(self) -> init.Tokens:
+        """Return it as the header of the volume holds it."""
+        approvals = {pcr7.hex(): signature for pcr7, signature in self.answer.approvals.items()}
+        return init.Tokens(*self.seal, self.answer.certificate, approvals, *self.answer.order)
+
 
 def encode_sealed(sealed: Sealed) -> bytes:
     """Encode what `install` needs of a provisioned machine."""
@@ -267,12 +272,6 @@ def parse_sealed(data: bytes, name: str) -> Sealed:
     fields = _fields(data, name, "seal", {"product": _product, "seal": parse_seal, **_ANSWER})
     product, seal = fields.pop("product"), fields.pop("seal")
     return Sealed(product, seal, Answer(**fields))
-
-
-def tokens(sealed: Sealed) -> init.Tokens:
-    """Return what the header of the machine's config volume carries."""
-    approvals = {pcr7.hex(): signature for pcr7, signature in sealed.answer.approvals.items()}
-    return init.Tokens(*sealed.seal, sealed.answer.certificate, approvals, *sealed.answer.order)
 
 
 def parse_seal(value: object) -> Seal:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import hmac
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,6 @@ LOADER_PLACES = ("EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI")  # i
 # No menu unless a key is held, no other systems, no keys to enrol.
 LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
 TRIES = 3
-BUSY_TRIES = 100
 SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
 # Beside the images: what ext4 keeps for itself, and room for the next release to come.
 STORE_MARGIN = 64 * init.MIB
@@ -109,20 +107,24 @@ class Installer(Host):
         try:
             yield Path("/dev/mapper", name)
         finally:
-            self.run(["cryptsetup", "close", name], timeout=60)
+            self.patiently(lambda: self.run(["cryptsetup", "close", name], timeout=60))
 
     def check_layer(self, machine: init.Machine, name: str, layer: init.Layer, signature: str) -> None:
         """Have the kernel check a layer's signature, as a boot does."""
         verity = init.open_layer(machine, name, layer, signature)
-        for last in (False,) * BUSY_TRIES + (True,):
+        self.patiently(lambda: self.dm(init.DmCommand.DEV_REMOVE, verity.name))
+
+    def patiently(self, remove: Callable[[], object], seconds: float = 30) -> None:
+        """Remove a device, again if need be: udev looks at each one that is new or changed for a moment."""
+        deadline = self.monotonic() + seconds
+        while True:
             try:
-                self.dm(init.DmCommand.DEV_REMOVE, verity.name)
+                remove()
                 return
-            except OSError as error:
-                # udev looks at each new device for a moment.
-                if error.errno != errno.EBUSY or last:
+            except (OSError, Failure):
+                if self.monotonic() > deadline:
                     raise
-            self.sleep(0.1)
+            self.sleep(0.2)
 
 
 # --- What the live system knows -------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def read_provisioned(folder: Path, policy: init.Policy) -> Provisioned:
         raise init.Refused("RECORD-PRODUCT", expected=policy.product, seen=sealed.product)
     secret, recovery = ((folder / name).read_bytes() for name in ("config.key", "recovery.key"))
     sudi = tuple((name, (folder / name).read_bytes()) for name in SUDI_FILES)
-    provisioned = Provisioned(secret, recovery.strip(), exchange.tokens(sealed), sudi)
+    provisioned = Provisioned(secret, recovery.strip(), sealed.tokens(), sudi)
     check_tokens(provisioned, policy)
     return provisioned
 

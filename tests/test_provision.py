@@ -89,7 +89,7 @@ def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
 
     def unseal() -> bytearray:
         public = init.check_tpm(machine, record, 1)
-        return init.unseal(machine, exchange.tokens(sealed), public, policy, approval)
+        return init.unseal(machine, sealed.tokens(), public, policy, approval)
 
     secret = unseal()
     assert bytes(secret) == (done.state / "config.key").read_bytes()
