@@ -14,7 +14,6 @@ from pathlib import Path
 from mosinit import build, enroll, init, keys, layout, vm
 from mosinit.host import Host
 
-NAME = "machine"
 INSTALL_SECONDS = 1800.0
 ESP_OFFSET = init.MIB  # of a medium that `build` made
 ANSWERS = "version: 1\ndisk: /dev/disk/by-id/virtio-extra1\nstate: 256\n"
@@ -42,11 +41,13 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
     disk.unlink(missing_ok=True)
     with disk.open("wb") as file:
         file.truncate(layout.SMALLEST)
-    options = vm.BootOptions(disk=disk, folder=folder / "vm", keys=keyset, report=_report(folder))
+    (folder / "reports").mkdir(exist_ok=True)
+    options = vm.BootOptions(disk, folder / "vm", keys=keyset, report=folder / "reports/live-report.json")
     outcome = install(host, options, Path(str(built["medium"])))
     seconds["install"] = round(outcome.seconds, 1)
     for number in (1, 2) if outcome.status == 0 else ():
         host.say(f"boot {number} of the installed machine, without the medium")
+        options = replace(options, report=folder / f"reports/machine-{number}-report.json")
         outcome = vm.boot(host, replace(options, interactive=interactive and number == 2))
         seconds[f"boot {number}"] = round(outcome.seconds, 1)
         if outcome.status != 0:
@@ -60,11 +61,6 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
         "console": str(outcome.console),
         "seconds": {**seconds, **{name: round(mark, 1) for name, mark in outcome.marks.items()}},
     }
-
-
-def _report(folder: Path) -> Path:
-    (folder / "reports").mkdir(exist_ok=True)
-    return folder / "reports" / f"{NAME}-report.json"
 
 
 def install(host: Host, options: vm.BootOptions, medium: Path) -> vm.Outcome:

@@ -14,14 +14,13 @@ import contextlib
 import datetime
 import hashlib
 import hmac
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 
-from mosinit import generations, init, layout, luks, publish
+from mosinit import generations, init, installed, layout, luks, publish
 from mosinit.generations import Elsewhere, SignedManifest
 from mosinit.host import Failure, Host, Usage
 from mosinit.images import CHUNK
@@ -135,16 +134,11 @@ def policy_of_live(left: Path) -> init.Policy:
 
     Raises `Failure` on any other system.
     """
-    try:
-        report = init.parse_json((left / "report.json").read_bytes(), "")
-        names = os.listdir(left / "organisation")
-        organisation = {name: (left / "organisation" / name).read_bytes() for name in names}
-    except OSError as error:
-        raise Failure("this system was not started by mosinit: boot the live medium to install") from error
-    if not isinstance(report, dict) or report.get("mode") != "live":
+    policy = installed.running(installed.Paths(left)).policy
+    if policy.mode != "live":
         raise Failure("this is an installed machine: boot the live medium to install")
-    product, epoch = str(report["product"]), int(str(report["epoch"]))
-    return init.Policy("run", product, epoch, "", "", (), (), (), (), "", organisation)
+    # Its UKI is another one, of which the release knows the id.
+    return policy._replace(mode="run", uki_id="")
 
 
 def read_provisioned(folder: Path, policy: init.Policy) -> Provisioned:

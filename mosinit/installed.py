@@ -59,12 +59,12 @@ def running(paths: Paths) -> Running:
         report = init.parse_json((paths.left / "report.json").read_bytes(), "")
         folder = paths.left / "organisation"
         organisation = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+        assert isinstance(report, dict)  # the bring-up wrote it
+        uki_id = str(report["uki_id"]).encode()
+        policy = init.parse_policy((paths.left / "policy.json").read_bytes(), uki_id, organisation)
     except OSError as error:
         raise Failure("this system was not started by mosinit: there is nothing to tell") from error
-    assert isinstance(report, dict)  # the bring-up wrote it
-    mode, product, epoch = str(report["mode"]), str(report["product"]), int(str(report["epoch"]))
-    uki_id = str(report["uki_id"])
-    return Running(report, init.Policy(mode, product, epoch, "", "", (), (), (), (), uki_id, organisation))
+    return Running(report, policy)
 
 
 # --- status ----------------------------------------------------------------------------------------------

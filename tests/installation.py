@@ -23,6 +23,7 @@ from mosinit import images, init, install, keys, luks, publish, uki
 from mosinit.host import Host
 from mosinit.hostfs import KernelTree
 from tests import volumes
+from tests.fake import policy_json
 from tests.test_images import plain
 
 RUN_ID, LIVE_ID = "12" * 32, "34" * 32
@@ -78,7 +79,8 @@ def make_left(folder: Path, keyset: keys.Keyset, mode: str = "live") -> Path:
         if path.suffix in (".pem", ".pub"):
             (folder / "organisation" / path.name).write_bytes(path.read_bytes())
     report = {"schema": 1, "result": "pivoted", "mode": mode, "product": keyset.product, "epoch": 1}
-    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "report.json").write_text(json.dumps({**report, "sequence": 7, "uki_id": LIVE_ID}))
+    (folder / "policy.json").write_bytes(policy_json(mode=mode, product=keyset.product))
     return folder
 
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from mosinit import generations, init, install, keys, layout, luks
 from mosinit.host import Failure, Host, Usage
 from tests import installation
+from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.test_layout import GIB, loop
 
@@ -198,6 +200,14 @@ def test_a_release_of_another_organisation(made: Setting, disk: Path, tmp_path: 
     assert refused(made, disk, left=left) == "MANIFEST-CHAIN"
 
 
+def test_a_release_that_a_revoked_key_signed(made: Setting, disk: Path, tmp_path: Path) -> None:
+    left = installation.make_left(tmp_path / "left", made.keyset)
+    certificate = made.keyset.certificate("product").public_bytes(serialization.Encoding.DER)
+    revoked = [hashlib.sha256(certificate).hexdigest()]
+    (left / "policy.json").write_bytes(policy_json(product=made.keyset.product, revoked=revoked))
+    assert refused(made, disk, left=left) == "MANIFEST-REVOKED"
+
+
 def test_tokens_of_another_machine(made: Setting, disk: Path) -> None:
     another = installation.make_provisioned(made.keyset, bytes(32))
     mixed = dataclasses.replace(made.provisioned, tokens=another.tokens)
@@ -214,7 +224,7 @@ def test_an_installed_system_installs_nothing(made: Setting, disk: Path, tmp_pat
     left = installation.make_left(tmp_path / "left", made.keyset, mode="run")
     with pytest.raises(Failure, match="boot the live medium"):
         install.plan(Host(), installation.options(made, disk, left=left))
-    with pytest.raises(Failure, match="boot the live medium"):
+    with pytest.raises(Failure, match="was not started by mosinit"):
         install.plan(Host(), installation.options(made, disk, left=tmp_path / "none"))
 
 

@@ -16,6 +16,7 @@ from mosinit import generations, images, init, installed, layout, luks
 from mosinit.generations import Quiet
 from mosinit.host import Failure, Host
 from tests import installation
+from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.test_install import TOOLS
 from tests.test_layout import loop
@@ -102,6 +103,8 @@ def running(
         path = tmp_path / "left/report.json"
         report = json.loads(path.read_text()) | {"mode": "run", "generation": only.commit, "sequence": 7}
         path.write_text(json.dumps({**report, "uki_id": only.uki}))
+        policy = policy_json(mode="run", product=setting.keyset.product)
+        (tmp_path / "left/policy.json").write_bytes(policy)
         shutil.copytree(setting.release, tmp_path / "store" / init.REPOSITORY)
         esp = partitions(device)[0].uuid
         machine = Machine(device, esp, "mosinit_7+2-1.efi")
@@ -140,8 +143,6 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
 
 def test_a_live_system_says_that_it_is(setting: Setting, host: Host, tmp_path: Path) -> None:
     left = installation.make_left(tmp_path / "left", setting.keyset)
-    report = json.loads((left / "report.json").read_text()) | {"sequence": 7, "uki_id": "ab" * 32}
-    (left / "report.json").write_text(json.dumps(report))
     paths = installed.Paths(left)
     told = installed.status(host, paths, Machine(tmp_path, "", ""))
     assert (told["mode"], "generation" in told) == ("live", False)
