@@ -271,8 +271,11 @@ class Host(init.Kernel):
             self.mount(str(device), str(point), fstype, flags | (init.MountFlag.RDONLY if read_only else 0))
             try:
                 yield point
-            finally:
-                self.unmount(str(point))
+            except BaseException:
+                # What went wrong is told, not what cannot be unmounted because of it.
+                self.unmount(str(point), lazy=True)
+                raise
+            self.unmount(str(point))
 
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""

@@ -103,10 +103,15 @@ class Installer(Host):
             init.open_volume(self, luks.read_header(self, path, kind), str(path), secret, name)
         finally:
             init.wipe(secret)
+        close = ["cryptsetup", "close", name]
         try:
             yield Path("/dev/mapper", name)
-        finally:
-            self.patiently(lambda: self.run(["cryptsetup", "close", name], timeout=60))
+        except BaseException:
+            # What went wrong is told, not what cannot be closed because of it.
+            with contextlib.suppress(Failure):
+                self.run(close, timeout=60)
+            raise
+        self.patiently(lambda: self.run(close, timeout=60))
 
     def check_layer(self, machine: init.Machine, name: str, layer: init.Layer, signature: str) -> None:
         """Have the kernel check a layer's signature, as a boot does."""
