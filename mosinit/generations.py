@@ -61,7 +61,7 @@ class NewGeneration:
 def create(host: Host, folder: Path) -> None:
     """Make an empty manifest.git; the caller syncs the file system once something is in it."""
     words = ["init", "--quiet", "--bare", "--template=", "--object-format=sha1", "--initial-branch=main"]
-    host.run(["git", *words, folder], env=ENVIRONMENT)
+    host.run(["git", *words, folder], env=ENVIRONMENT, cwd=folder.parent)
     for setting in SETTINGS[:2]:
         # For whoever works here by hand.
         _git(host, folder, "config", *setting.split("="))
@@ -144,7 +144,7 @@ def of_release(manifest: init.Manifest, uki: str, signed: SignedManifest) -> New
 def _git(host: Host, folder: Path, *words: str, stdin: bytes | None = None) -> str:
     settings = [word for setting in SETTINGS for word in ("-c", setting)]
     command = ["git", *settings, f"--git-dir={folder}", *words]
-    return host.run(command, stdin=stdin, env=ENVIRONMENT).decode().strip()
+    return host.run(command, stdin=stdin, env=ENVIRONMENT, cwd=folder).decode().strip()
 
 
 def _sync_objects(host: Host, folder: Path, names: Sequence[str]) -> None:
