@@ -275,7 +275,22 @@ class Host(init.Kernel):
                 # What went wrong is told, not what cannot be unmounted because of it.
                 self.unmount(str(point), lazy=True)
                 raise
-            self.unmount(str(point))
+            self.patiently(lambda: self.unmount(str(point)))
+
+    def patiently(self, remove: Callable[[], object], seconds: float = 30) -> None:
+        """Remove a device or mount, again if need be.
+
+        udev looks at each device that is new or changed, and holds it for a moment.
+        """
+        deadline = self.monotonic() + seconds
+        while True:
+            try:
+                remove()
+                return
+            except (OSError, Failure):
+                if self.monotonic() > deadline:
+                    raise
+            self.sleep(0.1)
 
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""

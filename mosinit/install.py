@@ -14,7 +14,7 @@ import contextlib
 import datetime
 import hashlib
 import hmac
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,18 +117,6 @@ class Installer(Host):
         """Have the kernel check a layer's signature, as a boot does."""
         verity = init.open_layer(machine, name, layer, signature)
         self.patiently(lambda: self.dm(init.DmCommand.DEV_REMOVE, verity.name))
-
-    def patiently(self, remove: Callable[[], object], seconds: float = 30) -> None:
-        """Remove a device, again if need be: udev looks at each one that is new or changed for a moment."""
-        deadline = self.monotonic() + seconds
-        while True:
-            try:
-                remove()
-                return
-            except (OSError, Failure):
-                if self.monotonic() > deadline:
-                    raise
-            self.sleep(0.2)
 
 
 # --- What the live system knows -------------------------------------------------------------------------
