@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,12 @@ MODULES = {  # file: what it needs, all of it, in the order of depmod
     "fs/efivarfs/efivarfs": "",
     "fs/unwanted/unwanted": "",
 }
+
+
+RUN_MODULES = {
+    "fs/ext4/ext4": "", "crypto/xts": "", "crypto/authenc": "", "drivers/md/dm-crypt": "drivers/md/dm-mod",
+    "drivers/md/dm-integrity": "drivers/md/dm-bufio drivers/md/dm-mod",
+}  # fmt: skip
 
 
 def make_tree(folder: Path, modules: dict[str, str] = MODULES, builtin: tuple[str, ...] = ("loop",)) -> Path:
@@ -201,21 +207,31 @@ def unpack(file: Path, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Iterator[Built]:
+def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Built:
+    """The initrd of live mode."""
+    return build(tmp_path_factory.mktemp("initrd"), keyset, "live")
+
+
+@pytest.fixture(scope="module")
+def built_run(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Built:
+    """The initrd of run mode."""
+    return build(tmp_path_factory.mktemp("initrd"), keyset, "run")
+
+
+def build(folder: Path, keyset: keys.Keyset, mode: str) -> Built:
     missing = [tool for tool in TOOLS if not shutil.which(tool) and not Path(tool).exists()]
     if missing:
         (pytest.fail if os.environ.get("MOSINIT_REQUIRE_TOOLS") == "1" else pytest.skip)(f"needs {missing}")
-    folder = tmp_path_factory.mktemp("initrd")
-    tree = make_tree(folder)
+    tree = make_tree(folder, {**MODULES, **RUN_MODULES})
     policy = initrd.encode_policy(
-        mode="live",
+        mode=mode,
         product=keyset.product,
         epoch=1,
         kernel=VERSION,
         cmdline="--",
         db=[],
         platform=[],
-        modules=initrd.plan_modules(tree),
+        modules=initrd.plan_modules(tree, mode),
     )
     (folder / "policy.json").write_bytes(policy)
     options = {
@@ -228,7 +244,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Iter
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     subprocess.run([TREE / "build-initrd.sh", *arguments], check=True, capture_output=True)
     unpack(folder / "initrd", folder / "root")
-    yield Built(folder / "initrd", folder / "root", arguments)
+    return Built(folder / "initrd", folder / "root", arguments)
 
 
 def test_two_builds_are_equal(built: Built, tmp_path: Path, need: Need) -> None:
@@ -258,15 +274,40 @@ def test_everything_is_roots_and_of_no_date(built: Built, host: Host) -> None:
             assert mode[0] in "lc" or mode in ("drwxr-xr-x", "-rwxr-xr-x", "-rw-r--r--"), line
 
 
-def test_only_what_is_allowed_is_inside(built: Built) -> None:
+@pytest.mark.parametrize("mode", ["live", "run"])
+def test_only_what_is_allowed_is_inside(mode: str, built: Built, built_run: Built) -> None:
     """A line too much or too few: look at why, then change tests/initrd-allowed.txt."""
-    contents = Path(f"{built.file}.contents").read_text().splitlines()
-    allowed = [line for line in ALLOWED.read_text().splitlines() if line and not line.startswith("#")]
+    contents = Path(f"{(built_run if mode == 'run' else built).file}.contents").read_text().splitlines()
+    lines = [line for line in ALLOWED.read_text().splitlines() if line and not line.startswith("#")]
+    more = [line.removeprefix("run ") for line in lines if line.startswith("run ")]
+    allowed = {line for line in lines if not line.startswith("run ")} | {*(more if mode == "run" else [])}
     # The kernel here is a stand-in with few modules: those of a real one are checked by name alone.
-    assert [line for line in contents if not line.startswith("module ")] == [
+    assert {line for line in contents if not line.startswith("module ")} == {
         line for line in allowed if not line.startswith("module ")
-    ]
-    assert {line for line in contents if line.startswith("module ")} <= set(allowed)
+    }
+    assert {line for line in contents if line.startswith("module ")} <= allowed
+
+
+def test_modules_of_run_mode_are_not_in_live_mode(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path, {**MODULES, **RUN_MODULES})
+    live, run = ({module.name for module in initrd.plan_modules(tree, mode)} for mode in ("live", "run"))
+    assert run - live == {"ext4", "xts", "authenc", "dm_crypt", "dm_integrity"} and live < run
+    with pytest.raises(Failure, match="no module ext4"):
+        initrd.plan_modules(make_tree(tmp_path / "lacking"), "run")
+
+
+def test_mke2fs_runs_inside(built_run: Built) -> None:
+    """What it does to a device is the same to a file."""
+    (built_run.root / "disk").write_bytes(bytes(16 << 20))
+    (built_run.root / "proc/mounts").touch()
+    script = "import mosinit\nmosinit.Kernel().format_ext4('/disk')\n"
+    assert built_run.run(script) == ""
+    image = (built_run.root / "disk").read_bytes()
+    assert image[1024 + 56 : 1024 + 58] == b"\x53\xef"  # ext4's magic
+    assert not image[1024 + 92] & 4  # EXT4_FEATURE_COMPAT_HAS_JOURNAL
+    with pytest.raises(AssertionError, match="mke2fs ended with status"):
+        built_run.run("import mosinit\nmosinit.Kernel().format_ext4('/missing')\n")
+    (built_run.root / "disk").unlink()
 
 
 def test_contents_are_the_whole_truth(built: Built) -> None:
@@ -422,12 +463,12 @@ def test_wrong_usage_says_so(arguments: list[str], message: str) -> None:
     assert done.returncode == 2 and message in done.stderr
 
 
-def test_a_volume_opens_inside(built: Built, host: Host, need: Need, tmp_path: Path) -> None:
+def test_a_volume_opens_inside(built_run: Built, host: Host, need: Need, tmp_path: Path) -> None:
     need("cryptsetup")
     header = luks.read_header(host, volumes.plain(host, tmp_path / "volume"), "plain")
-    (built.root / "header").write_bytes(init.detached_header(header))
+    (built_run.root / "header").write_bytes(init.detached_header(header))
     # libcryptsetup wants both at its start; here they are files, as /dev is not mounted.
-    sources = [built.root / "dev" / name for name in ("random", "urandom")]
+    sources = [built_run.root / "dev" / name for name in ("random", "urandom")]
     for source in sources:
         source.write_bytes(os.urandom(4096))
     script = f"""
@@ -445,7 +486,7 @@ try:
 except OSError as error:
     print(error.errno)
 """
-    assert built.run(script).strip() == "1"
-    shutil.rmtree(built.root / "proc/self")
+    assert built_run.run(script).strip() == "1"
+    shutil.rmtree(built_run.root / "proc/self")
     for source in sources:
         source.unlink()
