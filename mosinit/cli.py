@@ -194,6 +194,38 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
     return outcome(vm.boot(host, options))
 
 
+def install(host: Host, values: argparse.Namespace) -> Result:
+    """Install a release on this machine's disk."""
+    from mosinit import install as installing
+    from mosinit import unattended
+
+    installer = installing.Installer()
+    if values.answers:
+        if values.disk or values.plan:
+            raise Usage("--answers says which disk: no --disk, no --plan")
+        return outcome(unattended.run(installer, values.answers))
+    if not values.disk:
+        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
+    options = installing.Options(values.disk, values.dir, values.source, values.erase, values.state << 20)
+    if values.plan:
+        return outcome(installing.show_plan(host, options))
+    return outcome(installing.install(installer, options))
+
+
+def status(host: Host, values: argparse.Namespace) -> Result:
+    """Say what this machine runs."""
+    from mosinit import installed
+
+    return outcome(installed.status(host))
+
+
+def boot_good(host: Host, values: argparse.Namespace) -> Result:
+    """Write down that this boot went well."""
+    from mosinit import installed
+
+    return outcome(installed.boot_good(host))
+
+
 def explain_check(host: Host, values: argparse.Namespace) -> Result:
     """Say what checks mean."""
     if bool(values.id) == values.all:
@@ -458,6 +490,40 @@ VERBS = (
                    {"type": seconds, "metavar": "S", "default": 300.0}),
             flag("--interactive", "this terminal becomes the machine's console"),
         ),
+    ),
+    Verb(
+        "install",
+        "on a live machine that is provisioned: installs a release on its disk",
+        "mosinit install --disk /dev/disk/by-id/nvme-disk --dir state --plan",
+        install,
+        (
+            Option("source", "the release (default: the one on the medium)",
+                   {"nargs": "?", "metavar": "SOURCE", "default": "oci:/atomfs-cache/mosinit"}),
+            folder("--disk", "the disk: all of it becomes the machine's", "DEV"),
+            folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE",
+                   default=Path("state")),
+            Option("--erase", "the serial of the disk, whose content may then be lost",
+                   {"metavar": "SERIAL"}),
+            Option("--state", "MiB of a volume that keeps /var (default: none, /var is new at each boot)",
+                   {"type": int, "metavar": "MIB", "default": 0}),
+            flag("--plan", "only show what would be done"),
+            folder("--answers", "provision and install without a person, as this file says", "FILE"),
+        ),
+        tools=False,
+    ),
+    Verb(
+        "status",
+        "on a machine: what runs, from where, and how its TPM is",
+        "mosinit status --json",
+        status,
+        tools=False,
+    ),
+    Verb(
+        "boot-good",
+        "on an installed machine: this boot went well; keeps it, and lays the release's epoch order",
+        "mosinit boot-good",
+        boot_good,
+        tools=False,
     ),
     Verb(
         "explain",

@@ -3,7 +3,8 @@
 1. ESP, FAT32: systemd-boot, signed, as EFI/BOOT/BOOTX64.EFI; the UKI; certificates for the firmware's setup
    in keys/*.der, and signed updates of its variables where systemd-boot offers them in setup mode.
 2. Seal: number of data blocks and root hash of the store, signed by the layer key.
-3. Store: an erofs image with the release at mosinit/, dm-verity superblock, hash tree.
+3. Store: an erofs image with the release at mosinit/ and the signed systemd-boot at boot/, for the disks of
+   machines; dm-verity superblock, hash tree.
 
 Every id is made of content, so the same input gives the same bytes; those of the disk and the ESP are made
 of the UKI alone, so that media with the same UKI are the same disk to a machine.
@@ -29,6 +30,7 @@ SECTOR = 512
 SMALLEST_ESP = 34 * init.MIB
 SEAL_BYTES = 16384
 BOOT_LOADER = Path("/usr/lib/systemd/boot/efi/systemd-bootx64.efi")
+STORED_LOADER = "boot/systemd-bootx64.efi"
 UKI_PLACE = "EFI/Linux/mosinit.efi"
 # No menu, unless the bring-up asks for one (in setup mode) or somebody holds a key; no other systems; and
 # keys are enrolled by a person who chooses that in the menu, never by themselves.
@@ -66,8 +68,10 @@ def live_medium(host: Host, uki: Path, release: Path, keyset: Keyset, target: Pa
     identity = _hex(b"mosinit live medium", images.digest_file(uki)[0].encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=target) as folder:
-        esp = make_esp(host, esp_files(uki, keyset, folder), folder / "esp", identity)
-        store = seal_store(host, release, keyset.signer("layer"), folder / "store")
+        files = esp_files(uki, keyset, folder)
+        esp = make_esp(host, files, folder / "esp", identity)
+        more = {STORED_LOADER: folder / "boot.efi"}
+        store = seal_store(host, release, keyset.signer("layer"), folder / "store", more)
         (folder / "seal").write_bytes(store.seal)
         parts = [
             Part(init.ESP_TYPE, "esp", esp, _hex(b"esp", identity.encode())),
@@ -141,19 +145,38 @@ def _fixed_time() -> dict[str, str]:
 # --- Store and seal -----------------------------------------------------------------------------------
 
 
-def seal_store(host: Host, release: Path, signer: Signer, target: Path) -> Store:
-    """Make a store of an OCI layout, whatever it holds, and have `signer` vouch for it."""
+def seal_store(
+    host: Host, release: Path, signer: Signer, target: Path, more: Mapping[str, Path] | None = None
+) -> Store:
+    """Make a store of an OCI layout, whatever it holds, and `more` files; have `signer` vouch for it."""
     with host.scratch(near=target) as folder:
         tar = folder / "store.tar"
+        _stage_store(release, folder / "store", more or {})
         with tar.open("wb") as file:
             # The modes of a release are those that its publisher's umask left.
-            images.write_tar(release, file, prefix=f"{init.REPOSITORY}/", modes=False)
+            images.write_tar(folder / "store", file, modes=False)
         images.make_erofs(host, tar, target)
     blocks = target.stat().st_size // init.BLOCK
     name = images.digest_file(target)[0].removeprefix("sha256:")
     root_hash = images.append_verity(host, target, salt=init.live_store_salt(blocks), name=name)
     signature = signer.sign_pkcs7(root_hash.encode())
     return Store(target, encode_live_seal(init.LiveSeal(blocks, root_hash, signature)), root_hash)
+
+
+def _stage_store(release: Path, target: Path, more: Mapping[str, Path]) -> None:
+    """Put together what a store holds."""
+
+    def place(source: str, copy: str) -> None:
+        try:
+            os.link(source, copy)
+        except OSError:  # another file system
+            shutil.copyfile(source, copy)
+
+    target.mkdir()
+    shutil.copytree(release, target / init.REPOSITORY, copy_function=place)
+    for name, source in more.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target / name)
 
 
 def encode_live_seal(seal: init.LiveSeal) -> bytes:

@@ -281,6 +281,37 @@ class Host(init.Kernel):
         if libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), RENAME_EXCHANGE) < 0:
             raise init.os_error("swap", str(one))
 
+    @contextlib.contextmanager
+    def mounted(self, device: Path, fstype: str, *, read_only: bool = False) -> Iterator[Path]:
+        """Mount a file system where nobody else sees it, and yield the folder."""
+        flags = init.SAFE | init.MountFlag.NOSYMFOLLOW
+        with self.scratch() as folder:
+            point = folder / "mounted"
+            point.mkdir()
+            self.mount(str(device), str(point), fstype, flags | (init.MountFlag.RDONLY if read_only else 0))
+            try:
+                yield point
+            except BaseException:
+                # What went wrong is told, not what cannot be unmounted because of it.
+                self.unmount(str(point), lazy=True)
+                raise
+            self.patiently(lambda: self.unmount(str(point)))
+
+    def patiently(self, remove: Callable[[], object], seconds: float = 30) -> None:
+        """Remove a device or mount, again if need be.
+
+        udev looks at each device that is new or changed, and holds it for a moment.
+        """
+        deadline = self.monotonic() + seconds
+        while True:
+            try:
+                remove()
+                return
+            except (OSError, Failure):
+                if self.monotonic() > deadline:
+                    raise
+            self.sleep(0.1)
+
     def unshare_mounts(self) -> None:
         """Give this process a mount namespace of its own, whose mounts the host never sees."""
         libc = ctypes.CDLL(None, use_errno=True)

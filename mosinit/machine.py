@@ -23,10 +23,12 @@ from mosinit.host import Failure
 CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
 VARIABLES = "OVMF_VARS.fd"
 REPORT_PORT = "org.mosinit.report"
+EXCHANGE_PORT = "org.mosinit.exchange"
 ACCELERATORS = {
     "kvm": ["-accel", "kvm", "-cpu", "host"],
     "tcg": ["-accel", "tcg,thread=multi", "-cpu", "max"],
 }
+CHANNELS = ("qmp", "console", "report", "exchange")
 QUIT_SECONDS = 5.0  # that a process has to end by itself
 
 
@@ -67,6 +69,7 @@ class Channels:
     qmp: int
     console: int
     report: int
+    exchange: int
     tpm: int
 
 
@@ -85,6 +88,8 @@ def command_line(
     words += ["-chardev", f"socket,id=console,fd={channels.console}", "-serial", "chardev:console"]
     words += ["-chardev", f"socket,id=report,fd={channels.report}", "-device", "virtio-serial-pci"]
     words += ["-device", f"virtserialport,chardev=report,name={REPORT_PORT}"]
+    words += ["-chardev", f"socket,id=exchange,fd={channels.exchange}"]
+    words += ["-device", f"virtserialport,chardev=exchange,name={EXCHANGE_PORT}"]
     # A machine that is off stays, so that its last words are read before QEMU ends.
     words += ["-device", "i6300esb", "-action", "reboot=reset,shutdown=pause,panic=pause,watchdog=reset"]
     if hardware.tpm:
@@ -199,6 +204,7 @@ class Machine:
     events: EventListener
     console: socket.socket
     report: socket.socket
+    exchange: socket.socket
     qemu: asyncio.subprocess.Process
     log: Path
 
@@ -225,7 +231,7 @@ async def powered(
     log = folder / "qemu.log"
     async with contextlib.AsyncExitStack() as stack:
         messages = stack.enter_context(log.open("wb"))
-        pairs = {name: stack.enter_context(channel()) for name in ("qmp", "console", "report")}
+        pairs = {name: stack.enter_context(channel()) for name in CHANNELS}
         tpm_of_qemu, tpm_of_swtpm = (stack.enter_context(end) for end in socket.socketpair())
         if hardware.tpm:
             (folder / "tpm").mkdir(mode=0o700, exist_ok=True)
@@ -247,7 +253,8 @@ async def powered(
             await qemu.wait()
             raise Failure(f"QEMU did not start: {last_words(log)}") from error
         stack.push_async_callback(_quit, client)
-        yield Machine(client, events, pairs["console"][0], pairs["report"][0], qemu, log)
+        console, report, exchange = (pairs[name][0] for name in CHANNELS[1:])
+        yield Machine(client, events, console, report, exchange, qemu, log)
 
 
 async def _quit(client: QMPClient) -> None:

@@ -19,6 +19,7 @@ from mosinit.console import (
 )
 
 MULTI_USER = "multi-user.target"
+INSTALLED = "installed"
 FIRMWARE_RESETS = 2  # that firmware may do by itself before a kernel starts
 KERNEL = b"Linux version "
 PANIC = b"Kernel panic - not syncing"
@@ -26,7 +27,7 @@ NOT_STARTED = b"BdsDxe: failed to "
 NOTHING_BOOTABLE = b"BdsDxe: No bootable option or device was found"
 UNTRUSTED = "no certificate of this machine's db verifies it; a machine for other keys needs a new folder"
 
-Until = Literal["start", "pivoted", "multi-user"]
+Until = Literal["start", "pivoted", "multi-user", "installed"]
 
 
 class Verdict(NamedTuple):
@@ -96,6 +97,8 @@ class Watch:
         """Take a line that the started system wrote to its report port."""
         try:
             message = parse_json(untrusted)
+            if message.get("target") == INSTALLED and self.until == "installed":
+                return self._installed(message)
             if message.get("target") != MULTI_USER:
                 return None
             if isinstance(report := message.get("report"), dict):
@@ -106,7 +109,14 @@ class Watch:
         self._mark("multi-user")
         if self.report is None:
             return Verdict(1, f"{MULTI_USER} is reached, and no boot report came")
-        return self._settled(self.report)
+        return self._settled(self.report) if self.until != "installed" else None
+
+    def _installed(self, message: Mapping[str, object]) -> Verdict:
+        self._mark("installed")
+        if isinstance(done := message.get("installed"), dict):
+            self.system = {**self.system, "installed": done}
+            return Verdict(0, "the machine is installed")
+        return Verdict(1, f"the machine was not installed: {str(message.get('error'))[:500]}")
 
     def event(self, name: str) -> Verdict | None:
         """Take an event of QEMU's (qapi/run-state.json)."""

@@ -27,7 +27,7 @@ from typing import Literal, cast
 
 from qemu.qmp.message import Message
 
-from mosinit import accelerator, firmware, terminal, tools
+from mosinit import accelerator, firmware, init, terminal, tools
 from mosinit.console import Lines, Log, Report
 from mosinit.host import Failure, Host
 from mosinit.machine import VARIABLES, Hardware, Machine, last_words, powered
@@ -35,6 +35,7 @@ from mosinit.verdict import Until, Verdict, Watch
 
 CERTIFICATES = "certificates"  # what the firmware of a machine was made to trust
 SAVE_SECONDS = 120.0  # for QEMU to write or read the memory of a machine
+EXCHANGE_BYTES = 4 << 20  # of one line of the exchange port
 QUEUE = 256  # happenings that may wait: beyond, the guest's console waits
 
 
@@ -44,17 +45,19 @@ class BootOptions:
 
     `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive`
     joins the terminal to the machine's console until the machine stops or Ctrl-] is typed. `answers` are
-    typed there one after the other: (what the console must show before, what is typed).
+    typed there one after the other: (what the console must show before, what is typed). `exchange` answers
+    a line that the started system writes to its exchange port.
     """
 
     disk: Path
     folder: Path
     keys: Path | None = None
     report: Path | None = None
-    until: Literal["multi-user", "pivoted"] = "multi-user"
+    until: Literal["multi-user", "pivoted", "installed"] = "multi-user"
     timeout: float = 300.0
     interactive: bool = False
     answers: tuple[tuple[bytes, bytes], ...] = ()
+    exchange: Callable[[bytes], bytes] | None = None
     hardware: Hardware = field(default_factory=Hardware)
 
 
@@ -380,6 +383,7 @@ async def _happenings(session: _Session, machine: Machine) -> AsyncIterator[asyn
         tasks = [
             asyncio.create_task(_console(session, machine, queue)),
             asyncio.create_task(_report_port(machine, queue)),
+            asyncio.create_task(_exchange_port(session, machine, queue)),
             asyncio.create_task(_events(machine, queue)),
             asyncio.create_task(_end(machine, queue)),
             asyncio.create_task(_leaving(left, queue)),
@@ -411,6 +415,24 @@ async def _report_port(machine: Machine, queue: asyncio.Queue[Happening]) -> Non
     async for data in _received(machine.report):
         for line in lines.feed(data):
             await queue.put(partial(Watch.port, untrusted=line))
+
+
+async def _exchange_port(session: _Session, machine: Machine, queue: asyncio.Queue[Happening]) -> None:
+    lines = Lines(EXCHANGE_BYTES)
+    async for data in _received(machine.exchange):
+        for line in lines.feed(data):
+            if session.options.exchange is None:
+                continue
+            try:
+                reply = await asyncio.to_thread(session.options.exchange, line)
+            except (Failure, init.Refused) as error:
+                await queue.put(partial(_not_answered, words=str(error)))
+                return
+            await asyncio.get_running_loop().sock_sendall(machine.exchange, reply + b"\n")
+
+
+def _not_answered(watch: Watch, words: str) -> Verdict:
+    return Verdict(1, f"what the machine asked for was not granted: {words}")
 
 
 async def _received(end: socket.socket) -> AsyncIterator[bytes]:

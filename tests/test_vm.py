@@ -260,7 +260,7 @@ def test_a_timeout_quotes_the_last_line() -> None:
 
 
 def command(hardware: machine.Hardware, *disks: str) -> list[str]:
-    channels = machine.Channels(qmp=3, console=4, report=5, tpm=6)
+    channels = machine.Channels(qmp=3, console=4, report=5, exchange=7, tpm=6)
     return machine.command_line(hardware, [Path(disk) for disk in disks], Path("/s/v.fd"), "tcg", channels)
 
 

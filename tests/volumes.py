@@ -45,24 +45,24 @@ INTEGRITY = {"type": "hmac(sha256)", "journal_encryption": "none", "journal_inte
 SUPERBLOCK = struct.pack("<8sBBHIQIBB", b"integrt\0", 4, 15, 32, 7, 16 << 10, 8, 3, 12).ljust(512, b"\0")
 
 
-def plain(host: Host, path: Path) -> Path:
+def plain(host: Host, path: Path, uuid: str = UUID, secret: bytes = SECRET) -> Path:
     """Make a plain volume of 16 MiB with cryptsetup."""
     path.touch()
     os.truncate(path, SIZE)
-    luks.format_volume(host, path, "plain", UUID, SECRET)
+    luks.format_volume(host, path, "plain", uuid, secret)
     return path
 
 
-def config(host: Host, path: Path) -> Path:
+def config(host: Host, path: Path, uuid: str = UUID, secret: bytes = SECRET) -> Path:
     """Make the header of a config volume, without tokens, as cryptsetup makes it and takes it for its own.
 
     cryptsetup itself formats a volume with integrity only where there is a device-mapper.
     """
-    data, key = plain(host, path).read_bytes()[:BYTES], os.urandom(96)
+    data, key = plain(host, path, uuid, secret).read_bytes()[:BYTES], os.urandom(96)
     document = document_of(data)
     slot, digest = document["keyslots"]["0"], document["digests"]["0"]
     salts = [base64.b64decode(item["salt"]) for item in (slot["kdf"], digest)]
-    area = encrypt(split(key), hashlib.pbkdf2_hmac("sha256", SECRET, salts[0], 1000, 64))
+    area = encrypt(split(key), hashlib.pbkdf2_hmac("sha256", secret, salts[0], 1000, 64))
     slot["key_size"], slot["area"]["size"] = 96, str(len(area))
     digest["digest"] = base64.b64encode(hashlib.pbkdf2_hmac("sha256", key, salts[1], 1000, 32)).decode()
     document["segments"]["0"]["integrity"] = INTEGRITY

@@ -1,0 +1,519 @@
+"""The `install` verb: on the booted live medium, a provisioned machine gets its disk.
+
+1. Look: the release is verified whole by the bring-up's own functions, the disk is looked at, a plan made.
+2. Act, on that disk alone: partitions, encrypted volumes, the release by digest, manifest.git, the tokens of
+   the seal. The boot loader comes last, so that half a machine does not start.
+3. Read all of it back as a boot would, and only then call the disk a machine's.
+
+Whatever fails before leaves a disk that the same command takes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import hmac
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from mosinit import generations, init, installed, layout, luks, publish
+from mosinit.generations import Elsewhere, SignedManifest
+from mosinit.host import Failure, Host, Usage
+from mosinit.images import CHUNK
+
+LEFT = Path(init.LEFT)
+MEDIUM_RELEASE = f"oci:{init.STORE}/{init.REPOSITORY}"
+# On the medium beside the release: signed by the uki key, sealed with the store.
+BOOT_LOADER = Path(init.STORE, "boot/systemd-bootx64.efi")
+LOADER_PLACES = ("EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI")  # in the order they are written
+# No menu unless a key is held, no other systems, no keys to enrol.
+LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
+TRIES = 3
+SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
+# Beside the images: what ext4 keeps for itself, and room for the next release to come.
+STORE_MARGIN = 64 * init.MIB
+EXT4 = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "metadata_csum,64bit")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to install where. `state` is the size of the volume for /var in bytes, 0 for none."""
+
+    disk: Path
+    provisioned: Path
+    source: str = MEDIUM_RELEASE
+    erase: str | None = None
+    state: int = 0
+    left: Path = LEFT
+    loader: Path = BOOT_LOADER
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """What `provision` left: the secrets of the disk, and what its header says for the TPM."""
+
+    secret: bytes
+    recovery: bytes
+    tokens: init.Tokens
+    sudi: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A blob of a release."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """A verified release: where it lies, its manifest, all its blobs, and the UKI of run mode."""
+
+    folder: Path
+    manifest: init.Manifest
+    signed: SignedManifest
+    blobs: tuple[Blob, ...]
+    uki: Blob
+    uki_id: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all blobs."""
+        return sum(blob.size for blob in self.blobs)
+
+
+class Installer(Host):
+    """The package's seam, with what only an installation does to volumes."""
+
+    def format_volume(self, path: Path, kind: str, uuid: str, key: bytes, recovery: bytes) -> None:
+        """Make an encrypted volume that opens with its key, or with the recovery key."""
+        luks.format_volume(self, path, kind, uuid, key)
+        luks.add_recovery(self, path, key, recovery)
+
+    @contextlib.contextmanager
+    def opened(self, path: Path, kind: str, key: bytes, name: str) -> Iterator[Path]:
+        """Open a volume as a boot does, and yield its device."""
+        secret = bytearray(key)
+        try:
+            init.open_volume(self, luks.read_header(self, path, kind), str(path), secret, name)
+        finally:
+            init.wipe(secret)
+        close = ["cryptsetup", "close", name]
+        try:
+            yield Path("/dev/mapper", name)
+        except BaseException:
+            # What went wrong is told, not what cannot be closed because of it.
+            with contextlib.suppress(Failure):
+                self.run(close, timeout=60)
+            raise
+        self.patiently(lambda: self.run(close, timeout=60))
+
+    def check_layer(self, machine: init.Machine, name: str, layer: init.Layer, signature: str) -> None:
+        """Have the kernel check a layer's signature, as a boot does."""
+        verity = init.open_layer(machine, name, layer, signature)
+        self.patiently(lambda: self.dm(init.DmCommand.DEV_REMOVE, verity.name))
+
+
+# --- What the live system knows -------------------------------------------------------------------------
+
+
+def policy_of_live(left: Path) -> init.Policy:
+    """Return the policy of the machine to be: what this live system's signed initrd left of its own.
+
+    Raises `Failure` on any other system.
+    """
+    policy = installed.running(installed.Paths(left)).policy
+    if policy.mode != "live":
+        raise Failure("this is an installed machine: boot the live medium to install")
+    # Its UKI is another one, of which the release knows the id.
+    return policy._replace(mode="run", uki_id="")
+
+
+def read_provisioned(folder: Path, policy: init.Policy) -> Provisioned:
+    """Return what `provision` left, if it is whole and of this organisation. Raises `Failure`, `Refused`."""
+    from mosinit import exchange
+
+    if not (folder / "seal.json").is_file():
+        raise Failure(f"{folder} is of no provisioned machine: run `mosinit provision` to its end first")
+    path = folder / "seal.json"
+    sealed = exchange.parse_sealed(exchange.read_file(path, init.MIB), str(path))
+    if sealed.product != policy.product:
+        raise init.Refused("RECORD-PRODUCT", expected=policy.product, seen=sealed.product)
+    secret, recovery = ((folder / name).read_bytes() for name in ("config.key", "recovery.key"))
+    sudi = tuple((name, (folder / name).read_bytes()) for name in SUDI_FILES)
+    provisioned = Provisioned(secret, recovery.strip(), sealed.tokens(), sudi)
+    check_tokens(provisioned, policy)
+    return provisioned
+
+
+def check_tokens(provisioned: Provisioned, policy: init.Policy) -> None:
+    """See that record, secret and epoch order are what a boot takes. Raises `Refused`."""
+    tokens = provisioned.tokens
+    record = init.verify_record(tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
+    secret = bytearray(provisioned.secret)
+    try:
+        init.check_secret(record, secret)
+    finally:
+        init.wipe(secret)
+    order = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
+    init.verify_epoch_order(*order, policy)
+
+
+# --- The release -----------------------------------------------------------------------------------------
+
+
+def open_source(source: str) -> Path:
+    """Return the folder of the OCI layout that a source names."""
+    kind, _, name = source.partition(":")
+    if kind != "oci" or not name:
+        raise Usage(f"cannot install from {source[:200]}: name a release as oci:DIR")
+    if not (Path(name) / "index.json").is_file():
+        raise Failure(f"{name} is no release (it has no index.json): name one that `mosinit publish` made")
+    return Path(name).absolute()
+
+
+def verify_release(host: Host, folder: Path, policy: init.Policy) -> Release:
+    """Return a release if a machine of that policy takes all of it, every byte. Raises `Refused`."""
+    machine = Elsewhere({f"{init.STORE}/{init.REPOSITORY}": folder})
+    manifest = init.verify_release(machine, policy)
+    order = publish.read_epoch_order(machine, policy)
+    if order.epoch != manifest.contents.epoch:
+        expected = f"epoch {manifest.contents.epoch}"
+        raise init.Refused("EPOCH-ORDER", expected=expected, seen=f"epoch {order.epoch}")
+    if manifest.contents.update_type != "complete":
+        raise Failure(f"{folder} is a partial release: install a complete one first")
+    _, bootkit = init.boot_targets(manifest.contents)
+    signed = _signed_manifest(machine, manifest)
+    _check_dates(signed.certificate, policy)
+    blobs = list_blobs(machine)
+    uki, uki_id = find_uki(machine, bootkit)
+    for target in manifest.contents.targets:
+        check_target(machine, target, blobs)
+    with host.progress("verifying the release", sum(blob.size for blob in blobs)) as advance:
+        for blob in blobs:
+            for chunk in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):
+                advance(len(chunk))
+    return Release(folder, manifest, signed, blobs, uki, uki_id)
+
+
+def _signed_manifest(machine: init.Machine, manifest: init.Manifest) -> SignedManifest:
+    """Return the manifest that was verified as it lies in the release, signature and certificate."""
+    parts = init.find_release(machine)
+    kinds = (init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
+    blobs = [
+        init.read_blob(machine, parts[kind].digest, parts[kind].size, "MANIFEST-ABSENT") for kind in kinds
+    ]
+    if hashlib.sha256(blobs[0]).hexdigest() != manifest.sha256:
+        raise init.Refused("MANIFEST-FORMAT", expected=manifest.sha256, seen="another one, read again")
+    return SignedManifest(manifest.sha256, blobs[0], blobs[1], blobs[2])
+
+
+def _check_dates(certificate: bytes, policy: init.Policy) -> None:
+    """Refuse certificates out of their dates: a boot cannot look at a clock, an installation can."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for name, pem in (("product", certificate), ("manifest CA", policy.manifest_ca)):
+        parsed = x509.load_pem_x509_certificate(pem)
+        begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+        if not begin <= now <= end:
+            raise Failure(
+                f"the {name} certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and the clock "
+                f"says {now:%Y-%m-%d}: set the clock, or publish with a new certificate"
+            )
+
+
+def list_blobs(machine: init.Machine) -> tuple[Blob, ...]:
+    """Return every blob of the store's one release, each once."""
+    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
+    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    found = {release.digest: release.size for release in releases}
+    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    _, images = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    for image in images:
+        data = init.read_blob(machine, image.digest, image.size, "IMAGE-DIGEST")
+        raw, parts = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
+        config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
+        found |= {item.digest: item.size for item in (image, config, *parts)}
+    return tuple(Blob(digest, size) for digest, size in found.items())
+
+
+def find_uki(machine: init.Machine, bootkit: init.Target) -> tuple[Blob, str]:
+    """Return the UKI of run mode that a bootkit brings, and its id."""
+    data = init.read_blob(machine, bootkit.digest, bootkit.size, "IMAGE-DIGEST")
+    _, parts = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
+    found = [part for part in parts if part.media_type == init.UKI_MEDIA_TYPE]
+    uki_id = init.parse_image(data).uki_ids.get("run", "")
+    if len(found) != 1 or not init.HEX64.fullmatch(uki_id):
+        seen = f"{len(found)} UKIs, id {uki_id or 'missing'}"
+        raise init.Refused("MANIFEST-UKI", expected="a bootkit with the UKI of run mode", seen=seen)
+    return Blob(found[0].digest, found[0].size), uki_id
+
+
+def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blob]) -> None:
+    """See that an image is the signed one, and its layers and their signatures belong to the release."""
+    image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
+    if len(image.layers) != len(target.layer_signatures):
+        seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
+        raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
+    present = {blob.digest for blob in blobs}
+    for digest in (*(layer.digest for layer in image.layers), *target.layer_signatures):
+        if digest not in present:
+            raise init.Refused("STORE-READ", expected=f"blob {digest}", seen="a release without it")
+
+
+def read_checked(path: str, blob: Blob) -> Iterator[bytes]:
+    """Yield a blob's bytes; raises `Refused` at the end unless they were exactly the right ones."""
+    digest, size = hashlib.sha256(), 0
+    with init.refusing("STORE-READ", f"blob {blob.digest}"), open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            if size > blob.size:
+                break
+            yield chunk
+    seen = f"sha256:{digest.hexdigest()}, {size} bytes"
+    if seen != (expected := f"{blob.digest}, {blob.size} bytes"):
+        raise init.Refused("IMAGE-DIGEST", expected=expected, seen=seen)
+
+
+# --- The verb --------------------------------------------------------------------------------------------
+
+
+def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Policy]:
+    """Look at everything, change nothing. Raises `Failure`, `Refused`."""
+    policy = policy_of_live(options.left)
+    disk = layout.inspect(host, options.disk)
+    layout.check_usable(host, disk, options.erase)
+    planned = layout.make_plan(disk, options.state)
+    release = verify_release(host, open_source(options.source), policy)
+    room = planned.named("machine-store").size * 9 // 10 - STORE_MARGIN
+    if release.size > room:
+        raise Failure(f"the release has {release.size >> 20} MiB, the store of {disk.path} {room >> 20} MiB")
+    return planned, release, policy._replace(uki_id=release.uki_id)
+
+
+def describe(planned: layout.Plan, release: Release) -> dict[str, object]:
+    """Return a plan as plain data."""
+    disk, contents = planned.disk, release.manifest.contents
+    return {
+        "disk": disk.path,
+        "model": disk.model,
+        "serial": disk.serial,
+        "bytes": disk.size,
+        "lost": planned.lost or "nothing: the disk is empty",
+        "product": contents.product,
+        "sequence": contents.sequence,
+        "targets": [target.service_name for target in contents.targets],
+        "partitions": [
+            {"name": part.name, "bytes": part.size, "holds": part.holds} for part in planned.partitions
+        ],
+    }
+
+
+def show_plan(host: Host, options: Options) -> dict[str, object]:
+    """Return what an installation would do."""
+    planned, release, _ = plan(host, options)
+    return describe(planned, release)
+
+
+def install(host: Installer, options: Options) -> dict[str, object]:
+    """Install a release on a disk; returns what was done. Raises `Failure`, `Refused`."""
+    planned, release, policy = plan(host, options)
+    provisioned = read_provisioned(options.provisioned, policy)
+    return act(host, planned, release, policy, provisioned, options.loader)
+
+
+def act(
+    host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
+    loader: Path,
+) -> dict[str, object]:  # fmt: skip
+    """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
+    begun = host.monotonic()
+    host.say(f"partitions on {planned.disk.path}")
+    layout.write(host, planned)
+    layout.wait_for_devices(host, planned)
+    commit = fill_config(host, planned, release, provisioned)
+    fill_store(host, planned, release, provisioned)
+    if planned.partitions[-1].name == init.STATE:
+        fill_state(host, planned, provisioned)
+    fill_esp(host, planned, release, loader)
+    host.say("reading everything back")
+    read_back(host, planned, release, policy, provisioned, commit)
+    layout.finish(host, planned)
+    return {
+        **describe(planned, release), "generation": commit, "uki": release.uki_id,
+        "seconds": round(host.monotonic() - begun, 1),
+    }  # fmt: skip
+
+
+# --- Volumes ---------------------------------------------------------------------------------------------
+
+
+def key_of(provisioned: Provisioned, planned: layout.Plan, name: str) -> bytes:
+    """Return the key of a volume, as the bring-up derives it."""
+    if name == "machine-config":
+        return provisioned.secret
+    purpose = name.removeprefix("machine-")
+    secret = bytearray(provisioned.secret)
+    try:
+        return bytes(init.derive_key(secret, purpose, planned.named(name).uuid))
+    finally:
+        init.wipe(secret)
+
+
+@contextlib.contextmanager
+def _volume(
+    host: Installer, planned: layout.Plan, provisioned: Provisioned, name: str, *, read_only: bool = False
+) -> Iterator[Path]:
+    """Open and mount a volume of the machine to be."""
+    device = layout.device(planned, planned.named(name))
+    kind = "config" if name == "machine-config" else "plain"
+    with (
+        host.opened(device, kind, key_of(provisioned, planned, name), f"mosinit-install-{name}") as mapped,
+        host.mounted(mapped, "ext4", read_only=read_only) as folder,
+    ):
+        yield folder
+
+
+def _make_volume(host: Installer, planned: layout.Plan, provisioned: Provisioned, name: str) -> None:
+    """Make a volume with an empty file system."""
+    part = planned.named(name)
+    device = layout.device(planned, part)
+    kind = "config" if name == "machine-config" else "plain"
+    host.say(f"{name}: {part.size >> 20} MiB")
+    key = key_of(provisioned, planned, name)
+    host.format_volume(device, kind, part.uuid, key, provisioned.recovery)
+    if kind == "config":
+        luks.import_tokens(host, device, provisioned.tokens)
+    with host.opened(device, kind, key, f"mosinit-install-{name}") as mapped:
+        host.run([*EXT4, "-L", name, "-U", part.uuid, mapped], timeout=600)
+
+
+def fill_config(host: Installer, planned: layout.Plan, release: Release, provisioned: Provisioned) -> str:
+    """Make the config volume: manifest.git, identity, state. Returns the first generation's commit."""
+    _make_volume(host, planned, provisioned, "machine-config")
+    with _volume(host, planned, provisioned, "machine-config") as folder:
+        repository = folder / "manifest.git"
+        generations.create(host, repository)
+        new = generations.of_release(release.manifest, release.uki_id, release.signed)
+        commit = generations.add(host, repository, new)
+        for name in ("sudi", "state"):
+            (folder / name).mkdir(mode=0o700)
+        for name, content in provisioned.sudi:
+            with host.replacing(folder / "sudi" / name, mode=0o400) as fresh:
+                fresh.write_bytes(content)
+        sync_tree(host, folder)
+    return commit
+
+
+def fill_store(host: Installer, planned: layout.Plan, release: Release, provisioned: Provisioned) -> None:
+    """Make the store: every blob of the release, its digest checked while it is copied."""
+    _make_volume(host, planned, provisioned, "machine-store")
+    with _volume(host, planned, provisioned, "machine-store") as folder:
+        target = folder / init.REPOSITORY
+        (target / "blobs/sha256").mkdir(parents=True)
+        with host.progress("copying the release", release.size) as advance:
+            for blob in release.blobs:
+                name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+                with host.replacing(target / name) as fresh, fresh.open("wb") as file:
+                    for chunk in read_checked(str(release.folder / name), blob):
+                        file.write(chunk)
+                        advance(len(chunk))
+        for name in ("oci-layout", "index.json"):
+            with host.replacing(target / name) as fresh:
+                fresh.write_bytes((release.folder / name).read_bytes())
+        sync_tree(host, folder)
+
+
+def fill_state(host: Installer, planned: layout.Plan, provisioned: Provisioned) -> None:
+    """Make the volume that keeps /var, empty."""
+    _make_volume(host, planned, provisioned, init.STATE)
+
+
+def sync_tree(host: Host, folder: Path) -> None:
+    """Make every file and folder below durable, names last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            host.sync_file(path)
+    host.sync_file(folder)
+
+
+# --- The ESP ---------------------------------------------------------------------------------------------
+
+
+def uki_place(sequence: int) -> str:
+    """Return where the UKI of a generation lies while it has all its tries."""
+    return f"EFI/Linux/mosinit_{sequence}+{TRIES}.efi"
+
+
+def fill_esp(host: Installer, planned: layout.Plan, release: Release, loader: Path) -> None:
+    """Make the EFI system partition; what the firmware starts by itself is written last."""
+    part = planned.named("esp")
+    device = layout.device(planned, part)
+    host.say("esp: boot loader and UKI")
+    host.run(["mkfs.vfat", "-F32", "-nESP", f"-i{part.uuid[:8]}", device], timeout=60)
+    boot = loader.read_bytes()
+    with host.mounted(device, "vfat") as folder:
+        for place in (uki_place(release.manifest.contents.sequence), *LOADER_PLACES, "loader/loader.conf"):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        uki = folder / uki_place(release.manifest.contents.sequence)
+        source = release.folder / "blobs/sha256" / release.uki.digest.removeprefix("sha256:")
+        with uki.open("wb") as file:
+            file.writelines(read_checked(str(source), release.uki))
+        host.sync_file(uki)
+        for place, content in (
+            ("loader/loader.conf", LOADER_CONF),
+            *((name, boot) for name in LOADER_PLACES),
+        ):
+            (folder / place).write_bytes(content)
+            host.sync_file(folder / place)
+        sync_tree(host, folder)
+
+
+# --- Reading back ----------------------------------------------------------------------------------------
+
+
+def read_back(
+    host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
+    commit: str,
+) -> None:  # fmt: skip
+    """See that a boot would take what is on the disk, by what the boot itself calls."""
+    layout.check(host, planned)
+    _check_header(host, planned, policy, provisioned)
+    with (
+        _volume(host, planned, provisioned, "machine-config", read_only=True) as config,
+        _volume(host, planned, provisioned, "machine-store", read_only=True) as store,
+    ):
+        machine = Elsewhere({init.CONFIG: config, init.STORE: store})
+        manifest = init.pick_generation(machine, policy)
+        if (machine.report.facts["generation"], manifest) != (commit, release.manifest):
+            raise init.Refused("GENERATION", expected=commit, seen=str(machine.report.facts["generation"]))
+        for blob in release.blobs:
+            for _ in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):
+                pass
+        for target in manifest.contents.targets:
+            check_target(machine, target, release.blobs)
+            image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
+            pairs = zip(image.layers, target.layer_signatures, strict=True)
+            for index, (layer, signature) in enumerate(pairs):
+                host.check_layer(machine, f"mosinit-install-{target.service_name}-{index}", layer, signature)
+    with host.mounted(layout.device(planned, planned.named("esp")), "vfat", read_only=True) as folder:
+        for _ in read_checked(str(folder / uki_place(release.manifest.contents.sequence)), release.uki):
+            pass
+
+
+def _check_header(host: Host, planned: layout.Plan, policy: init.Policy, provisioned: Provisioned) -> None:
+    """See that the config volume's header says what provisioning left, in a form that a boot takes."""
+    header = luks.read_header(host, layout.device(planned, planned.named("machine-config")), "config")
+    if header.tokens != provisioned.tokens:
+        raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="others")
+    record = init.verify_record(
+        provisioned.tokens.record, policy.organisation["sudi-ca.pem"], policy.product
+    )
+    proof = init.secret_proof(provisioned.secret, policy.product)
+    if not hmac.compare_digest(proof, record.secret_proof):
+        raise init.Refused("VOLUME-IDENTITY", expected=record.secret_proof.hex(), seen=proof.hex())

@@ -1,0 +1,236 @@
+"""What an installed machine says of itself and writes about itself, on a disk that was installed here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mosinit import generations, images, init, installed, layout, luks
+from mosinit.generations import Quiet
+from mosinit.host import Failure, Host
+from tests import installation
+from tests.fake import policy_json
+from tests.installation import NativeInstaller, Setting
+from tests.test_install import TOOLS
+from tests.test_layout import loop
+
+
+class Machine(Quiet):
+    """A machine whose disk vdz is a loop device, with what its firmware says."""
+
+    def __init__(self, disk: Path, esp: str, entry: str) -> None:
+        super().__init__()
+        self.disk = disk
+        self.variables = {"LoaderDevicePartUUID": esp.upper(), "LoaderEntrySelected": entry}
+
+    def _real(self, path: str) -> str:
+        return path.replace("vdz", self.disk.name)
+
+    def names(self, path: str) -> list[str]:
+        """List a folder."""
+        found = ["vdz"] if path == "/sys/block" else super().names(self._real(path))
+        return [name.replace(self.disk.name, "vdz") for name in found]
+
+    def exists(self, path: str) -> bool:
+        """Say whether there is such a file; there is no TPM."""
+        return path != init.TPM_SYSFS and super().exists(self._real(path))
+
+    def read(self, path: str, limit: int = init.MIB) -> bytes:
+        """Read a file."""
+        return super().read(self._real(path), limit)
+
+    def open_device(self, path: str) -> int:
+        """Open a device."""
+        return super().open_device(self._real(path))
+
+    def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
+        """Return what the boot loader left."""
+        value = self.variables.get(name)
+        return None if value is None else (6, (value + "\0").encode("utf-16-le"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """An installed machine that runs."""
+
+    setting: Setting
+    disk: Path
+    machine: Machine
+    paths: installed.Paths
+    commit: str
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Keyset, release, live system, provisioned machine."""
+    return installation.setting(Host(), tmp_path_factory.mktemp("setting"))
+
+
+@pytest.fixture(scope="module")
+def installed_disk(setting: Setting) -> Iterator[Path]:
+    """A disk that was installed once for all tests; they copy it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with loop(Path(folder, "disk")) as device:
+            installation.run(NativeInstaller(), setting, device)
+        yield Path(folder, "disk")
+
+
+@pytest.fixture
+def running(
+    setting: Setting,
+    installed_disk: Path,
+    need: Callable[..., None],
+    host: Host,
+    tmp_path: Path,
+    memory: Path,
+) -> Iterator[Running]:
+    need(*TOOLS)
+    host.run(["cp", "--sparse=always", installed_disk, memory / "disk"])
+    shutil.copytree(setting.left, tmp_path / "left")
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(loop(memory / "disk"))
+        host.run(["partx", "--update", device])
+        data = stack.enter_context(installation.data_behind(Path(f"{device}p2")))
+        config = stack.enter_context(host.mounted(data, "ext4"))
+        (only,) = generations.list_all(config / "manifest.git", setting.keyset.product)
+        path = tmp_path / "left/report.json"
+        report = json.loads(path.read_text()) | {"mode": "run", "generation": only.commit, "sequence": 7}
+        path.write_text(json.dumps({**report, "uki_id": only.uki}))
+        policy = policy_json(mode="run", product=setting.keyset.product)
+        (tmp_path / "left/policy.json").write_bytes(policy)
+        shutil.copytree(setting.release, tmp_path / "store" / init.REPOSITORY)
+        esp = partitions(device)[0].uuid
+        machine = Machine(device, esp, "mosinit_7+2-1.efi")
+        paths = installed.Paths(tmp_path / "left", config, tmp_path / "store")
+        yield Running(setting, device, machine, paths, only.commit)
+
+
+def partitions(device: Path) -> tuple[init.Partition, ...]:
+    with device.open("rb") as file:
+        file.seek(512)
+        head = file.read(512 + 16384)
+    return init.parse_gpt(head[:512], head[512:], 512, layout.SMALLEST // 512)
+
+
+def test_what_runs_and_from_where(running: Running, host: Host) -> None:
+    told = installed.status(host, running.paths, running.machine)
+    wanted = {
+        "mode": "run",
+        "product": running.setting.keyset.product,
+        "sequence": 7,
+        "epoch": 1,
+        "entry": "mosinit_7+2-1.efi",
+        "tpm": {"present": False},
+        "config": f"{running.disk}p2",
+        "epoch order": 1,
+        "approved firmware states": 2,
+        "generation": running.commit,
+        "good": False,
+    }
+    assert {name: told[name] for name in wanted} == wanted
+    generations.mark_good(host, running.paths.repository, running.commit)
+    again = installed.status(host, running.paths, running.machine)
+    rows = [{"sequence": 7, "generation": running.commit, "runs": True, "good": True}]
+    assert (again["good"], again["generations"]) == (True, rows)
+
+
+def test_a_live_system_says_that_it_is(setting: Setting, host: Host, tmp_path: Path) -> None:
+    left = installation.make_left(tmp_path / "left", setting.keyset)
+    paths = installed.Paths(left)
+    told = installed.status(host, paths, Machine(tmp_path, "", ""))
+    assert (told["mode"], "generation" in told) == ("live", False)
+    with pytest.raises(Failure, match="this is a live system"):
+        installed.boot_good(host, paths)
+    with pytest.raises(Failure, match="was not started by mosinit"):
+        installed.status(host, installed.Paths(tmp_path / "none"))
+
+
+# --- boot-good -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("mosinit_7+3.efi",), ("mosinit_7+2-1.efi",), ("mosinit_7.efi",),
+     ("mosinit_7.efi", "mosinit_7+1-2.efi"), ("mosinit_7+0-3.efi", "mosinit_8+3.efi", "mosinit_77+3.efi")],
+)  # fmt: skip
+def test_the_uki_loses_its_counter(names: tuple[str, ...], host: Host, tmp_path: Path) -> None:
+    folder = tmp_path / "EFI/Linux"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(name)
+    for _ in range(2):
+        assert installed.bless(host, tmp_path, 7) == "mosinit_7.efi"
+        left = {path.name for path in folder.iterdir()}
+        assert left == {"mosinit_7.efi"} | {name for name in names if not name.startswith("mosinit_7")} | (
+            {"mosinit_77+3.efi"} & set(names)
+        )
+    assert (folder / "mosinit_7.efi").read_text() == names[-1 if len(names) == 2 else 0]
+
+
+def test_a_uki_that_is_not_there(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "EFI/Linux").mkdir(parents=True)
+    (tmp_path / "EFI/Linux/mosinit_8+3.efi").touch()
+    with pytest.raises(Failure, match="install the release again"):
+        installed.bless(host, tmp_path, 7)
+
+
+def test_the_order_of_the_release_goes_into_the_header(running: Running, host: Host) -> None:
+    device, policy = Path(f"{running.disk}p2"), installed.running(running.paths).policy
+    before = luks.read_header(host, device, "config")
+    assert installed.lay_order(host, policy, running.paths, running.machine) == 1
+    assert luks.read_header(host, device, "config") == before
+    later(host, running, 3)
+    assert installed.lay_order(host, policy, running.paths, running.machine) == 3
+    after = luks.read_header(host, device, "config")
+    assert after.tokens
+    assert before.tokens
+    order = (after.tokens.order_statement, after.tokens.order_signature, after.tokens.order_certificate)
+    assert init.verify_epoch_order(*order, policy) == 3
+    same = after.tokens._replace(
+        order_statement=before.tokens.order_statement, order_signature=before.tokens.order_signature
+    )
+    assert (same, after.slots) == (before.tokens, before.slots)
+
+
+def test_an_older_release_never_takes_an_order_back(running: Running, host: Host) -> None:
+    policy = installed.running(running.paths).policy
+    later(host, running, 5)
+    installed.lay_order(host, policy, running.paths, running.machine)
+    shutil.rmtree(running.paths.store / init.REPOSITORY)
+    shutil.copytree(running.setting.release, running.paths.store / init.REPOSITORY)
+    assert installed.lay_order(host, policy, running.paths, running.machine) == 5
+
+
+def test_an_order_that_nobody_signed_is_not_laid(running: Running, host: Host) -> None:
+    device, policy = Path(f"{running.disk}p2"), installed.running(running.paths).policy
+    before = luks.read_header(host, device, "config")
+    later(host, running, 3, signer="layer")
+    with pytest.raises(init.Refused, match="EPOCH-ORDER"):
+        installed.lay_order(host, policy, running.paths, running.machine)
+    assert luks.read_header(host, device, "config") == before
+
+
+def later(host: Host, running: Running, epoch: int, signer: str = "product") -> None:
+    """Put a release of a later epoch into the store: as much of it as orders need."""
+    keyset, store = running.setting.keyset, running.paths.store / init.REPOSITORY
+    shutil.rmtree(store)
+    made = images.Layout(store)
+    statement = json.dumps(init.epoch_statement(keyset.product, epoch)).encode()
+    blobs = {
+        init.EPOCH_MEDIA_TYPE: statement,
+        init.EPOCH_SIGNATURE_MEDIA_TYPE: keyset.signer(signer).sign(statement),
+        init.CERTIFICATE_MEDIA_TYPE: keyset.certificate_path("product").read_bytes(),
+    }
+    layers = [made.add_blob(host, content, kind).json() for kind, content in blobs.items()]
+    artefact = images.encode({"schemaVersion": 2, "layers": layers})
+    index = images.index_of(
+        [made.add_blob(host, artefact, images.MANIFEST_TYPE, artifact_type=init.RELEASE_ARTIFACT)]
+    )
+    made.write_index(host, [made.add_blob(host, images.encode(index), images.INDEX_TYPE)])
