@@ -24,7 +24,7 @@ from mosinit.host import Host
 from mosinit.hostfs import KernelTree
 from tests import volumes
 from tests.fake import policy_json
-from tests.test_images import plain
+from tests.test_images import PROGRAM, make_tar, plain
 
 RUN_ID, LIVE_ID = "12" * 32, "34" * 32
 UKI = b"the UKI of run mode " * 100_000
@@ -55,7 +55,8 @@ def setting(host: Host, folder: Path, sequence: int = 7) -> Setting:
 
 def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int) -> Path:
     """Publish hostfs and bootkit."""
-    plain(host, folder / "hostfs")
+    tree = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
+    plain(host, folder / "hostfs", tree, tar=tree)
     (folder / "modules").mkdir()
     (folder / "modules/modules.dep").write_text("")
     (folder / "run.efi").write_bytes(UKI)

@@ -190,7 +190,7 @@ def test_a_blob_that_is_not_there(made: Setting, disk: Path, tmp_path: Path) -> 
         copy = tmp_path / blob.name[:8]
         subprocess.run(["cp", "-r", made.release, copy], check=True)
         (copy / "blobs/sha256" / blob.name).unlink()
-        assert refused(made, disk, source=f"oci:{copy}") == "STORE-READ"
+        assert refused(made, disk, source=f"oci:{copy}") == "STORE-BLOB"
 
 
 def test_a_release_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:
