@@ -97,6 +97,13 @@ def keys_export(host: Host, values: argparse.Namespace) -> Result:
     return outcome({"organisation": made.folder, "name": made.name, "product": made.product})
 
 
+def keys_epoch(host: Host, values: argparse.Namespace) -> Result:
+    """Raise a keyset's epoch."""
+    from mosinit import keys
+
+    return _keyset(keys.raise_epoch(host, values.folder, values.epoch))
+
+
 def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
@@ -221,11 +228,12 @@ def _keyset(keyset: Any) -> Result:
         for r in roles
     ]
     head = [
-        f"keyset {keyset.name}, product {keyset.product}",
+        f"keyset {keyset.name}, product {keyset.product}, epoch {keyset.epoch}",
         "fingerprints: SHA-256 of the certificate",
         "",
     ]
-    data = {"name": keyset.name, "product": keyset.product, "folder": str(keyset.folder), "roles": roles}
+    data = {"name": keyset.name, "product": keyset.product, "epoch": keyset.epoch}
+    data |= {"folder": str(keyset.folder), "roles": roles}
     return Result(data, "\n".join(head + rows))
 
 
@@ -271,15 +279,21 @@ def folder(name: str, help: str, metavar: str = "DIR", **more: Any) -> Option:
     return Option(name, help, {"type": Path, "metavar": metavar, **more})
 
 
-def number(name: str, help: str, highest: int) -> Option:
-    """Describe an option that takes a number from 1 on; without it, 1."""
+def number(name: str, help: str, highest: int, default: int | None = 1, otherwise: str = "1") -> Option:
+    """Describe an option that takes a number from 1 on; without it, `otherwise` says what holds."""
 
     def read(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= highest:
             raise argparse.ArgumentTypeError(f"a whole number from 1 to {highest} is expected, not {text!r}")
         return int(text)
 
-    return Option(name, f"{help}, 1 to {highest} (default: 1)", {"type": read, "default": 1, "metavar": "N"})
+    words = f"{help}, 1 to {highest}" + (f" (default: {otherwise})" if otherwise else "")
+    return Option(name, words, {"type": read, "default": default, "metavar": "N"})
+
+
+def epoch_option(help: str, otherwise: str) -> Option:
+    """Describe --epoch: by default the organisation's lowest safe one."""
+    return number("--epoch", help, init.MAX_EPOCH, None, otherwise)
 
 
 def flag(name: str, help: str) -> Option:
@@ -351,6 +365,16 @@ VERBS = (
         ),
     ),
     Verb(
+        "keys epoch",
+        "calls everything below an epoch unsafe: from here nothing is made or enrolled for it",
+        "mosinit keys epoch ./keys 2",
+        keys_epoch,
+        (
+            positional("folder", "the keyset", type=Path, metavar="DIR"),
+            number("epoch", "the lowest safe epoch; it never falls", init.MAX_EPOCH, None, ""),
+        ),
+    ),
+    Verb(
         "build",
         "builds initrd, UKI, hostfs image and live medium; needs a checkout",
         "mosinit build --keys ./keys --out ./out",
@@ -359,7 +383,7 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the results go", required=True),
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
-            number("--epoch", "what is below is unsafe", 64),
+            epoch_option("what is below is unsafe", "the keyset's"),
             number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
         ),
         checkout=True,
@@ -402,7 +426,7 @@ VERBS = (
                    "below /run", "STATE", required=True),
             folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
-            number("--epoch", "the machine's epoch", init.MAX_EPOCH),
+            epoch_option("the machine's epoch", "the organisation's"),
             folder("--event-log", "the firmware's event log (default: the kernel's copy)", "FILE",
                    default=Path("/sys/kernel/security/tpm0/binary_bios_measurements")),
             Option("--tpm", "the TPM (default: device:/dev/tpmrm0)",
@@ -423,7 +447,7 @@ VERBS = (
             folder("--out", "where the answer (or the consent) goes", "FILE"),
             folder("--machines", "where machines and their recovery records are filed (default: "
                    "DIR/machines)", "FOLDER"),
-            number("--epoch", "the epoch that the request must name", init.MAX_EPOCH),
+            epoch_option("the epoch that the request must name", "the keyset's"),
             Option("--again", "the request may take the place of this machine, which is filed already",
                    {"metavar": "SERIAL"}),
             Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),

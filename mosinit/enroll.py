@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from mosinit import exchange, images, init, records
 from mosinit.host import Failure, Host, Usage
-from mosinit.keys import Keyset
+from mosinit.keys import Keyset, choose_epoch
 
 _AGAIN = "make a new request on the machine"
 
@@ -62,7 +62,7 @@ def enroll(
     keyset: Keyset,
     out: Path,
     machines: Path | None = None,
-    epoch: int = 1,
+    epoch: int | None = None,
     approvals: Approvals | None = None,
     again: str | None = None,
 ) -> dict[str, object]:
@@ -75,6 +75,7 @@ def enroll(
         raise Usage(f"{out} cannot be written: name a file for the answer, in a folder that exists")
     untrusted = exchange.parse_request(exchange.read_file(request, exchange.DOCUMENT_BYTES), request.name)
     approvals = approvals or platform_approvals()
+    epoch = choose_epoch(epoch, keyset.epoch)
     wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)

@@ -1,6 +1,6 @@
 """The keyset: a folder with every key of an organisation, one role per key, and the one way to sign.
 
-    keyset.json        {"schema": 1, "name": NAME, "product": UUID}
+    keyset.json        {"schema": 1, "name": NAME, "product": UUID, "epoch": the lowest that is safe}
     ROLE.key           private key, PKCS#8 PEM, mode 0600; the folder is 0700
     ROLE.pem           certificate
     pcr.pub, platform.pub    public keys (SubjectPublicKeyInfo PEM), for tools that measure
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mosinit import init
 from mosinit.host import Failure, Host, Usage, closed_environment
 
 SCHEMA = 1
@@ -153,6 +154,7 @@ class Keyset:
     folder: Path
     name: str
     product: str
+    epoch: int
     certificates: Mapping[str, x509.Certificate]
 
     def certificate(self, role: str) -> x509.Certificate:
@@ -203,8 +205,7 @@ def new(host: Host, folder: Path, product_name: str) -> Keyset:
         fresh = scratch / "keyset"
         fresh.mkdir(mode=0o700)
         _write_roles(host, fresh, product_name, product)
-        words = {"schema": SCHEMA, "name": product_name, "product": product}
-        _write(host, fresh / "keyset.json", (json.dumps(words, indent=1) + "\n").encode(), 0o644)
+        _write(host, fresh / "keyset.json", _encode_description(product_name, product, 1), 0o644)
         # rename(2) would replace an empty folder made meanwhile, never one with something in it.
         fresh.rename(folder)
         host.sync_file(folder.absolute().parent)
@@ -216,7 +217,7 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
 
     Raises `Failure` if a role is missing, readable by others, or does not fit its certificate.
     """
-    name, product = _read_description(folder / "keyset.json")
+    name, product, epoch = _read_description(folder / "keyset.json")
     if folder.stat().st_mode & 0o022:
         raise Failure(f"{folder} can be changed by others: chmod 700 {folder}")
     certificates = {role: _open_role(folder, role) for role in ROLES}
@@ -227,7 +228,31 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
             raise Failure(
                 f"{folder} has one key for {other} and {role}: roles must not mix, make a new keyset"
             )
-    return Keyset(host, folder, name, product, certificates)
+    return Keyset(host, folder, name, product, epoch, certificates)
+
+
+def raise_epoch(host: Host, folder: Path, epoch: int) -> Keyset:
+    """Call everything below an epoch unsafe: from here the keyset makes and enrolls nothing for it."""
+    keyset = open_keyset(host, folder)
+    if epoch < keyset.epoch:
+        raise Failure(
+            f"the epoch of {folder} is {keyset.epoch}, and it never falls: name {keyset.epoch} or more"
+        )
+    description = _encode_description(keyset.name, keyset.product, epoch)
+    _write(host, folder / "keyset.json", description, 0o644)
+    return open_keyset(host, folder)
+
+
+def choose_epoch(asked: int | None, lowest: int) -> int:
+    """Return the epoch that was asked for, the organisation's lowest safe one if none was.
+
+    Raises `Refused` for one below that.
+    """
+    epoch = lowest if asked is None else asked
+    if epoch < lowest:
+        expected = f"epoch {lowest} or later: the organisation calls what is below unsafe"
+        raise init.Refused("EPOCH", expected=expected, seen=f"epoch {epoch}")
+    return epoch
 
 
 @dataclass(frozen=True)
@@ -237,6 +262,7 @@ class Organisation:
     folder: Path
     name: str
     product: str
+    epoch: int
     files: Mapping[str, bytes]  # by file name; `open_organisation` saw that each is what its name says
 
     def certificate(self, role: str) -> x509.Certificate:
@@ -249,7 +275,7 @@ def open_organisation(folder: Path) -> Organisation:
 
     Private keys are not read. Raises `Failure` if a part is missing or damaged.
     """
-    name, product = _read_description(folder / "keyset.json")
+    name, product, epoch = _read_description(folder / "keyset.json")
     bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
     files = {}
     for file in ("keyset.json", *(f"{role}.pem" for role in ROLES), *bare):
@@ -263,7 +289,7 @@ def open_organisation(folder: Path) -> Organisation:
             raise Failure(
                 f"cannot read {folder / file}: {_reason(error)}; make it again by `mosinit keys export`"
             ) from error
-    made = Organisation(folder, name, product, files)
+    made = Organisation(folder, name, product, epoch, files)
     for file in bare:
         if files[file] != _spki(made.certificate(file.removesuffix(".pub")).public_key()):
             raise Failure(f"{folder / file} does not fit its certificate: export the keyset again")
@@ -290,17 +316,27 @@ def write_organisation(host: Host, organisation: Organisation, folder: Path) -> 
         _write(host, folder / name, content, 0o644)
 
 
-def _read_description(path: Path) -> tuple[str, str]:
+def _encode_description(name: str, product: str, epoch: int) -> bytes:
+    words = {"schema": SCHEMA, "name": name, "product": product, "epoch": epoch}
+    return (json.dumps(words, indent=1) + "\n").encode()
+
+
+def _read_description(path: Path) -> tuple[str, str, int]:
     try:
-        words = json.loads(path.read_text())
+        words = init.parse_json(path.read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         if words["schema"] != SCHEMA:
             raise Failure(f"{path} has schema {words['schema']}, this mosinit knows {SCHEMA}")
-        return str(words["name"]), str(uuid.UUID(words["product"]))
+        epoch = words.get("epoch", 1)
+        if type(epoch) is not int or not 1 <= epoch <= init.MAX_EPOCH:
+            raise ValueError(f"the epoch is no number from 1 to {init.MAX_EPOCH}")
+        return str(words["name"]), str(uuid.UUID(words["product"])), epoch
     except FileNotFoundError as error:
         raise Failure(
             f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"cannot read {path}: {_reason(error)}; restore it from a backup") from error
 
 

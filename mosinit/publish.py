@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, kept, registry, tars
 from mosinit.host import Failure, Host, Usage, closed_environment
-from mosinit.keys import Keyset
+from mosinit.keys import Keyset, choose_epoch
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
@@ -182,6 +182,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         raise Failure(
             f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
         )
+    choose_epoch(contents.epoch, keyset.epoch)
     init.verify_certificate(_pem(keyset, "product"), _pem(keyset, "manifest-ca"), keyset.product)
     now = datetime.datetime.now(datetime.timezone.utc)
     for role in ("product", "manifest-ca", "layer"):

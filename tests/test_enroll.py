@@ -146,6 +146,17 @@ def test_another_record_of_a_filed_tpm_must_be_said(
         site.enroll()
 
 
+def test_an_organisation_at_a_later_epoch_takes_no_machine_below(site: Site) -> None:
+    """Without anybody naming an epoch: the documented commands."""
+    keyset = replace(site.keyset, epoch=5)
+    args = (site.host, site.state / "request.json", keyset, site.answer, site.machines)
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1"):
+        enroll.enroll(*args)
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1"):
+        enroll.enroll(*args, epoch=1)
+    assert not site.answer.exists()
+
+
 def test_the_whole_record_is_filed(site: Site) -> None:
     serial = str(site.enroll()["serial"])
     words = json.loads((site.machines / serial / "machine.json").read_text())

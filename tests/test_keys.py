@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from mosinit import keys
+from mosinit import init, keys
 from mosinit.host import Failure, Host, Usage
 
 Need = Callable[..., None]
@@ -73,7 +73,7 @@ def test_the_folder_holds_nothing_else(made: Path) -> None:
 def test_description_file(made: Path, host: Host) -> None:
     words = json.loads((made / "keyset.json").read_text())
     keyset = keys.open_keyset(host, made)
-    assert words == {"schema": 1, "name": "acme", "product": keyset.product}
+    assert words == {"schema": 1, "name": "acme", "product": keyset.product, "epoch": 1}
 
 
 @pytest.mark.parametrize("role", ["PK", "KEK", "uki", "layer", "pcr", "platform"])
@@ -158,6 +158,19 @@ def test_a_damaged_organisation_is_told(copy: Path, name: str, content: bytes | 
         (copy / name).write_bytes(content)
     with pytest.raises(Failure, match=says):
         keys.open_organisation(copy)
+
+
+def test_the_epoch_is_raised_and_never_falls(copy: Path, host: Host, tmp_path: Path) -> None:
+    assert keys.open_keyset(host, copy).epoch == 1
+    assert keys.raise_epoch(host, copy, 3).epoch == 3
+    assert keys.raise_epoch(host, copy, 3).epoch == 3
+    with pytest.raises(Failure, match="is 3, and it never falls"):
+        keys.raise_epoch(host, copy, 2)
+    assert keys.export(host, copy, tmp_path / "org").epoch == 3
+    assert keys.choose_epoch(None, 3) == 3
+    assert keys.choose_epoch(4, 3) == 4
+    with pytest.raises(init.Refused, match="EPOCH.*epoch 3 or later.*seen epoch 2"):
+        keys.choose_epoch(2, 3)
 
 
 def test_product_certificate(made: Path, host: Host) -> None:
@@ -291,6 +304,10 @@ def test_open_refuses_a_public_key_of_another_role(copy: Path, host: Host) -> No
         '{"schema": 2, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000"}',
         '{"schema": 1, "name": "x"}',
         '{"schema": 1, "name": "x", "product": "y"}',
+        '{"schema": 1, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000", "epoch": 0}',
+        '{"schema": 1, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000", "epoch": true}',
+        "[" * 100000,
+        "9" * 5000,
     ],
 )
 def test_open_refuses_another_description(copy: Path, host: Host, words: str) -> None:

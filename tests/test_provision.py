@@ -326,6 +326,20 @@ def test_other_tpms_are_refused_before_anything_is_written(
     assert not list(site.folder.glob(".mosinit-*"))
 
 
+def test_the_epoch_is_the_organisation_s(site: Site) -> None:
+    keyset = site.folder / "keys"
+    shutil.copytree(site.keyset.folder, keyset)
+    keys.raise_epoch(site.host, keyset, 5)
+    organisation = keys.export(site.host, keyset, site.folder / "organisation").folder
+    options = provision.Options(organisation, site.state, event_log=site.log, tcti=site.tpm.tcti)
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match="EPOCH.*epoch 5 or later"):
+        provision.request(site.host, replace(options, epoch=1, tcti=way.tcti))
+    assert writes(way.seen) == []
+    provision.request(site.host, options)
+    assert exchange.parse_request((site.state / "request.json").read_bytes(), "request").epoch == 5
+    assert init.read_epoch(TpmMachine(site.tpm)).bit_length() == 5
+
+
 def test_an_absent_tpm_is_refused(site: Site) -> None:
     for tcti in ("device:/dev/none", "swtpm:path=/none"):
         with pytest.raises(init.Refused, match="TPM-ABSENT"):
