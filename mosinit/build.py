@@ -54,6 +54,7 @@ def build(
     """
     keyset = keys.open_keyset(host, keyset_folder)
     epoch = keys.choose_epoch(epoch, keyset.epoch)
+    keys.check_out(out, keyset.folder)
     if out.exists() and not out.is_dir():
         raise Failure(f"{out} is not a folder: name another one with --out")
     out.mkdir(parents=True, exist_ok=True)

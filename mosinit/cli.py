@@ -56,6 +56,7 @@ class Verb:
     json: bool = True
     tools: bool = True
     checkout: bool = False
+    secrets: bool = False  # holds keys or passwords
 
 
 # --- The verbs' functions ----------------------------------------------------------------------------
@@ -165,9 +166,11 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
         raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
     if values.again and not values.request:
         raise Usage("--again SERIAL goes with a REQUEST")
-    if bool(values.out) == bool(values.open_recovery):
-        raise Usage("--out names where answer or consent go: nothing else is written")
+    if not values.out and not values.open_recovery:
+        raise Usage("--out names where answer or consent go")
     keyset = keys.open_keyset(host, values.keys)
+    if values.open_recovery and values.out:
+        return outcome(enroll.save_recovery(host, values.open_recovery, keyset, values.out, values.machines))
     if values.open_recovery:
         text = exchange.encode_recovery(enroll.open_recovery(values.open_recovery, keyset)).decode()
         return Result(json.loads(text), text.rstrip("\n"))
@@ -182,6 +185,7 @@ def uki_sign(host: Host, values: argparse.Namespace) -> Result:
     from mosinit import keys, uki
 
     keyset = keys.open_keyset(host, values.keys)
+    keys.check_out(values.out, keyset.folder)
     return outcome(uki.sign(host, values.unsigned, values.initrd, keyset, values.out))
 
 
@@ -346,6 +350,7 @@ VERBS = (
             positional("folder", "the folder to make", type=Path, metavar="DIR"),
             Option("--product", "name of the product", {"required": True, "metavar": "NAME"}),
         ),
+        secrets=True,
     ),
     Verb(
         "keys show",
@@ -353,6 +358,7 @@ VERBS = (
         "mosinit keys show ./keys",
         keys_show,
         (positional("folder", "the keyset", type=Path, metavar="DIR"),),
+        secrets=True,
     ),
     Verb(
         "keys export",
@@ -363,6 +369,7 @@ VERBS = (
             positional("folder", "the keyset", type=Path, metavar="DIR"),
             folder("--out", "the folder to make", "ORG", required=True),
         ),
+        secrets=True,
     ),
     Verb(
         "keys epoch",
@@ -373,6 +380,7 @@ VERBS = (
             positional("folder", "the keyset", type=Path, metavar="DIR"),
             number("epoch", "the lowest safe epoch; it never falls", init.MAX_EPOCH, None, ""),
         ),
+        secrets=True,
     ),
     Verb(
         "build",
@@ -387,6 +395,7 @@ VERBS = (
             number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
         ),
         checkout=True,
+        secrets=True,
     ),
     Verb(
         "tools run",
@@ -415,6 +424,7 @@ VERBS = (
             Option("--timeout", "seconds that a registry may stand still (default: 120)",
                    {"type": seconds, "metavar": "S", "default": 120.0}),
         ),
+        secrets=True,
     ),
     Verb(
         "provision",
@@ -435,6 +445,7 @@ VERBS = (
                    "CONSENT"),
             folder("--auths", "with --again: what `mosinit enroll --open-recovery` showed", "FILE"),
         ),
+        secrets=True,
     ),
     Verb(
         "enroll",
@@ -444,15 +455,17 @@ VERBS = (
         (
             positional("request", "what `mosinit provision` wrote", type=Path, nargs="?", metavar="REQUEST"),
             folder("--keys", "the keyset that signs", required=True),
-            folder("--out", "where the answer (or the consent) goes", "FILE"),
+            folder("--out", "where answer, consent or recovery record (mode 0600) goes", "FILE"),
             folder("--machines", "where machines and their recovery records are filed (default: "
                    "DIR/machines)", "FOLDER"),
             epoch_option("the epoch that the request must name", "the keyset's"),
             Option("--again", "the request may take the place of this machine, which is filed already",
                    {"metavar": "SERIAL"}),
             Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),
-            folder("--open-recovery", "show a recovery record: passwords and recovery key", "FILE"),
+            folder("--open-recovery", "show a recovery record (passwords, recovery key), or write it to "
+                   "--out", "FILE"),
         ),
+        secrets=True,
     ),
     Verb(
         "uki sign",
@@ -465,6 +478,7 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the signed UKI goes", "FILE", required=True),
         ),
+        secrets=True,
     ),
     Verb(
         "vm boot",
@@ -592,6 +606,8 @@ def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
             if isinstance(value, Path):
                 tools.check_visible(value, name)
         tools.run_inside(host, arguments)
+    if verb.secrets:
+        host.hide_memory()
     return verb.run(host, values)
 
 

@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import os
 import re
+import resource
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 RENAME_EXCHANGE = 2  # linux/fs.h
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
 FULL_BYTES = 64 << 10  # what is left where something did not fit
 MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
@@ -231,6 +234,13 @@ class Host(init.Kernel):
             raise Failure(f"cannot start {command[0]}: {error.strerror}") from error
         return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
+    def hide_memory(self) -> None:
+        """Let no core dump, ours or of a program we start, and no debugger of our user have what we hold."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0:
+            raise init.os_error("prctl", "PR_SET_DUMPABLE")
+
     @contextlib.contextmanager
     def scratch(self, near: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file
@@ -251,9 +261,12 @@ class Host(init.Kernel):
     def replacing(self, path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[Path]:
         """Yield a temporary path; on success it is synced and renamed to `path`, on failure it is removed.
 
-        Nobody ever sees a half-written `path`, also after a power cut.
+        Nobody ever sees a half-written `path`, also after a power cut. Raises `Failure` if something else
+        than a regular file is there: no device is replaced.
         """
         target = Path(path)
+        if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
+            raise Failure(f"{target} is no regular file, and only such are replaced: name another")
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
         os.close(handle)
         temporary = Path(name)

@@ -12,6 +12,7 @@ No private key is ever printed or overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -220,6 +221,9 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
     name, product, epoch = _read_description(folder / "keyset.json")
     if folder.stat().st_mode & 0o022:
         raise Failure(f"{folder} can be changed by others: chmod 700 {folder}")
+    check_owner(
+        folder, *(path for role in ROLES for path in (folder / f"{role}.key", folder / f"{role}.pem"))
+    )
     certificates = {role: _open_role(folder, role) for role in ROLES}
     owners: dict[bytes, str] = {}
     for role, certificate in certificates.items():
@@ -255,6 +259,29 @@ def choose_epoch(asked: int | None, lowest: int) -> int:
     return epoch
 
 
+def check_out(out: Path, *folders: Path) -> None:
+    """Refuse a place for results in one of the folders, where keys or machines lie, and what is neither file
+    nor folder.
+    """
+    place = out.absolute().parent.resolve() / out.name
+    for folder in folders:
+        if any(path.is_relative_to(folder.resolve()) for path in (place, place.resolve())):
+            raise Usage(f"{out} lies in {folder}, where nothing else goes: name another place")
+    if os.path.lexists(out) and not (out.is_file() or out.is_dir()):
+        raise Failure(f"{out} is neither file nor folder: name another place")
+
+
+def check_owner(*paths: Path) -> None:
+    """Refuse what belongs to somebody else: they could change it at any moment, mode or no mode."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # that is told by who needs it
+            owner = path.stat().st_uid
+            if owner != os.geteuid():
+                raise Failure(
+                    f"{path} belongs to another user (uid {owner}): chown it to the one who uses it"
+                )
+
+
 @dataclass(frozen=True)
 class Organisation:
     """The public parts of a keyset: what a machine that is to be provisioned gets to know."""
@@ -277,12 +304,10 @@ def open_organisation(folder: Path) -> Organisation:
     """
     name, product, epoch = _read_description(folder / "keyset.json")
     bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
-    files = {}
-    for file in ("keyset.json", *(f"{role}.pem" for role in ROLES), *bare):
+    files = {"keyset.json": _encode_description(name, product, epoch)}
+    for file in (*(f"{role}.pem" for role in ROLES), *bare):
         try:
-            files[file] = (folder / file).read_bytes()
-            if file.endswith(".pem"):
-                x509.load_pem_x509_certificate(files[file]).public_key()
+            files[file] = _public_part(folder / file)
         except FileNotFoundError as error:
             raise Failure(f"{folder} lacks {file}: make it again by `mosinit keys export`") from error
         except (OSError, ValueError) as error:
@@ -296,8 +321,33 @@ def open_organisation(folder: Path) -> Organisation:
     return made
 
 
+def _public_part(path: Path) -> bytes:
+    """Read a certificate or a public key, and return it written anew; ValueError if the file holds more."""
+    content = path.read_bytes()
+    if path.suffix == ".pem":
+        return _read_certificate(content).public_bytes(serialization.Encoding.PEM)
+    return _spki(serialization.load_pem_public_key(_one_block(content)))
+
+
+def _read_certificate(content: bytes) -> x509.Certificate:
+    """Read one certificate; ValueError for a file with anything beside it."""
+    certificate = x509.load_pem_x509_certificate(_one_block(content))
+    certificate.public_key()
+    return certificate
+
+
+def _one_block(content: bytes) -> bytes:
+    """Return a PEM file that holds one block and nothing else. A key in it would go wherever that goes."""
+    lines = content.strip().splitlines()
+    edges = [line for line in lines if line.startswith(b"-----")]
+    if len(edges) != 2 or edges != [lines[0], lines[-1]]:
+        raise ValueError("not exactly one block of PEM: remove everything else")
+    return content
+
+
 def export(host: Host, folder: Path, out: Path) -> Organisation:
     """Write the public parts of a keyset to a new folder, complete or not at all."""
+    check_out(out, folder)
     organisation = open_organisation(folder)
     if os.path.lexists(out):
         raise Failure(f"{out} exists already: choose another folder")
@@ -343,7 +393,7 @@ def _read_description(path: Path) -> tuple[str, str, int]:
 def _open_role(folder: Path, role: str) -> x509.Certificate:
     key, certificate_path = folder / f"{role}.key", folder / f"{role}.pem"
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        certificate = _read_certificate(certificate_path.read_bytes())
         mode = key.stat().st_mode
         if mode & 0o077:
             raise Failure(f"{key} is open to others (mode {mode & 0o777:04o}): chmod 600 {key}")

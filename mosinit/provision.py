@@ -344,11 +344,14 @@ def read_state(folder: Path) -> State:
     try:
         if stat.S_IMODE(folder.stat().st_mode) & 0o077:
             raise Failure(f"{folder} is open to others: chmod 700 {folder}")
-        words = json.loads((folder / "machine.json").read_text())
+        keys.check_owner(folder, *folder.iterdir())
+        words = init.parse_json((folder / "machine.json").read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         seal = exchange.Seal(*(bytes.fromhex(words["seal"][name]) for name in exchange.Seal._fields))
         storage_key, index, sudi, request = (bytes.fromhex(words[name]) for name in State._fields[1:5])
         return State(int(words["epoch"]), storage_key, index, sudi, request, seal)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
             f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the right "
@@ -548,9 +551,11 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
 
 def _read_auths(folder: Path) -> Mapping[str, bytes]:
     try:
-        words = json.loads((folder / "auths.json").read_text())
+        words = init.parse_json((folder / "auths.json").read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         return {name: words[name].encode() for name in exchange.HIERARCHIES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(
             f"cannot read {folder / 'auths.json'}: clear the TPM in the firmware's setup, remove {folder} "
             "and begin anew"

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, kept, registry, tars
 from mosinit.host import Failure, Host, Usage, closed_environment
-from mosinit.keys import Keyset, choose_epoch
+from mosinit.keys import Keyset, check_out, choose_epoch
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
@@ -76,6 +76,7 @@ def publish(
         registry.probe(sources.access, target)
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
+        check_out(target, keyset.folder)
         near = target
         near.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=near) as scratch:

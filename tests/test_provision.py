@@ -429,6 +429,28 @@ def test_a_state_of_other_things_is_not_touched(site: Site) -> None:
         site.request()
 
 
+@pytest.mark.parametrize("name", ["machine.json", "auths.json", "organisation/keyset.json"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100000, "9" * 5000, "[1]", "null"], ids=["deep", "digits", "list", "null"]
+)
+def test_a_damaged_state_is_told(done: Site, tmp_path: Path, name: str, content: str) -> None:
+    state = shutil.copytree(done.state, tmp_path / "state")
+    (state / name).write_text(content)
+    with pytest.raises(Failure, match=r"is not what|cannot read"):
+        done.finish(state=state)
+
+
+def test_a_state_of_somebody_else_is_not_used(done: Site, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    state = shutil.copytree(done.state, tmp_path / "state")
+    for path in (state, state / "config.key"):
+        os.chown(path, 65534, -1)
+        with pytest.raises(Failure, match="belongs to another user"):
+            done.finish(state=state)
+        os.chown(path, 0, -1)
+
+
 def test_a_state_for_another_organisation_is_not_taken(site: Site) -> None:
     site.request()
     other = site.folder / "other"
