@@ -413,6 +413,25 @@ def test_a_request_is_told_again(site: Site) -> None:
     assert (site.state / "request.json").read_bytes() == content
 
 
+def test_what_a_killed_run_left_is_removed(site: Site) -> None:
+    """Not what another one is using, nor what others made, nor what was made just now."""
+    old, new, link, foreign = (
+        site.folder / f".mosinit-{name}" for name in ("old", "new", "link", "foreign")
+    )
+    for folder in (old, new, foreign):
+        (folder / "state").mkdir(parents=True)
+        (folder / "state/auths.json").write_text("{}")
+    link.symlink_to(new)
+    os.chown(foreign, 65534, -1)
+    with site.host.scratch(near=site.state) as used:
+        for folder in (old, foreign, used):
+            os.utime(folder, (0, 0))
+        site.request()
+        assert used.exists()
+    assert not old.exists()
+    assert all((folder / "state/auths.json").exists() for folder in (new, link, foreign))
+
+
 def test_a_state_of_other_things_is_not_touched(site: Site) -> None:
     site.request()
     with pytest.raises(Failure, match="for another TPM or epoch: remove it"):
