@@ -43,7 +43,7 @@ def build(
     host: Host,
     keyset_folder: Path,
     out: Path,
-    epoch: int = 1,
+    epoch: int | None = None,
     *,
     sequence: int = 1,
     manifest: Path | None = None,
@@ -51,10 +51,12 @@ def build(
 ) -> dict[str, object]:
     """Build everything; returns paths, sizes in bytes and ids.
 
-    Without a `manifest` of the caller's the medium carries hostfs and bootkit alone. Raises `Failure`,
-    `Refused`.
+    Without an `epoch` it is the keyset's, without a `manifest` of the caller's the medium carries hostfs and
+    bootkit alone. Raises `Failure`, `Refused`.
     """
     keyset = keys.open_keyset(host, keyset_folder)
+    epoch = keys.choose_epoch(epoch, keyset.epoch)
+    keys.check_out(out, keyset.folder)
     if out.exists() and not out.is_dir():
         raise Failure(f"{out} is not a folder: name another one with --out")
     if manifest is not None:

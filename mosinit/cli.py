@@ -56,6 +56,7 @@ class Verb:
     json: bool = True
     tools: bool = True
     checkout: bool = False
+    secrets: bool = False  # holds keys or passwords
 
 
 # --- The verbs' functions ----------------------------------------------------------------------------
@@ -95,6 +96,13 @@ def keys_export(host: Host, values: argparse.Namespace) -> Result:
 
     made = keys.export(host, values.folder, values.out)
     return outcome({"organisation": made.folder, "name": made.name, "product": made.product})
+
+
+def keys_epoch(host: Host, values: argparse.Namespace) -> Result:
+    """Raise a keyset's epoch."""
+    from mosinit import keys
+
+    return _keyset(keys.raise_epoch(host, values.folder, values.epoch))
 
 
 def build(host: Host, values: argparse.Namespace) -> Result:
@@ -158,9 +166,11 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
         raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
     if values.again and not values.request:
         raise Usage("--again SERIAL goes with a REQUEST")
-    if bool(values.out) == bool(values.open_recovery):
-        raise Usage("--out names where answer or consent go: nothing else is written")
+    if not values.out and not values.open_recovery:
+        raise Usage("--out names where answer or consent go")
     keyset = keys.open_keyset(host, values.keys)
+    if values.open_recovery and values.out:
+        return outcome(enroll.save_recovery(host, values.open_recovery, keyset, values.out, values.machines))
     if values.open_recovery:
         text = exchange.encode_recovery(enroll.open_recovery(values.open_recovery, keyset)).decode()
         return Result(json.loads(text), text.rstrip("\n"))
@@ -175,6 +185,7 @@ def uki_sign(host: Host, values: argparse.Namespace) -> Result:
     from mosinit import keys, uki
 
     keyset = keys.open_keyset(host, values.keys)
+    keys.check_out(values.out, keyset.folder)
     return outcome(uki.sign(host, values.unsigned, values.initrd, keyset, values.out))
 
 
@@ -253,11 +264,12 @@ def _keyset(keyset: Any) -> Result:
         for r in roles
     ]
     head = [
-        f"keyset {keyset.name}, product {keyset.product}",
+        f"keyset {keyset.name}, product {keyset.product}, epoch {keyset.epoch}",
         "fingerprints: SHA-256 of the certificate",
         "",
     ]
-    data = {"name": keyset.name, "product": keyset.product, "folder": str(keyset.folder), "roles": roles}
+    data = {"name": keyset.name, "product": keyset.product, "epoch": keyset.epoch}
+    data |= {"folder": str(keyset.folder), "roles": roles}
     return Result(data, "\n".join(head + rows))
 
 
@@ -303,15 +315,21 @@ def folder(name: str, help: str, metavar: str = "DIR", **more: Any) -> Option:
     return Option(name, help, {"type": Path, "metavar": metavar, **more})
 
 
-def number(name: str, help: str, highest: int) -> Option:
-    """Describe an option that takes a number from 1 on; without it, 1."""
+def number(name: str, help: str, highest: int, default: int | None = 1, otherwise: str = "1") -> Option:
+    """Describe an option that takes a number from 1 on; without it, `otherwise` says what holds."""
 
     def read(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= highest:
             raise argparse.ArgumentTypeError(f"a whole number from 1 to {highest} is expected, not {text!r}")
         return int(text)
 
-    return Option(name, f"{help}, 1 to {highest} (default: 1)", {"type": read, "default": 1, "metavar": "N"})
+    words = f"{help}, 1 to {highest}" + (f" (default: {otherwise})" if otherwise else "")
+    return Option(name, words, {"type": read, "default": default, "metavar": "N"})
+
+
+def epoch_option(help: str, otherwise: str) -> Option:
+    """Describe --epoch: by default the organisation's lowest safe one."""
+    return number("--epoch", help, init.MAX_EPOCH, None, otherwise)
 
 
 def flag(name: str, help: str) -> Option:
@@ -364,6 +382,7 @@ VERBS = (
             positional("folder", "the folder to make", type=Path, metavar="DIR"),
             Option("--product", "name of the product", {"required": True, "metavar": "NAME"}),
         ),
+        secrets=True,
     ),
     Verb(
         "keys show",
@@ -371,6 +390,7 @@ VERBS = (
         "mosinit keys show ./keys",
         keys_show,
         (positional("folder", "the keyset", type=Path, metavar="DIR"),),
+        secrets=True,
     ),
     Verb(
         "keys export",
@@ -381,6 +401,18 @@ VERBS = (
             positional("folder", "the keyset", type=Path, metavar="DIR"),
             folder("--out", "the folder to make", "ORG", required=True),
         ),
+        secrets=True,
+    ),
+    Verb(
+        "keys epoch",
+        "calls everything below an epoch unsafe: from here nothing is made or enrolled for it",
+        "mosinit keys epoch ./keys 2",
+        keys_epoch,
+        (
+            positional("folder", "the keyset", type=Path, metavar="DIR"),
+            number("epoch", "the lowest safe epoch; it never falls", init.MAX_EPOCH, None, ""),
+        ),
+        secrets=True,
     ),
     Verb(
         "build",
@@ -391,10 +423,11 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the results go", required=True),
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
-            number("--epoch", "what is below is unsafe", 64),
+            epoch_option("what is below is unsafe", "the keyset's"),
             number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
         ),
         checkout=True,
+        secrets=True,
     ),
     Verb(
         "tools run",
@@ -423,6 +456,7 @@ VERBS = (
             Option("--timeout", "seconds that a registry may stand still (default: 120)",
                    {"type": seconds, "metavar": "S", "default": 120.0}),
         ),
+        secrets=True,
     ),
     Verb(
         "provision",
@@ -434,7 +468,7 @@ VERBS = (
                    "below /run", "STATE", required=True),
             folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
-            number("--epoch", "the machine's epoch", init.MAX_EPOCH),
+            epoch_option("the machine's epoch", "the organisation's"),
             folder("--event-log", "the firmware's event log (default: the kernel's copy)", "FILE",
                    default=Path("/sys/kernel/security/tpm0/binary_bios_measurements")),
             Option("--tpm", "the TPM (default: device:/dev/tpmrm0)",
@@ -443,6 +477,7 @@ VERBS = (
                    "CONSENT"),
             folder("--auths", "with --again: what `mosinit enroll --open-recovery` showed", "FILE"),
         ),
+        secrets=True,
     ),
     Verb(
         "enroll",
@@ -452,15 +487,17 @@ VERBS = (
         (
             positional("request", "what `mosinit provision` wrote", type=Path, nargs="?", metavar="REQUEST"),
             folder("--keys", "the keyset that signs", required=True),
-            folder("--out", "where the answer (or the consent) goes", "FILE"),
+            folder("--out", "where answer, consent or recovery record (mode 0600) goes", "FILE"),
             folder("--machines", "where machines and their recovery records are filed (default: "
                    "DIR/machines)", "FOLDER"),
-            number("--epoch", "the epoch that the request must name", init.MAX_EPOCH),
+            epoch_option("the epoch that the request must name", "the keyset's"),
             Option("--again", "the request may take the place of this machine, which is filed already",
                    {"metavar": "SERIAL"}),
             Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),
-            folder("--open-recovery", "show a recovery record: passwords and recovery key", "FILE"),
+            folder("--open-recovery", "show a recovery record (passwords, recovery key), or write it to "
+                   "--out", "FILE"),
         ),
+        secrets=True,
     ),
     Verb(
         "uki sign",
@@ -473,6 +510,7 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the signed UKI goes", "FILE", required=True),
         ),
+        secrets=True,
     ),
     Verb(
         "vm boot",
@@ -634,6 +672,8 @@ def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
             if isinstance(value, Path):
                 tools.check_visible(value, name)
         tools.run_inside(host, arguments)
+    if verb.secrets:
+        host.hide_memory()
     return verb.run(host, values)
 
 

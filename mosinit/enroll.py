@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from mosinit import exchange, images, init, records
 from mosinit.host import Failure, Host, Usage
-from mosinit.keys import Keyset
+from mosinit.keys import Keyset, check_out, choose_epoch
 
 _AGAIN = "make a new request on the machine"
 
@@ -62,7 +62,7 @@ def enroll(
     keyset: Keyset,
     out: Path,
     machines: Path | None = None,
-    epoch: int = 1,
+    epoch: int | None = None,
     approvals: Approvals | None = None,
     again: str | None = None,
 ) -> dict[str, object]:
@@ -73,8 +73,10 @@ def enroll(
     machines = machines or keyset.folder / "machines"
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise Usage(f"{out} cannot be written: name a file for the answer, in a folder that exists")
+    check_out(out, keyset.folder, machines)
     untrusted = exchange.parse_request(exchange.read_file(request, exchange.DOCUMENT_BYTES), request.name)
     approvals = approvals or platform_approvals()
+    epoch = choose_epoch(epoch, keyset.epoch)
     wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
@@ -306,6 +308,16 @@ def open_recovery(path: Path, keyset: Keyset) -> exchange.Recovery:
     return open_cms(keyset, exchange.read_file(path, 16384), str(path))
 
 
+def save_recovery(
+    host: Host, path: Path, keyset: Keyset, out: Path, machines: Path | None = None
+) -> dict[str, object]:
+    """Decrypt a filed recovery record into a file that nobody else can read."""
+    check_out(out, keyset.folder, machines or keyset.folder / "machines")
+    recovery = open_recovery(path, keyset)
+    _write(host, out, exchange.encode_recovery(recovery))
+    return {"recovery": out, "serial": recovery.serial}
+
+
 def open_cms(keyset: Keyset, untrusted: bytes, name: str) -> exchange.Recovery:
     """Decrypt a recovery record (CMS, DER) by the keyset's recovery key."""
     try:
@@ -321,7 +333,9 @@ def consent(
     """Sign that a filed machine may be provisioned again."""
     if not serial.isalnum():
         raise Usage(f"{serial!r} is no serial: name a folder of the machines")
-    storage_key = _read_filed((machines or keyset.folder / "machines") / serial).storage_key
+    machines = machines or keyset.folder / "machines"
+    check_out(out, keyset.folder, machines)
+    storage_key = _read_filed(machines / serial).storage_key
     statement = exchange.consent_statement(keyset.product, storage_key)
     signed = exchange.Consent(statement, keyset.signer("sudi-ca").sign(statement))
     with host.replacing(out) as fresh:

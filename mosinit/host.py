@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
+import resource
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,9 @@ from mosinit import init
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 RENAME_EXCHANGE = 2  # linux/fs.h
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 SYS_PIVOT_ROOT = 155  # arch/x86/entry/syscalls/syscall_64.tbl
+SCRATCH, STALE_SECONDS = ".mosinit-", 60.0
 FULL_BYTES = 64 << 10  # what is left where something did not fit
 MOVING_BYTES = 4096  # a program that only wakes up and looks around moves less
 
@@ -82,6 +87,34 @@ class FullDisk(Failure):
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"the disk of {folder} is full: make room there ({reason[:200]})")
         self.reason = reason
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder while it is in use; yield whether nobody else had it. A lock ends with its process."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        free = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove the temporary folders that killed runs of ours left: there may be secrets in them."""
+    for folder in parent.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            seen = folder.lstat()
+            ours = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.geteuid()
+            # One that was made just now may not be locked yet.
+            if ours and time.time() - seen.st_mtime > STALE_SECONDS:
+                with _held(folder) as free:
+                    if free:
+                        shutil.rmtree(folder)
 
 
 class Host(init.Kernel):
@@ -231,13 +264,22 @@ class Host(init.Kernel):
             raise Failure(f"cannot start {command[0]}: {error.strerror}") from error
         return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
+    def hide_memory(self) -> None:
+        """Let no core dump, ours or of a program we start, and no debugger of our user have what we hold."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0:
+            raise init.os_error("prctl", "PR_SET_DUMPABLE")
+
     @contextlib.contextmanager
     def scratch(self, near: str | os.PathLike[str] | None = None) -> Iterator[Path]:
         """Yield a temporary folder of mode 0700 that is gone afterwards, beside `near` if given (same file
-        system).
+        system). What killed runs left there is removed.
         """
         parent = None if near is None else Path(near).absolute().parent
-        with tempfile.TemporaryDirectory(prefix=".mosinit-", dir=parent) as folder:
+        if parent is not None:
+            _remove_stale(parent)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent) as folder, _held(Path(folder)):
             try:
                 yield Path(folder)
             except (Failure, OSError) as error:
@@ -251,9 +293,12 @@ class Host(init.Kernel):
     def replacing(self, path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[Path]:
         """Yield a temporary path; on success it is synced and renamed to `path`, on failure it is removed.
 
-        Nobody ever sees a half-written `path`, also after a power cut.
+        Nobody ever sees a half-written `path`, also after a power cut. Raises `Failure` if something else
+        than a regular file is there: no device is replaced.
         """
         target = Path(path)
+        if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
+            raise Failure(f"{target} is no regular file, and only such are replaced: name another")
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
         os.close(handle)
         temporary = Path(name)

@@ -1,6 +1,6 @@
 """The keyset: a folder with every key of an organisation, one role per key, and the one way to sign.
 
-    keyset.json        {"schema": 1, "name": NAME, "product": UUID}
+    keyset.json        {"schema": 1, "name": NAME, "product": UUID, "epoch": the lowest that is safe}
     ROLE.key           private key, PKCS#8 PEM, mode 0600; the folder is 0700
     ROLE.pem           certificate
     pcr.pub, platform.pub    public keys (SubjectPublicKeyInfo PEM), for tools that measure
@@ -12,6 +12,7 @@ No private key is ever printed or overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -154,6 +155,7 @@ class Keyset:
     folder: Path
     name: str
     product: str
+    epoch: int
     certificates: Mapping[str, x509.Certificate]
 
     def certificate(self, role: str) -> x509.Certificate:
@@ -204,8 +206,7 @@ def new(host: Host, folder: Path, product_name: str) -> Keyset:
         fresh = scratch / "keyset"
         fresh.mkdir(mode=0o700)
         _write_roles(host, fresh, product_name, product)
-        words = {"schema": SCHEMA, "name": product_name, "product": product}
-        _write(host, fresh / "keyset.json", (json.dumps(words, indent=1) + "\n").encode(), 0o644)
+        _write(host, fresh / "keyset.json", _encode_description(product_name, product, 1), 0o644)
         # rename(2) would replace an empty folder made meanwhile, never one with something in it.
         fresh.rename(folder)
         host.sync_file(folder.absolute().parent)
@@ -217,9 +218,12 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
 
     Raises `Failure` if a role is missing, readable by others, or does not fit its certificate.
     """
-    name, product = _read_description(folder / "keyset.json")
+    name, product, epoch = _read_description(folder / "keyset.json")
     if folder.stat().st_mode & 0o022:
         raise Failure(f"{folder} can be changed by others: chmod 700 {folder}")
+    check_owner(
+        folder, *(path for role in ROLES for path in (folder / f"{role}.key", folder / f"{role}.pem"))
+    )
     certificates = {role: _open_role(folder, role) for role in ROLES}
     owners: dict[bytes, str] = {}
     for role, certificate in certificates.items():
@@ -228,7 +232,54 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
             raise Failure(
                 f"{folder} has one key for {other} and {role}: roles must not mix, make a new keyset"
             )
-    return Keyset(host, folder, name, product, certificates)
+    return Keyset(host, folder, name, product, epoch, certificates)
+
+
+def raise_epoch(host: Host, folder: Path, epoch: int) -> Keyset:
+    """Call everything below an epoch unsafe: from here the keyset makes and enrolls nothing for it."""
+    keyset = open_keyset(host, folder)
+    if epoch < keyset.epoch:
+        raise Failure(
+            f"the epoch of {folder} is {keyset.epoch}, and it never falls: name {keyset.epoch} or more"
+        )
+    description = _encode_description(keyset.name, keyset.product, epoch)
+    _write(host, folder / "keyset.json", description, 0o644)
+    return open_keyset(host, folder)
+
+
+def choose_epoch(asked: int | None, lowest: int) -> int:
+    """Return the epoch that was asked for, the organisation's lowest safe one if none was.
+
+    Raises `Refused` for one below that.
+    """
+    epoch = lowest if asked is None else asked
+    if epoch < lowest:
+        expected = f"epoch {lowest} or later: the organisation calls what is below unsafe"
+        raise init.Refused("EPOCH", expected=expected, seen=f"epoch {epoch}")
+    return epoch
+
+
+def check_out(out: Path, *folders: Path) -> None:
+    """Refuse a place for results in one of the folders, where keys or machines lie, and what is neither file
+    nor folder.
+    """
+    place = out.absolute().parent.resolve() / out.name
+    for folder in folders:
+        if any(path.is_relative_to(folder.resolve()) for path in (place, place.resolve())):
+            raise Usage(f"{out} lies in {folder}, where nothing else goes: name another place")
+    if os.path.lexists(out) and not (out.is_file() or out.is_dir()):
+        raise Failure(f"{out} is neither file nor folder: name another place")
+
+
+def check_owner(*paths: Path) -> None:
+    """Refuse what belongs to somebody else: they could change it at any moment, mode or no mode."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # that is told by who needs it
+            owner = path.stat().st_uid
+            if owner != os.geteuid():
+                raise Failure(
+                    f"{path} belongs to another user (uid {owner}): chown it to the one who uses it"
+                )
 
 
 @dataclass(frozen=True)
@@ -238,6 +289,7 @@ class Organisation:
     folder: Path
     name: str
     product: str
+    epoch: int
     files: Mapping[str, bytes]  # by file name; `open_organisation` saw that each is what its name says
 
     def certificate(self, role: str) -> x509.Certificate:
@@ -259,29 +311,52 @@ def open_organisation(folder: Path) -> Organisation:
 
     Private keys are not read. Raises `Failure` if a part is missing or damaged.
     """
-    name, product = _read_description(folder / "keyset.json")
+    name, product, epoch = _read_description(folder / "keyset.json")
     bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
-    files = {}
-    for file in ("keyset.json", *(f"{role}.pem" for role in ROLES), *bare):
+    files = {"keyset.json": _encode_description(name, product, epoch)}
+    for file in (*(f"{role}.pem" for role in ROLES), *bare):
         try:
-            files[file] = (folder / file).read_bytes()
-            if file.endswith(".pem"):
-                x509.load_pem_x509_certificate(files[file]).public_key()
+            files[file] = _public_part(folder / file)
         except FileNotFoundError as error:
             raise Failure(f"{folder} lacks {file}: make it again by `mosinit keys export`") from error
         except (OSError, ValueError) as error:
             raise Failure(
                 f"cannot read {folder / file}: {_reason(error)}; make it again by `mosinit keys export`"
             ) from error
-    made = Organisation(folder, name, product, files)
+    made = Organisation(folder, name, product, epoch, files)
     for file in bare:
         if files[file] != _spki(made.certificate(file.removesuffix(".pub")).public_key()):
             raise Failure(f"{folder / file} does not fit its certificate: export the keyset again")
     return made
 
 
+def _public_part(path: Path) -> bytes:
+    """Read a certificate or a public key, and return it written anew; ValueError if the file holds more."""
+    content = path.read_bytes()
+    if path.suffix == ".pem":
+        return _read_certificate(content).public_bytes(serialization.Encoding.PEM)
+    return _spki(serialization.load_pem_public_key(_one_block(content)))
+
+
+def _read_certificate(content: bytes) -> x509.Certificate:
+    """Read one certificate; ValueError for a file with anything beside it."""
+    certificate = x509.load_pem_x509_certificate(_one_block(content))
+    certificate.public_key()
+    return certificate
+
+
+def _one_block(content: bytes) -> bytes:
+    """Return a PEM file that holds one block and nothing else. A key in it would go wherever that goes."""
+    lines = content.strip().splitlines()
+    edges = [line for line in lines if line.startswith(b"-----")]
+    if len(edges) != 2 or edges != [lines[0], lines[-1]]:
+        raise ValueError("not exactly one block of PEM: remove everything else")
+    return content
+
+
 def export(host: Host, folder: Path, out: Path) -> Organisation:
     """Write the public parts of a keyset to a new folder, complete or not at all."""
+    check_out(out, folder)
     organisation = open_organisation(folder)
     if os.path.lexists(out):
         raise Failure(f"{out} exists already: choose another folder")
@@ -300,24 +375,34 @@ def write_organisation(host: Host, organisation: Organisation, folder: Path) -> 
         _write(host, folder / name, content, 0o644)
 
 
-def _read_description(path: Path) -> tuple[str, str]:
+def _encode_description(name: str, product: str, epoch: int) -> bytes:
+    words = {"schema": SCHEMA, "name": name, "product": product, "epoch": epoch}
+    return (json.dumps(words, indent=1) + "\n").encode()
+
+
+def _read_description(path: Path) -> tuple[str, str, int]:
     try:
-        words = json.loads(path.read_text())
+        words = init.parse_json(path.read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         if words["schema"] != SCHEMA:
             raise Failure(f"{path} has schema {words['schema']}, this mosinit knows {SCHEMA}")
-        return str(words["name"]), str(uuid.UUID(words["product"]))
+        epoch = words.get("epoch", 1)
+        if type(epoch) is not int or not 1 <= epoch <= init.MAX_EPOCH:
+            raise ValueError(f"the epoch is no number from 1 to {init.MAX_EPOCH}")
+        return str(words["name"]), str(uuid.UUID(words["product"])), epoch
     except FileNotFoundError as error:
         raise Failure(
             f"{path.parent} is no keyset (it has no keyset.json): make one by `mosinit keys new`"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"cannot read {path}: {_reason(error)}; restore it from a backup") from error
 
 
 def _open_role(folder: Path, role: str) -> x509.Certificate:
     key, certificate_path = folder / f"{role}.key", folder / f"{role}.pem"
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        certificate = _read_certificate(certificate_path.read_bytes())
         mode = key.stat().st_mode
         if mode & 0o077:
             raise Failure(f"{key} is open to others (mode {mode & 0o777:04o}): chmod 600 {key}")

@@ -51,7 +51,7 @@ class Options:
 
     organisation: Path
     folder: Path
-    epoch: int = 1
+    epoch: int | None = None  # the organisation's
     event_log: Path = EVENT_LOG
     tcti: str = DEVICE
     consent: Path | None = None
@@ -103,7 +103,7 @@ def request(host: Host, options: Options) -> dict[str, object]:
     if (options.consent is None) != (options.auths is None):
         raise Usage("--again and --auths go together: the consent and the opened recovery record")
     organisation = keys.open_organisation(options.organisation)
-    policy = policy_keys(organisation)
+    policy, epoch = policy_keys(organisation), keys.choose_epoch(options.epoch, organisation.epoch)
     log = read_event_log(options.event_log)
     if os.path.lexists(options.folder):
         return _made_before(options, organisation, policy)
@@ -112,20 +112,20 @@ def request(host: Host, options: Options) -> dict[str, object]:
     with open_tpm(options.tcti) as machine:
         if options.consent and options.auths:
             start_over(machine, organisation, policy, options)
-        inspect(machine, policy, options.epoch)
+        inspect(machine, policy, epoch)
         _remove_planted(host, machine)
-        made = make_objects(machine, policy, options.epoch, secrets)
+        made = make_objects(machine, policy, epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
         fresh = scratch / "state"
         _write_state(host, fresh, organisation, made, secrets)
         unsigned = exchange.Request(
-            organisation.product, options.epoch, b"", made.storage_key, made.epoch_index, made.seal.public,
+            organisation.product, epoch, b"", made.storage_key, made.epoch_index, made.seal.public,
             made.sudi, made.pcr7, log, encrypt_recovery(host, fresh, organisation, made, secrets),
         )  # fmt: skip
         digest = records.request_digest(unsigned, organisation.certificate)
         csr = make_csr(host, fresh, options.tcti, made, organisation.product, secrets.config, digest)
         sent = unsigned._replace(csr=csr)
-        _write(host, fresh / "machine.json", _encode_state(made, options.epoch, digest))
+        _write(host, fresh / "machine.json", _encode_state(made, epoch, digest))
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
@@ -328,12 +328,13 @@ def _made_before(
         raise Failure(f"{folder} exists already: name another --dir to provision the machine again")
     if (folder / "seal.json").exists() or (folder / "closing").exists():
         raise Failure(f"{folder} has its answer already: name another --dir for another machine")
+    epoch = keys.choose_epoch(options.epoch, organisation.epoch)
     if keys.open_organisation(folder / "organisation").files != organisation.files:
         raise Failure(f"{other}, for another organisation: remove it, or name another --dir")
     with open_tpm(options.tcti) as machine:
-        inspect(machine, policy, options.epoch)
+        inspect(machine, policy, epoch)
         seen = machine.find_storage_key(), machine.find_epoch_index(policy)
-    if (*seen, options.epoch) != (state.storage_key, state.epoch_index, state.epoch):
+    if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
         raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
     return _asked(folder, organisation.product, state.sudi)
 
@@ -343,11 +344,14 @@ def read_state(folder: Path) -> State:
     try:
         if stat.S_IMODE(folder.stat().st_mode) & 0o077:
             raise Failure(f"{folder} is open to others: chmod 700 {folder}")
-        words = json.loads((folder / "machine.json").read_text())
+        keys.check_owner(folder, *folder.iterdir())
+        words = init.parse_json((folder / "machine.json").read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         seal = exchange.Seal(*(bytes.fromhex(words["seal"][name]) for name in exchange.Seal._fields))
         storage_key, index, sudi, request = (bytes.fromhex(words[name]) for name in State._fields[1:5])
         return State(int(words["epoch"]), storage_key, index, sudi, request, seal)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
             f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the right "
@@ -381,7 +385,7 @@ def start_over(
     if agreed.statement != wanted or recovery.product != organisation.product:
         seen = agreed.statement.decode()[:200]
         raise init.Refused("TPM-IDENTITY", expected=f"a consent for {wanted.decode()}", seen=seen)
-    _undo(machine, recovery, policy, options.epoch)
+    _undo(machine, recovery, policy, keys.choose_epoch(options.epoch, organisation.epoch))
 
 
 def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
@@ -545,9 +549,11 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
 
 def _read_auths(folder: Path) -> Mapping[str, bytes]:
     try:
-        words = json.loads((folder / "auths.json").read_text())
+        words = init.parse_json((folder / "auths.json").read_bytes(), "")
+        if not isinstance(words, dict):
+            raise ValueError("no object")
         return {name: words[name].encode() for name in exchange.HIERARCHIES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (init.Refused, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(
             f"cannot read {folder / 'auths.json'}: clear the TPM in the firmware's setup, remove {folder} "
             "and begin anew"

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, initrd, kept, registry, tars
 from mosinit.host import Failure, Host, Usage, closed_environment
-from mosinit.keys import Keyset, trust
+from mosinit.keys import Keyset, check_out, choose_epoch, trust
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
@@ -76,6 +76,7 @@ def publish(
         registry.probe(sources.access, target)
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
+        check_out(target, keyset.folder)
         near = target
         near.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=near) as scratch:
@@ -184,6 +185,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         raise Failure(
             f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
         )
+    choose_epoch(contents.epoch, keyset.epoch)
     organisation = {"manifest-ca.pem": _pem(keyset, "manifest-ca")}
     policy = trust(keyset.product, organisation, initrd.revoked(keyset))
     init.verify_certificate(_pem(keyset, "product"), policy)

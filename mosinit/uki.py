@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mosinit import __version__, approvals, images, init, pe
+from mosinit import __version__, approvals, images, init, keys, pe
 from mosinit import initrd as initrds
 from mosinit.host import Failure, Host
 
@@ -209,6 +209,7 @@ def _finish(host: Host, content: Content, keyset: Keyset, out: Path) -> Uki:
         unsigned = folder.absolute() / "unsigned.efi"
         _assemble(host, content.sections(), unsigned)
         if epoch is not None:
+            keys.choose_epoch(epoch, keyset.epoch)
             measured = unsigned.read_bytes()
             approval = approvals.approve_uki(keyset, measured, epoch)
             _assemble(host, {**content.sections(), approvals.APPROVAL: approval}, unsigned)

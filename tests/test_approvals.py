@@ -271,6 +271,13 @@ def lists(*certificates: x509.Certificate) -> bytes:
     return b"".join(firmware.signature_list(each) for each in certificates)
 
 
+def headed(certificate: x509.Certificate) -> bytes:
+    """Encode a list with a header of its own, as no known kind has one (UEFI 2.10, 32.4.1)."""
+    plain = firmware.signature_list(certificate)
+    kind, size, _, each = struct.unpack_from("<16sIII", plain)
+    return struct.pack("<16sIII", kind, size + 4, 4, each) + b"more" + plain[28:]
+
+
 def authority(
     choose: Callable[[firmware.Certificates], x509.Certificate], name: tuple[str, str] = DB
 ) -> Change:
@@ -295,6 +302,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "one in db alone": (holding(DB, lambda t: lists(t.db[0])), "'db': it holds other certificates"),
     "one in db twice": (holding(DB, lambda t: lists(*t.db, t.db[0])), "'db': it holds other certificates"),
     "a hash in db": (holding(DB, lambda t: lists(*t.db) + A_HASH), "'db': it holds other certificates"),
+    "more in a header": (holding(DB, lambda t: headed(t.db[0]) + lists(t.db[1])), "'db': a signature list"),
     "a damaged db": (holding(DB, lambda t: lists(*t.db)[:-1]), "'db': a signature list"),
     "audit mode": (inserted(5, AUDIT), "'AuditMode': its value is 01"),
     "a recovery key": (inserted(5, RECOVERY), "'dbr': its value is 0101"),

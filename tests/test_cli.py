@@ -351,3 +351,25 @@ def test_messages_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     with Host().progress("\x1b[2J", 1):
         pass
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_verbs_that_hold_secrets_leave_no_core() -> None:
+    """RLIMIT_CORE and PR_GET_DUMPABLE (3), as a verb sees them."""
+    program = (
+        "import ctypes, resource, sys; from dataclasses import replace; from mosinit import cli\n"
+        "def run(host, values):\n"
+        "    print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
+        "    return cli.Result(None, '')\n"
+        "bare = {'run': run, 'tools': False, 'checkout': False, 'options': ()}\n"
+        "cli.main(sys.argv[1].split(), tuple(replace(verb, **bare) for verb in cli.VERBS))\n"
+    )
+    words = ["keys new", "keys show", "keys export", "build", "publish", "provision", "enroll", "uki sign"]
+    for each in [*words, "keys epoch"]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, each], capture_output=True, check=True, text=True, cwd=ROOT
+        )
+        assert done.stdout == "(0, 0) 0\n", each
+    done = subprocess.run(
+        [sys.executable, "-c", program, "explain"], capture_output=True, check=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.endswith(" 1\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import stat
 from collections.abc import Callable, Iterator
@@ -146,13 +147,28 @@ def test_another_record_of_a_filed_tpm_must_be_said(
         site.enroll()
 
 
+def test_an_organisation_at_a_later_epoch_takes_no_machine_below(site: Site) -> None:
+    """Without anybody naming an epoch: the documented commands."""
+    keyset = replace(site.keyset, epoch=5)
+    args = (site.host, site.state / "request.json", keyset, site.answer, site.machines)
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1"):
+        enroll.enroll(*args)
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1"):
+        enroll.enroll(*args, epoch=1)
+    assert not site.answer.exists()
+
+
 def test_the_whole_record_is_filed(site: Site) -> None:
     serial = str(site.enroll()["serial"])
     words = json.loads((site.machines / serial / "machine.json").read_text())
     assert bytes.fromhex(words["record"]) == record_of(site)
 
 
-@pytest.mark.parametrize("content", ["[]", "[" * 100000, "{}", '{"serial": "x"}', "9" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "[" * 100000, "{}", '{"serial": "x"}', "9" * 5000],
+    ids=["list", "deep", "empty", "other", "digits"],
+)
 def test_a_damaged_file_of_machines_is_told(site: Site, content: str) -> None:
     serial = str(site.enroll()["serial"])
     (site.machines / serial / "machine.json").write_text(content)
@@ -284,6 +300,16 @@ def test_a_request_that_is_not_right_leaves_nothing(
     assert not site.machines.exists()
 
 
+def test_no_device_is_replaced(site: Site) -> None:
+    os.mkfifo(site.answer)
+    with pytest.raises(Failure, match="neither file nor folder"):
+        site.enroll()
+    with pytest.raises(Failure, match="only such are replaced"), site.host.replacing(site.answer):
+        pass
+    assert stat.S_ISFIFO(site.answer.lstat().st_mode)
+    assert not site.machines.exists()
+
+
 def test_another_organisation_does_not_answer(site: Site) -> None:
     with pytest.raises(init.Refused, match="RECORD-PRODUCT"):
         enroll.enroll(site.host, site.state / "request.json", site.other, site.answer, site.machines)
@@ -396,6 +422,11 @@ def test_the_command(
     assert not any(secret in said.out + said.err for secret in secrets)
     assert run(site, f"enroll --open-recovery machines/{serial}/recovery.cms --keys KEYS", monkeypatch) == 0
     assert all(secret in capsys.readouterr().out for secret in secrets[:1])
+    saved = f"enroll --open-recovery machines/{serial}/recovery.cms --keys KEYS --out opened.json"
+    assert run(site, saved, monkeypatch) == 0
+    assert all(secret not in capsys.readouterr().out for secret in secrets)
+    assert stat.S_IMODE((site.folder / "opened.json").stat().st_mode) == 0o600
+    assert all(secret in (site.folder / "opened.json").read_text() for secret in secrets[:1])
     consent = f"enroll --consent {serial} --keys KEYS --out consent.json --machines machines"
     assert run(site, consent, monkeypatch) == 0
     assert (site.folder / "consent.json").exists()
@@ -407,7 +438,13 @@ def test_the_command(
         ("enroll --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --consent x --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --keys KEYS", 2, "--out names where"),
-        ("enroll --open-recovery f --keys KEYS --out a", 2, "--out names where"),
+        ("enroll --open-recovery f --keys KEYS --out a", 1, "cannot use f"),
+        ("enroll --open-recovery f --keys KEYS --out KEYS/uki.key", 2, "nothing else goes"),
+        ("enroll --consent 0 --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
+        ("enroll state/request.json --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
+        ("enroll state/request.json --keys KEYS --out m/a --machines .", 2, "name a file for the answer"),
+        ("enroll state/request.json --keys KEYS --out a --machines .", 2, "nothing else goes"),
+        ("enroll --again 0 --consent 0 --keys KEYS --out a", 2, "--again SERIAL goes with"),
         ("enroll none.json --keys KEYS --out a", 1, "cannot use none.json"),
         ("enroll state --keys KEYS --out a", 1, "state is no file"),
         ("enroll state/machine.json --keys KEYS --out a", 1, "machine.json is no request"),

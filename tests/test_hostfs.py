@@ -164,6 +164,15 @@ def test_the_umask_of_a_checkout_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "target", ["sleep", "suspend", "hibernate", "hybrid-sleep", "suspend-then-hibernate"]
+)
+def test_machines_do_not_sleep(target: str, tmp_path: Path) -> None:
+    """What `systemctl mask` makes, and what comes of it in the image's inputs."""
+    hostfs.stage(ROOT, ["mkosi.extra"], tmp_path)
+    assert os.readlink(tmp_path / f"mkosi.extra/etc/systemd/system/{target}.target") == "/dev/null"
+
+
+@pytest.mark.parametrize(
     "change",
     ["echo >> mkosi.conf", "chmod +x mkosi.conf", "mv mkosi.conf mkosi.local.conf", "ln -sfn other link"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from mosinit import keys
+from mosinit import init, keys
 from mosinit.host import Failure, Host, Usage
 
 Need = Callable[..., None]
@@ -73,7 +74,7 @@ def test_the_folder_holds_nothing_else(made: Path) -> None:
 def test_description_file(made: Path, host: Host) -> None:
     words = json.loads((made / "keyset.json").read_text())
     keyset = keys.open_keyset(host, made)
-    assert words == {"schema": 1, "name": "acme", "product": keyset.product}
+    assert words == {"schema": 1, "name": "acme", "product": keyset.product, "epoch": 1}
 
 
 @pytest.mark.parametrize("role", ["PK", "KEK", "uki", "layer", "pcr", "platform"])
@@ -137,6 +138,57 @@ def test_a_keyset_is_an_organisation_too_and_its_private_keys_are_not_read(copy:
     assert keys.open_organisation(copy).name == "acme"
 
 
+@pytest.mark.parametrize("more", ["uki.key", "layer.pem", "text"])
+def test_a_certificate_comes_alone(copy: Path, host: Host, tmp_path: Path, more: str) -> None:
+    """Whoever keeps key and certificate in one file must not give the key away."""
+    pem = copy / "uki.pem"
+    other = b"subject=CN = uki\n" if more == "text" else (copy / more).read_bytes()
+    for content in (pem.read_bytes() + other, other + pem.read_bytes()):
+        pem.write_bytes(content)
+        with pytest.raises(Failure, match="not exactly one block of PEM"):
+            keys.open_keyset(host, copy)
+        with pytest.raises(Failure, match="not exactly one block of PEM"):
+            keys.export(host, copy, tmp_path / "org")
+    assert not (tmp_path / "org").exists()
+
+
+def test_export_writes_anew(copy: Path, host: Host, tmp_path: Path) -> None:
+    """Nothing hides between the lines of a block, or in keyset.json."""
+    pem = copy / "uki.pem"
+    before = pem.read_bytes()
+    pem.write_bytes(b"\n\n" + before.replace(b"\n", b"\r\n"))
+    words = json.loads((copy / "keyset.json").read_text())
+    (copy / "keyset.json").write_text(json.dumps({**words, "token": "secret"}))
+    keys.export(host, copy, tmp_path / "org")
+    assert (tmp_path / "org/uki.pem").read_bytes() == before
+    assert json.loads((tmp_path / "org/keyset.json").read_text()) == words
+
+
+def test_what_belongs_to_others_is_not_used(copy: Path, host: Host) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    for path in (copy / "uki.key", copy / "uki.pem", copy):
+        os.chown(path, 65534, -1)
+        with pytest.raises(Failure, match=rf"{path.name} belongs to another user \(uid 65534\)"):
+            keys.open_keyset(host, copy)
+        os.chown(path, 0, -1)
+    keys.open_keyset(host, copy)
+
+
+def test_results_do_not_go_where_keys_lie(copy: Path, host: Host, tmp_path: Path) -> None:
+    with pytest.raises(Usage, match="lies in"):
+        keys.export(host, copy, copy / "org")
+    (tmp_path / "link").symlink_to(copy)
+    (tmp_path / "key").symlink_to(copy / "uki.key")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (copy, copy / "uki.key", tmp_path / "link/new", tmp_path / "key", copy / "../copy/new"):
+        with pytest.raises(Usage, match="lies in"):
+            keys.check_out(place, copy)
+    with pytest.raises(Failure, match="neither file nor folder"):
+        keys.check_out(tmp_path / "pipe", copy)
+    keys.check_out(tmp_path / "new", copy)
+
+
 def test_export_replaces_nothing(made: Path, host: Host, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     with pytest.raises(Failure, match="exists already"):
@@ -148,7 +200,7 @@ def test_export_replaces_nothing(made: Path, host: Host, tmp_path: Path) -> None
     [
         ("sudi-ca.pem", None, "lacks sudi-ca.pem: make it again by `mosinit keys export`"),
         ("recovery.pem", b"garbage", "recovery.pem"),
-        ("pcr.pub", b"garbage", "does not fit its certificate"),
+        ("pcr.pub", b"garbage", "pcr.pub: not exactly one block of PEM"),
         ("keyset.json", None, "is no keyset"),
     ],
 )
@@ -158,6 +210,19 @@ def test_a_damaged_organisation_is_told(copy: Path, name: str, content: bytes | 
         (copy / name).write_bytes(content)
     with pytest.raises(Failure, match=says):
         keys.open_organisation(copy)
+
+
+def test_the_epoch_is_raised_and_never_falls(copy: Path, host: Host, tmp_path: Path) -> None:
+    assert keys.open_keyset(host, copy).epoch == 1
+    assert keys.raise_epoch(host, copy, 3).epoch == 3
+    assert keys.raise_epoch(host, copy, 3).epoch == 3
+    with pytest.raises(Failure, match="is 3, and it never falls"):
+        keys.raise_epoch(host, copy, 2)
+    assert keys.export(host, copy, tmp_path / "org").epoch == 3
+    assert keys.choose_epoch(None, 3) == 3
+    assert keys.choose_epoch(4, 3) == 4
+    with pytest.raises(init.Refused, match="EPOCH.*epoch 3 or later.*seen epoch 2"):
+        keys.choose_epoch(2, 3)
 
 
 def test_product_certificate(made: Path, host: Host) -> None:
@@ -291,6 +356,10 @@ def test_open_refuses_a_public_key_of_another_role(copy: Path, host: Host) -> No
         '{"schema": 2, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000"}',
         '{"schema": 1, "name": "x"}',
         '{"schema": 1, "name": "x", "product": "y"}',
+        '{"schema": 1, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000", "epoch": 0}',
+        '{"schema": 1, "name": "x", "product": "7d0f8a3e-0000-4000-8000-000000000000", "epoch": true}',
+        pytest.param("[" * 100000, id="deep"),
+        pytest.param("9" * 5000, id="digits"),
     ],
 )
 def test_open_refuses_another_description(copy: Path, host: Host, words: str) -> None:

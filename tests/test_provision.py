@@ -326,6 +326,20 @@ def test_other_tpms_are_refused_before_anything_is_written(
     assert not list(site.folder.glob(".mosinit-*"))
 
 
+def test_the_epoch_is_the_organisation_s(site: Site) -> None:
+    keyset = site.folder / "keys"
+    shutil.copytree(site.keyset.folder, keyset)
+    keys.raise_epoch(site.host, keyset, 5)
+    organisation = keys.export(site.host, keyset, site.folder / "organisation").folder
+    options = provision.Options(organisation, site.state, event_log=site.log, tcti=site.tpm.tcti)
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match="EPOCH.*epoch 5 or later"):
+        provision.request(site.host, replace(options, epoch=1, tcti=way.tcti))
+    assert writes(way.seen) == []
+    provision.request(site.host, options)
+    assert exchange.parse_request((site.state / "request.json").read_bytes(), "request").epoch == 5
+    assert init.read_epoch(TpmMachine(site.tpm)).bit_length() == 5
+
+
 def test_an_absent_tpm_is_refused(site: Site) -> None:
     for tcti in ("device:/dev/none", "swtpm:path=/none"):
         with pytest.raises(init.Refused, match="TPM-ABSENT"):
@@ -399,6 +413,25 @@ def test_a_request_is_told_again(site: Site) -> None:
     assert (site.state / "request.json").read_bytes() == content
 
 
+def test_what_a_killed_run_left_is_removed(site: Site) -> None:
+    """Not what another one is using, nor what others made, nor what was made just now."""
+    old, new, link, foreign = (
+        site.folder / f".mosinit-{name}" for name in ("old", "new", "link", "foreign")
+    )
+    for folder in (old, new, foreign):
+        (folder / "state").mkdir(parents=True)
+        (folder / "state/auths.json").write_text("{}")
+    link.symlink_to(new)
+    os.chown(foreign, 65534, -1)
+    with site.host.scratch(near=site.state) as used:
+        for folder in (old, foreign, used):
+            os.utime(folder, (0, 0))
+        site.request()
+        assert used.exists()
+    assert not old.exists()
+    assert all((folder / "state/auths.json").exists() for folder in (new, link, foreign))
+
+
 def test_a_state_of_other_things_is_not_touched(site: Site) -> None:
     site.request()
     with pytest.raises(Failure, match="for another TPM or epoch: remove it"):
@@ -413,6 +446,28 @@ def test_a_state_of_other_things_is_not_touched(site: Site) -> None:
     site.state.chmod(0o755)
     with pytest.raises(Failure, match="chmod 700"):
         site.request()
+
+
+@pytest.mark.parametrize("name", ["machine.json", "auths.json", "organisation/keyset.json"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100000, "9" * 5000, "[1]", "null"], ids=["deep", "digits", "list", "null"]
+)
+def test_a_damaged_state_is_told(done: Site, tmp_path: Path, name: str, content: str) -> None:
+    state = shutil.copytree(done.state, tmp_path / "state")
+    (state / name).write_text(content)
+    with pytest.raises(Failure, match=r"is not what|cannot read"):
+        done.finish(state=state)
+
+
+def test_a_state_of_somebody_else_is_not_used(done: Site, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    state = shutil.copytree(done.state, tmp_path / "state")
+    for path in (state, state / "config.key"):
+        os.chown(path, 65534, -1)
+        with pytest.raises(Failure, match="belongs to another user"):
+            done.finish(state=state)
+        os.chown(path, 0, -1)
 
 
 def test_a_state_for_another_organisation_is_not_taken(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import errno
 import hashlib
@@ -269,6 +270,13 @@ def test_a_manifest_of_another_product_is_refused(
     written.write_text(WRITTEN.format(product="aaaaaaaa-2222-4333-8444-555555555555"))
     with pytest.raises(Failure, match="the manifest is for product aaaaaaaa"):
         publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
+
+
+def test_a_manifest_below_the_epoch_of_the_keyset_is_refused(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    with pytest.raises(init.Refused, match="EPOCH.*epoch 4 or later.*seen epoch 3"):
+        publish.publish(host, written, dataclasses.replace(keyset, epoch=4), f"oci:{tmp_path}/release")
 
 
 def test_a_fault_in_the_manifest_is_named_with_its_line(

@@ -212,6 +212,15 @@ def test_the_initrds_own_policy_decides_what_is_approved(
     assert ".pcrsig" not in sections(made.path)
 
 
+def test_below_the_epoch_of_the_keyset_nothing_is_approved(
+    host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
+) -> None:
+    packed = make_initrd(host, tmp_path, "run", keyset)
+    with pytest.raises(init.Refused, match="EPOCH"):
+        uki.build(host, kernel, packed, replace(keyset, epoch=EPOCH + 1), tmp_path / "uki.efi")
+    assert not (tmp_path / "uki.efi").exists()
+
+
 def test_another_command_line_is_not_approved(
     host: Host, tmp_path: Path, kernel: KernelTree, keyset: keys.Keyset
 ) -> None:
