@@ -1,6 +1,6 @@
 """What a machine and its organisation send each other while a machine is provisioned, as JSON (schema 1).
 
-    request    machine to organisation: a CSR with machine record and digest of the whole, PCR 7, its log,
+    request    machine to organisation: a CSR with the record and a digest of all, PCR 7 with its log,
                and the recovery record, encrypted for the organisation
     answer     back: the SUDI certificate, approvals of PCR 7, the epoch order
     recovery   what only the organisation keeps: passwords of the TPM, recovery key of the disk
