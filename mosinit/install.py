@@ -262,13 +262,13 @@ def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blo
     present = {blob.digest for blob in blobs}
     for digest in (*(layer.digest for layer in image.layers), *target.layer_signatures):
         if digest not in present:
-            raise init.Refused("STORE-READ", expected=f"blob {digest}", seen="a release without it")
+            raise init.Refused("STORE-BLOB", expected=f"blob {digest}", seen="a release without it")
 
 
 def read_checked(path: str, blob: Blob) -> Iterator[bytes]:
     """Yield a blob's bytes; raises `Refused` at the end unless they were exactly the right ones."""
     digest, size = hashlib.sha256(), 0
-    with init.refusing("STORE-READ", f"blob {blob.digest}"), open(path, "rb") as file:
+    with init.refusing("STORE-BLOB", f"blob {blob.digest}"), open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)
