@@ -285,12 +285,12 @@ class MountFlag(enum.IntFlag):
     BIND = 4096
     MOVE = 8192
     REC = 16384
-    PRIVATE = 1 << 18
     SLAVE = 1 << 19
 
 
 SAFE = MountFlag.NOSUID | MountFlag.NODEV | MountFlag.NOEXEC
 RO_SAFE = MountFlag.RDONLY | SAFE
+RO_STRICT = RO_SAFE | MountFlag.NOSYMFOLLOW
 
 SYS = {  # arch/x86/entry/syscalls/syscall_64.tbl
     "add_key": 248, "keyctl": 250, "finit_module": 313, "move_mount": 429, "fsopen": 430, "fsconfig": 431,
@@ -328,6 +328,15 @@ class DmCommand(enum.IntEnum):
 
 DM_READONLY = 1
 DM_SKIP_LOCKFS = 1 << 10
+
+
+@contextlib.contextmanager
+def held(fd: int) -> Iterator[int]:
+    """Close a descriptor when the block ends, however it ends."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def os_error(what: str, name: str) -> OSError:
@@ -378,24 +387,18 @@ class Kernel:
 
     def read(self, path: str, limit: int = MIB) -> bytes:
         """Read a file of at most `limit` bytes; OSError with EFBIG beyond it."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
+        with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd:
             data = bytearray()
             while chunk := os.read(fd, min(MIB, limit + 1 - len(data))):
                 data += chunk
                 if len(data) > limit:
                     raise OSError(errno.EFBIG, f"{path} is larger than {limit} bytes")
             return bytes(data)
-        finally:
-            os.close(fd)
 
     def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:
         """Write a file in one write(2), as pseudo files want it; `mode` is that of a new file."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
-        try:
+        with held(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)) as fd:
             os.write(fd, data)
-        finally:
-            os.close(fd)
 
     def exists(self, path: str) -> bool:
         """Say whether something, a dangling link too, has this name."""
@@ -403,10 +406,9 @@ class Kernel:
 
     def names(self, path: str) -> list[str]:
         """List a folder, sorted; empty if there is none."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return sorted(os.listdir(path))
-        except FileNotFoundError:
-            return []
+        return []
 
     def make_folder(self, path: str, mode: int = 0o755) -> None:
         """Make a folder and its parents; one that exists is left as it is."""
@@ -414,29 +416,24 @@ class Kernel:
 
     def is_folder(self, path: str) -> bool:
         """Say whether `path` itself, not what a link points to, is a folder."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return stat.S_ISDIR(os.lstat(path).st_mode)
-        except FileNotFoundError:
-            return False
+        return False
 
     def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
         """Return mode and first bytes of a file, links taken as if `root` were /; None if there is none."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a fifo has nobody who writes
         how = struct.pack("<QQQ", flags, 0, RESOLVE_IN_ROOT)
-        top = os.open(root, os.O_PATH | os.O_CLOEXEC)
-        try:
-            fd = self._syscall("openat2", top, path.encode(), how, len(how))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return None
-            raise
-        finally:
-            os.close(top)
-        try:
+        with held(os.open(root, os.O_PATH | os.O_CLOEXEC)) as top:
+            try:
+                file = self._syscall("openat2", top, path.encode(), how, len(how))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    return None
+                raise
+        with held(file) as fd:
             mode = os.fstat(fd).st_mode
             return mode, os.read(fd, size) if stat.S_ISREG(mode) else b""
-        finally:
-            os.close(fd)
 
     # EFI variables
 
@@ -456,12 +453,9 @@ class Kernel:
         """Set a non-volatile EFI variable of boot and run time; an empty value deletes it."""
         path = f"/sys/firmware/efi/efivars/{name}-{guid}"
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
                 # efivarfs protects what it does not know against `rm -rf`.
                 fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("<Q", 0))
-            finally:
-                os.close(fd)
             if not value:
                 os.unlink(path)
         if value:
@@ -486,21 +480,14 @@ class Kernel:
         self, target: str, lowers: Sequence[str], options: Mapping[str, str], *, read_only: bool
     ) -> None:
         """Mount an overlay by the mount API, where no path is parsed for separators and 500 lowers fit."""
-        context = self._syscall("fsopen", b"overlay", 1)
-        try:
-            words = [("lowerdir+", lower) for lower in lowers] + list(options.items())
-            for key, value in words:
+        with held(self._syscall("fsopen", b"overlay", 1)) as context:
+            for key, value in [("lowerdir+", lower) for lower in lowers] + list(options.items()):
                 self._syscall("fsconfig", context, 1, key.encode(), value.encode(), 0)
             if read_only:
                 self._syscall("fsconfig", context, 0, b"ro", None, 0)
             self._syscall("fsconfig", context, 6, None, None, 0)
-            mounted = self._syscall("fsmount", context, 1, 1 if read_only else 0)
-            try:
+            with held(self._syscall("fsmount", context, 1, 1 if read_only else 0)) as mounted:
                 self._syscall("move_mount", mounted, b"", AT_FDCWD, target.encode(), 4)
-            finally:
-                os.close(mounted)
-        finally:
-            os.close(context)
 
     def _syscall(self, name: str, *arguments: object) -> int:
         result = int(self._libc.syscall(SYS[name], *arguments))
@@ -512,13 +499,10 @@ class Kernel:
 
     def load_module(self, path: str, parameters: str) -> None:
         """Load a kernel module with its parameters, unless it is loaded or its hardware is absent."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             failed = self._libc.syscall(SYS["finit_module"], fd, parameters.encode(), 0) < 0
             if failed and ctypes.get_errno() not in (errno.EEXIST, errno.ENODEV):
                 raise os_error("load", path)
-        finally:
-            os.close(fd)
 
     def keyring(self, name: str) -> list[str] | None:
         """Return the description of each key in one of the kernel's own keyrings, None if it has none."""
@@ -556,15 +540,10 @@ class Kernel:
             payload = _DM_TARGET.pack(0, sectors, 0, _DM_TARGET.size + len(text), kind.encode()) + text
         # No larger than what is said: above 1024 bytes Python's ioctl lets no other thread run meanwhile.
         size = _DM_IOCTL.size + len(payload)
-        head = _DM_IOCTL.pack(
-            4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b""
-        )
-        buffer = bytearray(head + payload)
-        fd = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
-        try:
+        fields = (4, 0, 0, size, _DM_IOCTL.size, 1 if table else 0, 0, flags, 0, 0, 0, name.encode(), b"")
+        buffer = bytearray(_DM_IOCTL.pack(*fields) + payload)
+        with held(os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)) as fd:
             fcntl.ioctl(fd, command, buffer)
-        finally:
-            os.close(fd)
         device = int(_DM_IOCTL.unpack_from(buffer)[10])
         return f"/dev/dm-{(device & 0xFF) | (device >> 12 & 0xFFF00)}"
 
@@ -573,19 +552,16 @@ class Kernel:
 
         Returns the open loop device and the file's bytes. The loop ends by itself with its last user.
         """
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+        with (
+            held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as file,
+            held(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control,
+        ):
+            number, name = fcntl.ioctl(control, LOOP_CTL_GET_FREE), path.encode()[-63:]
             flags = LO_READ_ONLY | LO_AUTOCLEAR | LO_DIRECT_IO
-            name = path.encode()[-63:]
             config = _LOOP_CONFIG.pack(file, BLOCK, *[0] * 8, flags, name, b"", b"", 0, 0, *[0] * 8)
             loop = os.open(f"/dev/loop{number}", os.O_RDONLY | os.O_CLOEXEC)
             fcntl.ioctl(loop, LOOP_CONFIGURE, config)
             return loop, os.fstat(file).st_size
-        finally:
-            os.close(control)
-            os.close(file)
 
     def open_device(self, path: str) -> int:
         """Open a block device for reading."""
@@ -597,8 +573,7 @@ class Kernel:
 
     def device_size(self, fd: int) -> tuple[int, int]:
         """Return (bytes, bytes of a sector) of an open block device."""
-        sector = bytearray(4)
-        size = bytearray(8)
+        sector, size = bytearray(4), bytearray(8)
         fcntl.ioctl(fd, BLKSSZGET, sector)
         fcntl.ioctl(fd, BLKGETSIZE64, size)
         return int.from_bytes(size, "little"), int.from_bytes(sector, "little")
@@ -915,9 +890,7 @@ def parse_policy(data: bytes, uki_id: bytes, organisation: Mapping[str, bytes]) 
     raw = cast(dict[str, Any], json.loads(data))
     if raw["schema"] != 1 or raw["mode"] not in ("live", "run"):
         raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: known are 1, live and run")
-    modules = tuple(
-        Module(m["name"], m["path"], dict(m["parameters"]), m["background"]) for m in raw["modules"]
-    )
+    modules = tuple(Module(**module) for module in raw["modules"])
     db, platform, revoked = (tuple(raw[key]) for key in ("db", "platform", "revoked"))
     return Policy(
         raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], db, platform, modules,
@@ -1154,18 +1127,11 @@ class Image(NamedTuple):
 def parse_descriptor(raw: object, check: str) -> Descriptor:
     """Take an OCI descriptor out of parsed JSON."""
     fields = raw if isinstance(raw, dict) else {}
-    kind, digest, size = fields.get("mediaType"), fields.get("digest"), fields.get("size")
+    kind, digest, size = (fields.get(name, ...) for name in ("mediaType", "digest", "size"))
     annotations, artifact = fields.get("annotations", {}), fields.get("artifactType", "")
-    if not (
-        isinstance(kind, str)
-        and isinstance(digest, str)
-        and DIGEST.fullmatch(digest)
-        and type(size) is int
-        and 0 <= size < 1 << 50
-        and isinstance(artifact, str)
-        and isinstance(annotations, dict)
-        and all(isinstance(value, str) for value in annotations.values())
-    ):
+    notes = annotations.values() if isinstance(annotations, dict) else [None]
+    texts = all(isinstance(text, str) for text in (kind, digest, artifact, *notes))
+    if not (texts and DIGEST.fullmatch(digest) and type(size) is int and 0 <= size < 1 << 50):
         raise Refused(check, expected="an OCI descriptor", seen=json.dumps(raw)[:300])
     return Descriptor(kind, digest, size, artifact, annotations)
 
@@ -1226,20 +1192,14 @@ def parse_yaml(data: bytes) -> Node:
 
     if len(data) > MANIFEST_BYTES:
         raise Refused("MANIFEST-FORMAT", expected="at most 1 MiB", seen=f"{len(data)} bytes")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    parsed = yaml.parse(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     try:
-        events = iter(list(_bounded(yaml.parse(data, Loader=loader))))
-        node = _yaml_document(events)
+        events = [event for _, event in zip(range(MANIFEST_NODES + 2), parsed, strict=False)]
+        if len(events) > MANIFEST_NODES + 1:
+            raise Refused("MANIFEST-FORMAT", expected=f"at most {MANIFEST_NODES} YAML nodes", seen="more")
+        return _yaml_document(iter(events))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused("MANIFEST-FORMAT", expected="YAML", seen=" ".join(str(error).split())[:300]) from error
-    return node
-
-
-def _bounded(events: Iterator[Any]) -> Iterator[Any]:
-    for count, event in enumerate(events):
-        if count > MANIFEST_NODES:
-            raise Refused("MANIFEST-FORMAT", expected=f"at most {MANIFEST_NODES} YAML nodes", seen="more")
-        yield event
 
 
 def _yaml_document(events: Iterator[Any]) -> Node:
@@ -1382,10 +1342,6 @@ class Contents(NamedTuple):
     update_type: str
     storage: tuple[Volume, ...]
     targets: tuple[Target, ...]
-
-    def of_type(self, service_type: str) -> tuple[Target, ...]:
-        """Return the targets with that role."""
-        return tuple(target for target in self.targets if target.service_type == service_type)
 
 
 class Field(NamedTuple):
@@ -1634,12 +1590,10 @@ def verify_certificate(untrusted: bytes, policy: Policy) -> x509.Certificate:
     return certificate
 
 
-def check_issuer(
-    certificate: x509.Certificate, authority: x509.Certificate, issuer: str, check: str
-) -> None:
+def check_issuer(leaf: x509.Certificate, authority: x509.Certificate, issuer: str, check: str) -> None:
     """Refuse by `check` a certificate that the authority did not sign."""
     try:
-        certificate.verify_directly_issued_by(authority)
+        leaf.verify_directly_issued_by(authority)
     except Exception as error:
         seen = f"issued by {issuer} ({error or 'the signature does not fit'})"
         expected = f"issued by {authority.subject.rfc4514_string()}"
@@ -1675,22 +1629,16 @@ RECORD_HEAD = bytes([4, RECORD.size])
 
 
 class MachineRecord(NamedTuple):
-    """What belongs together, said by the SUDI CA: only `verify_record` makes one.
-
-    The product; HMAC of the config volume's secret; TPM names of the storage root key and the epoch index.
-    """
+    """What belongs together, said by the SUDI CA: only `verify_record` makes one."""
 
     product: str
-    secret_proof: bytes
-    storage_key: bytes
+    secret_proof: bytes  # HMAC of the config volume's secret
+    storage_key: bytes  # TPM names, like the next
     epoch_index: bytes
 
 
 def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
-    """Return the machine record in a SUDI certificate (DER, up to 4 KiB) if the CA signed it for `product`.
-
-    As with manifests, validity dates do not count at boot.
-    """
+    """Return the machine record in a SUDI certificate (DER, up to 4 KiB) if `ca` signed it for `product`."""
     from cryptography import x509
 
     authority = x509.load_pem_x509_certificate(ca)
@@ -2079,7 +2027,10 @@ def read_generations(k: Machine, product: str) -> Iterator[Generation]:
     for _ in range(MAX_GENERATIONS):
         if commit is None:
             return
-        head = re.match(rb"tree ([0-9a-f]{40})\n(?:parent ([0-9a-f]{40})\n)?", read_commit(k, commit))
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise Refused("GIT-REF", expected="the id of a commit", seen=repr(commit[:64]))
+        data = read_git_object(k, commit, "commit")
+        head = re.match(rb"tree ([0-9a-f]{40})\n(?:parent ([0-9a-f]{40})\n)?", data)
         if head is None:
             raise Refused("GIT-OBJECT", expected="a commit", seen=commit)
         files = read_git_tree(k, head[1].decode())
@@ -2091,13 +2042,6 @@ def read_generations(k: Machine, product: str) -> Iterator[Generation]:
         parent = head[2].decode() if head[2] else None
         yield Generation(commit, values["sequence"], values["uki"], values["targets"], files, parent)
         commit = parent
-
-
-def read_commit(k: Machine, name: str) -> bytes:
-    """Return a commit."""
-    if not re.fullmatch(r"[0-9a-f]{40}", name):
-        raise Refused("GIT-REF", expected="the id of a commit", seen=repr(name[:64]))
-    return read_git_object(k, name, "commit")
 
 
 def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Manifest:
@@ -2200,9 +2144,7 @@ _SEALED_HEAD = struct.pack(">HHIH", 0x0008, 0x000B, 0x2 | 0x10 | 0x80 | 0x400, 3
 _RSA_HEAD = struct.pack(">HHIHHHHIH", 0x0001, 0x000B, 0x60040, 0, 0x0010, 0x0010, 2048, 65537, 256)
 # The storage root key: TCG EK Credential Profile's template for ECC P-256 SRKs.
 SRK_ATTRIBUTES = 0x2 | 0x10 | 0x20 | 0x40 | 0x400 | 0x10000 | 0x20000
-SRK_HEAD = struct.pack(
-    ">HHIHHHHHHH", 0x0023, 0x000B, SRK_ATTRIBUTES, 0, 0x0006, 128, 0x0043, 0x0010, 0x0003, 0x0010
-)
+SRK_HEAD = struct.pack(">HHIHHHHHHH", 0x23, 0x0B, SRK_ATTRIBUTES, 0, 0x06, 128, 0x43, 0x10, 0x03, 0x10)
 
 PLATFORM_STATE = (Pcr(7), *EXTRA_PCRS)
 # Approvals of one kind must not pass for another: each kind has its policyRef.
@@ -2235,11 +2177,6 @@ def policy_pcr(digest: bytes, values: Mapping[Pcr, bytes]) -> bytes:
     pcrs = sorted(values)
     seen = _sha256(*(values[pcr] for pcr in pcrs))
     return _sha256(digest, struct.pack(">I", Cc.POLICY_PCR), pcr_selection(pcrs), seen)
-
-
-def policy_command(digest: bytes, command: Cc) -> bytes:
-    """Extend a policy digest by TPM2_PolicyCommandCode (part 3, 23.11)."""
-    return _sha256(digest, struct.pack(">II", Cc.POLICY_COMMAND_CODE, command))
 
 
 def policy_epoch(digest: bytes, index_name: bytes, epoch: int) -> bytes:
@@ -2281,7 +2218,8 @@ class PolicyKeys(NamedTuple):
     def uki_policy(self, pcr11: bytes, epoch: int, command: Cc) -> bytes:
         """Return what the pcr key signs (with UKI_REF), so that a UKI of this epoch may do the command."""
         digest = policy_pcr(POLICY_START, {MEASURED: pcr11})
-        return policy_command(policy_epoch(digest, tpm_name(self.epoch_index), epoch), command)
+        digest = policy_epoch(digest, tpm_name(self.epoch_index), epoch)
+        return _sha256(digest, struct.pack(">II", Cc.POLICY_COMMAND_CODE, command))  # part 3, 23.11
 
     def platform_policy(self, pcr7: bytes, epoch: int) -> bytes:
         """Return what the platform key signs (with PLATFORM_REF): in this PCR 7 and up to this epoch, what
@@ -2498,18 +2436,16 @@ def flush(k: Kernel, handle: int) -> None:
         tpm(k, Cc.FLUSH_CONTEXT, [], struct.pack(">I", handle))
 
 
-def authorize(
-    k: Kernel, session: int, key: bytes, policy: bytes, reference: bytes, signature: bytes
-) -> None:
+def authorize(k: Kernel, session: int, key: bytes, policy: bytes, ref: bytes, signature: bytes) -> None:
     """Replace the session's policy by "what that key approves", if it approved just the policy of now."""
     answer = tpm(k, Cc.LOAD_EXTERNAL, [], _sized(b"") + _sized(key) + struct.pack(">I", RH_OWNER))
     loaded = answer.number(4)
     try:
-        signed = _sized(_sha256(policy, reference)) + struct.pack(">HH", 0x0014, 0x000B) + _sized(signature)
+        signed = _sized(_sha256(policy, ref)) + struct.pack(">HH", 0x0014, 0x000B) + _sized(signature)
         ticket = tpm(k, Cc.VERIFY_SIGNATURE, [loaded], signed).rest()
     finally:
         flush(k, loaded)
-    approved = _sized(policy) + _sized(reference) + _sized(tpm_name(key)) + ticket
+    approved = _sized(policy) + _sized(ref) + _sized(tpm_name(key)) + ticket
     tpm(k, Cc.POLICY_AUTHORIZE, [session], approved)
 
 
@@ -2526,79 +2462,15 @@ def satisfy_pcrs(k: Kernel, session: int, pcrs: Sequence[Pcr]) -> None:
 
 def _log_measurement(k: Machine, pcr: Pcr, word: bytes, digests: Mapping[str, bytes]) -> None:
     """Append a record as systemd-pcrphase does (TCG canonical event log as JSON, RFC 7464 framing)."""
-    record = {
-        "pcr": pcr,
-        "digests": [{"hashAlg": bank, "digest": digest.hex()} for bank, digest in digests.items()],
-        "content_type": "systemd",
-        "content": {
-            "string": word.decode(),
-            "bootId": k.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""),
-            "timestamp": round(1_000_000 * k.monotonic()),
-            "eventType": "phase",
-        },
-    }
+    content = {
+        "string": word.decode(), "timestamp": round(1_000_000 * k.monotonic()), "eventType": "phase",
+        "bootId": k.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""),
+    }  # fmt: skip
+    hashes = [{"hashAlg": bank, "digest": digest.hex()} for bank, digest in digests.items()]
+    record = {"pcr": pcr, "digests": hashes, "content_type": "systemd", "content": content}
     k.make_folder(os.path.dirname(MEASURE_LOG))
     earlier = k.read(MEASURE_LOG) if k.exists(MEASURE_LOG) else b""
     k.write(MEASURE_LOG, earlier + b"\x1e" + json.dumps(record).encode() + b"\n")
-
-
-class Event(NamedTuple):
-    """One event of the firmware's log: its digest in the SHA-256 bank, and what it is said to be of."""
-
-    pcr: Pcr
-    kind: int
-    digest: bytes
-    data: bytes
-
-
-EV_NO_ACTION, EVENT_LIMIT, EVENT_BYTES = 3, 4096, 64 * 1024  # the first: in the log alone, never extended
-
-
-def parse_event_log(untrusted: bytes) -> tuple[Event, ...]:
-    """Parse a crypto-agile event log of up to 1 MiB (TCG PC Client PFP, 10.2, 10.4); ValueError for others.
-
-    It proves nothing before `replay` gives what the TPM holds, nor `data` before its digest is compared.
-    """
-    at, events, sha256 = 0, list[Event](), TPM_ALGORITHMS["sha256"]
-
-    def take(size: int) -> bytes:
-        nonlocal at
-        at += size
-        if size > EVENT_BYTES or at > min(len(untrusted), MIB):
-            raise ValueError(f"an event log of {len(untrusted)} bytes cannot have {size} at {at - size}")
-        return untrusted[at - size : at]
-
-    def number(size: int = 4) -> int:
-        return int.from_bytes(take(size), "little")
-
-    head, end = take(28), number() + at
-    if head != struct.pack("<II20x", 0, EV_NO_ACTION) or take(24)[:16] != b"Spec ID Event03\0":
-        raise ValueError("an event log that is not crypto-agile")
-    count = number()
-    sizes = {number(2): number(2) for _ in range(min(count, 16))}
-    take(number(1))  # the vendor's words
-    if (at, len(sizes), sizes.get(sha256)) != (end, count, 32):
-        raise ValueError("an event log of another head, or without SHA-256")
-    while at < len(untrusted):
-        pcr, kind, seen = Pcr(number()), number(), number()
-        digests = {(name := number(2)): take(sizes.get(name, 0)) for _ in range(min(seen, count))}
-        if seen != count or set(digests) != set(sizes) or len(events) == EVENT_LIMIT:
-            raise ValueError(f"event {len(events)} has not one digest of each kind, or is one too many")
-        events.append(Event(pcr, kind, digests[sha256], take(number())))
-    return tuple(events)
-
-
-def replay(events: Sequence[Event], pcr: Pcr) -> bytes:
-    """Return what the log makes of a PCR, of PCR 0 with the locality that started the TPM."""
-    value = bytes(32)
-    for event in events:
-        if event.pcr == pcr and event.kind != EV_NO_ACTION:
-            value = _sha256(value, event.digest)
-        elif event.pcr == pcr == 0 and event.data[:16] == b"StartupLocality\0":
-            if value != bytes(32) or len(event.data) != 17:
-                raise ValueError("an event StartupLocality that comes late or has another size")
-            value = bytes(31) + event.data[16:]
-    return value
 
 
 def fence(k: Machine) -> None:
@@ -2670,11 +2542,9 @@ PROVISIONED = Permanent(1 | 2 | 4 | 1 << 8)
 def read_tpm_flags(k: Kernel) -> tuple[Permanent, int]:
     """Return TPMA_PERMANENT and TPMA_STARTUP_CLEAR (bit 1: the owner's hierarchy is enabled)."""
     answer = read_capability(k, 6, 0x200, 2)
-    if answer.number(4) != 2:
-        raise TpmError(Cc.GET_CAPABILITY, 0, "other properties than asked for")
-    found = {answer.number(4): answer.number(4) for _ in range(2)}
+    count, found = answer.number(4), {answer.number(4): answer.number(4) for _ in range(2)}
     answer.end()
-    if set(found) != {0x200, 0x201}:
+    if count != 2 or set(found) != {0x200, 0x201}:
         raise TpmError(Cc.GET_CAPABILITY, 0, "other properties than asked for")
     return Permanent(found[0x200]), found[0x201]
 
@@ -2705,10 +2575,7 @@ def read_epoch(k: Kernel) -> int:
 
 
 def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
-    """See that this is the TPM of the machine record, as provisioning left it, at no epoch above ours.
-
-    Returns the public area of its storage root key.
-    """
+    """Return the storage root key of the record's TPM, as provisioning left it, at no epoch above ours."""
     with asking_tpm("the TPM to tell its state"):
         permanent, startup = read_tpm_flags(k)
         storage_key = read_storage_key(k)
@@ -2752,10 +2619,7 @@ def find_approval(k: Machine, tokens: Tokens) -> tuple[bytes, PlatformApproval]:
 def satisfy(
     k: Machine, session: Session, tokens: Tokens, keys: PolicyKeys, approval: UkiApproval, command: Cc
 ) -> None:
-    """Bring a session to where seal and epoch index want it.
-
-    That is: this UKI before the fence, for one command, in a firmware that is approved, no epoch too late.
-    """
+    """Satisfy the policy: this UKI before the fence, one command, approved firmware, no epoch too late."""
     (pcr7, platform), pcr11 = find_approval(k, tokens), read_pcr(k, MEASURED)
     satisfy_pcrs(k, session.handle, [MEASURED])
     satisfy_epoch(k, session.handle, approval.epoch)
@@ -2769,9 +2633,7 @@ def satisfy(
     authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, platform.signature)
 
 
-def unseal(
-    k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval
-) -> bytearray:
+def unseal(k: Machine, tokens: Tokens, srk: bytes, keys: PolicyKeys, approval: UkiApproval) -> bytearray:
     """Return the sealed secret if the TPM agrees. The caller wipes it."""
     head = keys.sealed_head
     if not tokens.seal_public.startswith(head) or len(tokens.seal_public) != len(head) + 32:
@@ -2781,7 +2643,7 @@ def unseal(
         area = _sized(tokens.seal_private) + _sized(tokens.seal_public)
         item = tpm(k, Cc.LOAD, [SRK], area, EMPTY_PASSWORD).number(4)
         undo.callback(flush, k, item)
-        session = Session(k, storage_key)
+        session = Session(k, srk)
         undo.callback(flush, k, session.handle)
         satisfy(k, session, tokens, keys, approval, Cc.UNSEAL)
         return tpm_in(k, session, Cc.UNSEAL, [item], tpm_name(tokens.seal_public))
@@ -2790,13 +2652,10 @@ def unseal(
 def raise_epoch(
     k: Machine, tokens: Tokens, storage_key: bytes, keys: PolicyKeys, approval: UkiApproval, epoch: int
 ) -> None:
-    """Set the TPM's epoch bits up to `epoch`, and see that they are set.
-
-    Never above the UKI's own epoch, nor above what this firmware is approved for: the next boot would find
-    nothing that opens.
-    """
+    """Set the TPM's epoch bits up to `epoch`, and see that they are set."""
     name = tpm_name(keys.epoch_index)
     with asking_tpm(f"the TPM to take epoch {epoch}"):
+        # Not above what UKI and firmware are approved for: the next boot would find nothing that opens.
         bits = epoch_bits(min(epoch, approval.epoch, find_approval(k, tokens)[1].epoch))
         if read_epoch(k) & bits == bits:
             return
@@ -3190,9 +3049,7 @@ def open_encrypted(k: Machine, fd: int, header: LuksHeader, key: bytearray, purp
     return k.dm(DmCommand.DEV_STATUS, name)
 
 
-def mount_ext4(
-    k: Machine, device: str, target: str, flags: MountFlag = RO_SAFE | MountFlag.NOSYMFOLLOW
-) -> None:
+def mount_ext4(k: Machine, device: str, target: str, flags: MountFlag = RO_STRICT) -> None:
     """Mount the file system of a volume that this machine's key opened."""
     with refusing("VOLUME-READ", f"an ext4 file system for {target}"):
         k.mount(device, target, "ext4", flags)
@@ -3232,7 +3089,7 @@ def open_live_store(k: Machine, disk: BootDisk) -> Verity:
     sealed = (seal.data_blocks, seal.root_hash, salt, seal.signature)
     verity = activate_verity(k, "mosinit-store", device, *sealed, "STORE-SIGNATURE")
     with refusing("STORE-READ", "an erofs file system"):
-        k.mount(verity.path, STORE, "erofs", RO_SAFE | MountFlag.NOSYMFOLLOW)
+        k.mount(verity.path, STORE, "erofs", RO_STRICT)
     return verity
 
 
@@ -3296,7 +3153,7 @@ def load_manifest(k: Machine, policy: Policy) -> Manifest:
 
 def boot_targets(contents: Contents) -> tuple[Target, Target]:
     """Return the two targets that a machine starts from: hostfs and bootkit."""
-    found = [contents.of_type(kind) for kind in ("hostfs", "bootkit")]
+    found = [[t for t in contents.targets if t.service_type == kind] for kind in ("hostfs", "bootkit")]
     if [len(targets) for targets in found] != [1, 1]:
         seen = ", ".join(f"{target.service_name} ({target.service_type})" for target in contents.targets)
         raise Refused("MANIFEST-TARGET", expected="one hostfs and one bootkit", seen=seen or "no targets")
@@ -3581,14 +3438,10 @@ def screen(report: Mapping[str, object], error: BaseException) -> str:
         rows.append(("crash", f"{type(error).__name__}: {error}"))
         rows.append(("what to do", "this is a fault of mosinit: report it"))
     uki = str(report.get("uki_id"))[:16]
-    facts = f"UKI {uki}, manifest sequence {report['sequence']}, mode {report['mode']}"
-    lines = [f"  {name:<12}{_printable(text)[:600]}" for name, text in (*rows, ("system", facts))]
-    bar = "=" * 78
+    facts = ("system", f"UKI {uki}, manifest sequence {report['sequence']}, mode {report['mode']}")
+    rows = [(name, "".join(c if c.isprintable() else "?" for c in text)) for name, text in (*rows, facts)]
+    lines, bar = [f"  {name:<12}{text[:600]}" for name, text in rows], "=" * 78
     return "\n".join(["", bar, "  mosinit does not start this machine", bar, *lines, bar, ""])
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def tell(k: Machine, error: BaseException) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mosinit import firmware, images, init, pe
+from mosinit import eventlog, firmware, images, init, pe
 from mosinit.host import Failure
 from mosinit.keys import Keyset
 
@@ -35,7 +35,7 @@ EV_VARIABLE = 0x80000001  # EV_EFI_VARIABLE_DRIVER_CONFIG
 EV_ACTION = 0x80000007  # EV_EFI_ACTION
 EV_AUTHORITY = 0x800000E0  # EV_EFI_VARIABLE_AUTHORITY
 KINDS = {
-    init.EV_NO_ACTION: "EV_NO_ACTION",
+    eventlog.EV_NO_ACTION: "EV_NO_ACTION",
     EV_SEPARATOR: "EV_SEPARATOR",
     EV_VARIABLE: "EV_EFI_VARIABLE_DRIVER_CONFIG",
     EV_ACTION: "EV_EFI_ACTION",
@@ -152,7 +152,7 @@ def parse_variable(data: bytes) -> Variable:
 
 def platform_events(
     certificates: firmware.Certificates, dbx: bytes = b"", loader: x509.Certificate | None = None
-) -> tuple[init.Event, ...]:
+) -> tuple[eventlog.Event, ...]:
     """Return what a firmware measures into PCR 7 that was enrolled with these certificates by us.
 
     `loader` is the certificate that verified what was started, the first of db if None.
@@ -166,14 +166,16 @@ def platform_events(
     events = [(EV_VARIABLE, encode_variable(Variable(name, content))) for name, content in variables]
     authority = Variable(DB, uuid.UUID(firmware.OWNER).bytes_le + entry)
     events += [(EV_SEPARATOR, SEPARATOR), (EV_AUTHORITY, encode_variable(authority))]
-    return tuple(init.Event(PLATFORM, kind, hashlib.sha256(data).digest(), data) for kind, data in events)
+    return tuple(
+        eventlog.Event(PLATFORM, kind, hashlib.sha256(data).digest(), data) for kind, data in events
+    )
 
 
 def predict_pcr7(
     certificates: firmware.Certificates, dbx: bytes = b"", loader: x509.Certificate | None = None
 ) -> bytes:
     """Return PCR 7 of such a firmware. Others may measure more, or name another owner: read their log."""
-    return init.replay(platform_events(certificates, dbx, loader), PLATFORM)
+    return eventlog.replay(platform_events(certificates, dbx, loader), PLATFORM)
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificat
     certificates, and nothing was started but by the first of db; the layer key's signatures start nothing.
     """
     try:
-        events = init.parse_event_log(log)
-        seen = init.replay(events, PLATFORM)
+        events = eventlog.parse_event_log(log)
+        seen = eventlog.replay(events, PLATFORM)
     except ValueError as error:
         raise Failure(f"the machine's event log cannot be read: {error}") from error
     if seen != pcr7:
@@ -270,7 +272,7 @@ def _fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def _name(event: init.Event) -> str:
+def _name(event: eventlog.Event) -> str:
     """Name an event for people."""
     kind = KINDS.get(event.kind, f"kind {event.kind:#x}")
     try:

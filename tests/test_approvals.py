@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosinit import approvals, firmware, init, keys
+from mosinit import approvals, eventlog, firmware, init, keys
 from mosinit.approvals import DB, DBX, EV_ACTION, EV_AUTHORITY, EV_SEPARATOR, EV_VARIABLE, Variable
 from mosinit.host import Failure, Host
 from tests.eventlogs import encode_log, measured, unmeasured
@@ -134,17 +134,17 @@ def test_a_real_boots_pcr_7_is_what_its_certificates_predict() -> None:
     found = approvals.read_platform_log(log, pcrs[7], trusted)
     assert found == approvals.Platform(pcrs[7], firmware.EMPTY_DBX, ())
     assert found.describe()["pcr7"] == pcrs[7].hex()
-    events = [event for event in init.parse_event_log(log) if event.pcr == 7]
+    events = [event for event in eventlog.parse_event_log(log) if event.pcr == 7]
     assert tuple(events) == approvals.platform_events(trusted, firmware.EMPTY_DBX)
 
 
 def test_the_log_of_a_real_boot_gives_what_its_tpm_had() -> None:
-    events = init.parse_event_log((GOLDEN / "ovmf-event-log.bin").read_bytes())
+    events = eventlog.parse_event_log((GOLDEN / "ovmf-event-log.bin").read_bytes())
     pcrs = golden_pcrs()
     for pcr in (0, 1, 2, 3, 4, 5, 6, 7):
-        assert init.replay(events, init.Pcr(pcr)) == pcrs[pcr], pcr
+        assert eventlog.replay(events, init.Pcr(pcr)) == pcrs[pcr], pcr
     # What the initrd extends afterwards is in no firmware's log.
-    value = init.replay(events, init.MEASURED)
+    value = eventlog.replay(events, init.MEASURED)
     for word in (init.ENTER_INITRD, init.LEAVE_INITRD):
         value = hashlib.sha256(value + hashlib.sha256(word).digest()).digest()
     assert value == pcrs[11]
@@ -181,8 +181,8 @@ def test_published_values_of_another_project() -> None:
         digests += [bytes.fromhex(theirs["shim"])]
         digests += [variable((shim, "SbatLevel"), b"sbat,1,2021030218\n")]
         digests += [variable((shim, "MokListTrusted"), b"\1"), bytes.fromhex(theirs[kind])]
-        events = [init.Event(SEVEN, EV_VARIABLE, digest, b"") for digest in digests]
-        assert init.replay(events, SEVEN).hex() == value
+        events = [eventlog.Event(SEVEN, EV_VARIABLE, digest, b"") for digest in digests]
+        assert eventlog.replay(events, SEVEN).hex() == value
 
 
 names = st.tuples(st.uuids().map(str), st.text(st.characters(max_codepoint=0xD7FF), max_size=20))
@@ -205,15 +205,15 @@ def test_no_bytes_are_another_variable(data: bytes) -> None:
 # --- PCR 7: what may be approved --------------------------------------------------------------------
 
 
-def read(events: Sequence[init.Event], trusted: firmware.Certificates) -> approvals.Platform:
-    return approvals.read_platform_log(encode_log(events), init.replay(events, SEVEN), trusted)
+def read(events: Sequence[eventlog.Event], trusted: firmware.Certificates) -> approvals.Platform:
+    return approvals.read_platform_log(encode_log(events), eventlog.replay(events, SEVEN), trusted)
 
 
-def variable_event(name: tuple[str, str], content: bytes, kind: int = EV_VARIABLE) -> init.Event:
+def variable_event(name: tuple[str, str], content: bytes, kind: int = EV_VARIABLE) -> eventlog.Event:
     return measured(7, kind, approvals.encode_variable(Variable(name, content)))
 
 
-def swap(events: Sequence[init.Event], name: tuple[str, str], content: bytes) -> list[init.Event]:
+def swap(events: Sequence[eventlog.Event], name: tuple[str, str], content: bytes) -> list[eventlog.Event]:
     """Give a variable other content, in an event that is right otherwise."""
     return [
         variable_event(name, content)
@@ -235,7 +235,7 @@ def test_what_differs_among_good_firmware_is_reported(trusted: firmware.Certific
     events = [measured(0, 8, b"version"), *good[:5], *more, *good[5:], good[-1]]
     found = read(events, trusted)
     assert found == approvals.Platform(
-        init.replay(events, SEVEN), dbx, ("AuditMode", "DeployedMode", "dbt", "dbr")
+        eventlog.replay(events, SEVEN), dbx, ("AuditMode", "DeployedMode", "dbt", "dbr")
     )
     assert (
         read(good, trusted).pcr7 == approvals.predict_pcr7(trusted, dbx) != approvals.predict_pcr7(trusted)
@@ -252,10 +252,10 @@ def test_entries_of_another_owner_or_in_another_order_are_the_same_trust(
     assert read(swap(approvals.platform_events(trusted), approvals.PK, other), trusted)
 
 
-Change = Callable[[Sequence[init.Event], firmware.Certificates], Sequence[init.Event]]
+Change = Callable[[Sequence[eventlog.Event], firmware.Certificates], Sequence[eventlog.Event]]
 
 
-def inserted(place: int, event: init.Event) -> Change:
+def inserted(place: int, event: eventlog.Event) -> Change:
     return lambda good, trusted: [*good[:place], event, *good[place:]]
 
 
@@ -281,7 +281,7 @@ def headed(certificate: x509.Certificate) -> bytes:
 def authority(
     choose: Callable[[firmware.Certificates], x509.Certificate], name: tuple[str, str] = DB
 ) -> Change:
-    def change(good: Sequence[init.Event], trusted: firmware.Certificates) -> list[init.Event]:
+    def change(good: Sequence[eventlog.Event], trusted: firmware.Certificates) -> list[eventlog.Event]:
         entry = bytes(16) + choose(trusted).public_bytes(Encoding.DER)
         return [*good, variable_event(name, entry, EV_AUTHORITY)]
 
@@ -362,7 +362,7 @@ def test_no_spoiled_log_does_more_than_be_refused(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         log[data.draw(st.integers(0, len(log) - 1))] = data.draw(st.integers(0, 255))
     try:
-        pcr7 = init.replay(init.parse_event_log(bytes(log)), SEVEN)
+        pcr7 = eventlog.replay(eventlog.parse_event_log(bytes(log)), SEVEN)
         assert approvals.read_platform_log(bytes(log), pcr7, certificates("ovmf"))
     except (Failure, ValueError):
         return

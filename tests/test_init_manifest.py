@@ -59,7 +59,7 @@ def test_a_written_manifest() -> None:
     assert (hostfs.writable, hostfs.source, hostfs.version) == ("all", "oci:./images:hostfs", "1.0.0")
     assert zot.network == init.Network("simple", "10.0.3.99/24", "", (init.Port(80, 5000),))
     assert zot.storage == (init.StorageMount("/zot", "zot-data"),)
-    assert contents.of_type("container") == (zot,)
+    assert zot.service_type == "container"
 
 
 def test_a_signed_manifest() -> None:

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosinit import init
+from mosinit import eventlog, init
 from tests.eventlogs import SIZES, encode_event, encode_head, encode_log, measured, unmeasured
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,22 +23,22 @@ EVENTS = (measured(0, 8, b"version"), measured(7, SEPARATOR, bytes(4)), measured
 
 kinds = st.integers(0, 0xFFFFFFFF)
 some_events = st.builds(
-    init.Event, st.integers(0, 23).map(init.Pcr), kinds, st.binary(min_size=32, max_size=32),
+    eventlog.Event, st.integers(0, 23).map(init.Pcr), kinds, st.binary(min_size=32, max_size=32),
     st.binary(max_size=200),
 )  # fmt: skip
 
 
 @given(st.lists(some_events, max_size=8), st.sampled_from([["sha256"], ["sha1", "sha256"], [*SIZES]]))
-def test_whatever_a_firmware_writes_reads_back(events: list[init.Event], banks: list[str]) -> None:
-    assert init.parse_event_log(encode_log(events, banks)) == tuple(events)
+def test_whatever_a_firmware_writes_reads_back(events: list[eventlog.Event], banks: list[str]) -> None:
+    assert eventlog.parse_event_log(encode_log(events, banks)) == tuple(events)
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_do_more_than_be_refused(data: bytes) -> None:
     for log in (data, encode_log(EVENTS) + data, encode_head({"sha256": 32}) + data):
         try:
-            events = init.parse_event_log(log)
-            assert all(len(init.replay(events, init.Pcr(pcr))) == 32 for pcr in (0, 7))
+            events = eventlog.parse_event_log(log)
+            assert all(len(eventlog.replay(events, init.Pcr(pcr))) == 32 for pcr in (0, 7))
         except ValueError:
             continue
 
@@ -49,7 +49,7 @@ def test_no_spoiled_byte_does_more_than_be_refused(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         log[data.draw(st.integers(0, len(log) - 1))] = data.draw(st.integers(0, 255))
     try:
-        init.replay(init.parse_event_log(bytes(log)), SEVEN)
+        eventlog.replay(eventlog.parse_event_log(bytes(log)), SEVEN)
     except ValueError:
         return
 
@@ -59,7 +59,7 @@ def test_no_shorter_log_is_taken_for_a_whole_one() -> None:
     ends = {len(encode_log(EVENTS[:count])) for count in range(len(EVENTS) + 1)}
     for size in set(range(len(log))) - ends:
         with pytest.raises(ValueError, match="event log"):
-            init.parse_event_log(log[:size])
+            eventlog.parse_event_log(log[:size])
 
 
 HEAD = {"sha1": 20, "sha256": 32}
@@ -87,29 +87,29 @@ EVENT = encode_event(EVENTS[1], HEAD)
 )  # fmt: skip
 def test_what_is_no_log_is_refused(log: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        init.parse_event_log(log)
+        eventlog.parse_event_log(log)
 
 
 def test_the_largest_log_is_read() -> None:
-    assert len(init.parse_event_log(encode_log([measured(1, 1, b"")] * 4096))) == 4096
+    assert len(eventlog.parse_event_log(encode_log([measured(1, 1, b"")] * 4096))) == 4096
 
 
 def test_replay_folds_the_events_of_one_pcr() -> None:
     value = bytes(32)
     for data in (bytes(4), b"words"):
         value = hashlib.sha256(value + hashlib.sha256(data).digest()).digest()
-    assert init.replay([*EVENTS, unmeasured(b"not this", 7)], SEVEN) == value
-    assert init.replay(EVENTS, init.Pcr(11)) == bytes(32)
+    assert eventlog.replay([*EVENTS, unmeasured(b"not this", 7)], SEVEN) == value
+    assert eventlog.replay(EVENTS, init.Pcr(11)) == bytes(32)
 
 
 def test_the_locality_of_the_start_is_that_of_pcr_0() -> None:
     start = unmeasured(b"StartupLocality\0\3")
     value = hashlib.sha256(bytes(31) + b"\3" + hashlib.sha256(b"version").digest()).digest()
-    assert init.replay([start, *EVENTS], init.Pcr(0)) == value
-    assert init.replay([start, *EVENTS], SEVEN) == init.replay(EVENTS, SEVEN)
+    assert eventlog.replay([start, *EVENTS], init.Pcr(0)) == value
+    assert eventlog.replay([start, *EVENTS], SEVEN) == eventlog.replay(EVENTS, SEVEN)
     for log in ([EVENTS[0], start], [unmeasured(b"StartupLocality\0")], [start, start]):
         with pytest.raises(ValueError, match="StartupLocality"):
-            init.replay(log, init.Pcr(0))
+            eventlog.replay(log, init.Pcr(0))
 
 
 def test_tpm2_eventlog_agrees(need: Callable[..., None], tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_tpm2_eventlog_agrees(need: Callable[..., None], tmp_path: Path) -> None
     for log in (tmp_path / "made", GOLDEN / "ovmf-event-log.bin"):
         done = subprocess.run(["tpm2_eventlog", log], capture_output=True, check=True)
         theirs = yaml.load(done.stdout, yaml.CBaseLoader)
-        events = init.parse_event_log(log.read_bytes())
+        events = eventlog.parse_event_log(log.read_bytes())
         for pcr, value in theirs["pcrs"]["sha256"].items():
-            assert init.replay(events, init.Pcr(int(pcr))).hex() == f"{int(value, 16):064x}", (log, pcr)
+            assert eventlog.replay(events, init.Pcr(int(pcr))).hex() == f"{int(value, 16):064x}", (log, pcr)
         seen = [(int(each["PCRIndex"]), each["DigestCount"]) for each in theirs["events"][1:]]
         assert [pcr for pcr, _ in seen] == [event.pcr for event in events]
