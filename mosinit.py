@@ -58,13 +58,6 @@ class Refused(Exception):
         self.check, self.expected, self.seen = check, expected, seen
 
 
-class FenceError(Refused):
-    """The TPM did not take the fence: this machine may run nothing more until it is powered off."""
-
-    def __init__(self, seen: str) -> None:
-        super().__init__("TPM-FENCE", expected="PCR 11 extended by leave-initrd", seen=seen)
-
-
 class Check(NamedTuple):
     """One decision of the bring-up. Its id is a public interface and is never reused."""
 
@@ -162,6 +155,8 @@ VOLUME-KEY: an encrypted volume does not open with this machine's key
     use the disk that belongs to this machine, or the recovery key on live media
 VOLUME-READ: an encrypted volume does not hold the file system that mosinit made there
     the disk is damaged or was changed: install this machine again, or use its recovery key on live media
+VOLUME-STATE: the manifest keeps /var in a volume that this machine's disk does not have
+    install the machine again (with that manifest, installing makes the volume), or take `state` out of it
 STORE-SEAL: the medium's seal is damaged
     write the medium again from its image
 STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
@@ -259,7 +254,12 @@ ENTER_INITRD, LEAVE_INITRD = b"enter-initrd", b"leave-initrd"  # systemd-pcrphas
 REPOSITORY = "mosinit"  # the OCI layout in the store
 CONFIG, STORE, SCRATCH, SYSROOT = "/config", "/atomfs-cache", "/scratch-writes", "/sysroot"
 MOVED = ("/proc", "/sys", "/dev", "/run", STORE, SCRATCH)  # into the new root, of live mode too
-STATE = "state"  # the GPT name of the storage volume that is mounted at /var
+STATE = "state"  # the GPT name of the storage volume that is mounted at /var, and its label in a manifest
+# What of the root outlives a boot, in /config/state by its path in the root. Nothing else of it gets there.
+SSH_KEYS = [f"etc/ssh/ssh_host_{kind}_key" for kind in ("ecdsa", "ed25519", "rsa")]
+KEPT = {"etc/machine-id": 0o444} | dict.fromkeys(SSH_KEYS, 0o600)
+KEPT |= {f"{key}.pub": 0o644 for key in SSH_KEYS}
+STATE_MARK = f"{CONFIG}/state/volume"  # there is one to be mounted at /var: without it nothing starts
 POLICY_FOLDER = "/etc/mosinit"
 OURS = f"{POLICY_FOLDER}/organisation"
 APPROVAL_FILE = "/.extra/tpm2-pcr-signature.json"  # where the stub leaves the section .pcrsig
@@ -387,7 +387,7 @@ class Kernel:
 
     def read(self, path: str, limit: int = MIB) -> bytes:
         """Read a file of at most `limit` bytes; OSError with EFBIG beyond it."""
-        with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd:
+        with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as fd:
             data = bytearray()
             while chunk := os.read(fd, min(MIB, limit + 1 - len(data))):
                 data += chunk
@@ -664,17 +664,15 @@ class Kernel:
 
     def free_initramfs(self) -> None:
         """Delete every file of the initramfs, which is memory; mounted file systems are not entered."""
-        root = os.lstat("/").st_dev
-        folders = ["/"]
+        root, folders = os.lstat("/").st_dev, ["/"]
         for folder in folders:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if entry.stat(follow_symlinks=False).st_dev == root:
-                            folders.append(entry.path)
-                    else:
+                    if not entry.is_dir(follow_symlinks=False):
                         with contextlib.suppress(OSError):
                             os.unlink(entry.path)
+                    elif entry.stat(follow_symlinks=False).st_dev == root:
+                        folders.append(entry.path)
         for folder in reversed(folders[1:]):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
@@ -890,12 +888,10 @@ def parse_policy(data: bytes, uki_id: bytes, organisation: Mapping[str, bytes]) 
     raw = cast(dict[str, Any], json.loads(data))
     if raw["schema"] != 1 or raw["mode"] not in ("live", "run"):
         raise ValueError(f"policy schema {raw['schema']}, mode {raw['mode']}: known are 1, live and run")
-    modules = tuple(Module(**module) for module in raw["modules"])
-    db, platform, revoked = (tuple(raw[key]) for key in ("db", "platform", "revoked"))
-    return Policy(
-        raw["mode"], raw["product"], raw["epoch"], raw["kernel"], raw["cmdline"], db, platform, modules,
-        revoked, uki_id.decode().strip(), organisation,
-    )  # fmt: skip
+    fields = {key: raw[key] for key in ("mode", "product", "epoch", "kernel", "cmdline")}
+    fields |= {key: tuple(raw[key]) for key in ("db", "platform", "revoked")}
+    fields["modules"] = tuple(Module(**module) for module in raw["modules"])
+    return Policy(**fields, uki_id=uki_id.decode().strip(), organisation=organisation)
 
 
 def format_guid(raw: bytes) -> str:
@@ -1386,32 +1382,27 @@ def _list_of(read: Callable[[Node, str], Any], limit: int) -> Callable[[Node, st
     return read_list
 
 
-def _text(pattern: re.Pattern[str], expected: str) -> Callable[[Node, str], str]:
-    def read(node: Node, path: str) -> str:
-        if not isinstance(node.value, str) or not pattern.fullmatch(node.value):
+def _value(fits: Callable[[Any], bool], expected: str) -> Callable[[Node, str], Any]:
+    def read(node: Node, path: str) -> Any:
+        if not fits(node.value):
             raise fault(node, path, expected)
         return node.value
 
     return read
 
 
+def text_like(pattern: re.Pattern[str], expected: str) -> Callable[[Node, str], str]:
+    """Make the reader of text that a pattern matches whole."""
+    return _value(lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)), expected)
+
+
 def _choice(*words: str) -> Callable[[Node, str], str]:
-    return _text(re.compile("|".join(re.escape(word) for word in words)), f"one of {', '.join(words)}")
+    return text_like(re.compile("|".join(re.escape(word) for word in words)), f"one of {', '.join(words)}")
 
 
 def _number(low: int, high: int) -> Callable[[Node, str], int]:
-    def read(node: Node, path: str) -> int:
-        if type(node.value) is not int or not low <= node.value <= high:
-            raise fault(node, path, f"a whole number from {low} to {high}")
-        return node.value
-
-    return read
-
-
-def _boolean(node: Node, path: str) -> bool:
-    if not isinstance(node.value, bool):
-        raise fault(node, path, "true or false")
-    return node.value
+    expected = f"a whole number from {low} to {high}"
+    return _value(lambda value: type(value) is int and low <= value <= high, expected)
 
 
 def _size(node: Node, path: str) -> int:
@@ -1422,32 +1413,24 @@ def _size(node: Node, path: str) -> int:
 
 
 def _address(pattern: re.Pattern[str], version: int) -> Callable[[Node, str], str]:
-    def read(node: Node, path: str) -> str:
+    def fits(value: Any) -> bool:
         import ipaddress
 
-        try:
+        with contextlib.suppress(ValueError):
             # Python takes more for an address: masks, scopes that are any text, also lines of a unit file.
-            if not isinstance(node.value, str) or not pattern.fullmatch(node.value):
-                raise ValueError
-            if ipaddress.ip_interface(node.value).version != version:
-                raise ValueError
-        except ValueError:
-            raise fault(node, path, f"an IPv{version} address with its prefix length") from None
-        return node.value
+            matched = isinstance(value, str) and pattern.fullmatch(value)
+            return bool(matched) and ipaddress.ip_interface(value).version == version
+        return False
 
-    return read
+    return _value(fits, f"an IPv{version} address with its prefix length")
 
 
-def _mount_path(node: Node, path: str) -> str:
-    text = node.value if isinstance(node.value, str) else ""
-    # Commas, colons and backslashes would be read as separators by mount options and unit files.
-    if not re.fullmatch(r"(/[A-Za-z0-9._+@-]{1,255})+", text) or {".", ".."} & set(text.split("/")):
-        raise fault(node, path, "an absolute path of plain names")
-    return text
-
-
-_name = _text(NAME, "a name of a-z, 0-9, '.', '_', '-', at most 64 characters")
-_digest = _text(DIGEST, "sha256: and 64 hex digits")
+# Commas, colons and backslashes would be read as separators by mount options and unit files.
+_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._+@-]{1,255})+")
+_mount_path = text_like(_PATH, "an absolute path of plain names")
+_boolean = _value(lambda value: isinstance(value, bool), "true or false")
+_name = text_like(NAME, "a name of a-z, 0-9, '.', '_', '-', at most 64 characters")
+_digest = text_like(DIGEST, "sha256: and 64 hex digits")
 _NO_NETWORK = Network("none", "", "", ())
 _PORT = _record(Port, dict.fromkeys(("host", "container"), Field(_number(1, 65535), REQUIRED)))
 _NETWORK = _record(Network, {
@@ -1465,20 +1448,17 @@ _VOLUME = _record(Volume, {
     "nsgroup": Field(_name, ""),
     "size": Field(_size, REQUIRED),
 })  # fmt: skip
-_TARGET = {
+TARGET = {
     "service_name": Field(_name, REQUIRED),
     "service_type": Field(_choice("hostfs", "container", "fs-only", "bootkit"), REQUIRED),
-    "version": Field(_text(VERSION, "a version (in quotes if it looks like a number)"), REQUIRED),
+    "version": Field(text_like(VERSION, "a version (in quotes if it looks like a number)"), REQUIRED),
     "nsgroup": Field(_name, ""),
     "writable": Field(_choice("all", "etc", "none"), ""),
     "network": Field(_NETWORK, _NO_NETWORK),
     "storage": Field(_list_of(_STORAGE_MOUNT, 64), ()),
 }
-_SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
-_SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
-_WRITTEN = {**_TARGET, "source": Field(_text(_SOURCE, _SOURCE_WORDS), REQUIRED)}
 _SIGNED = {
-    **_TARGET,
+    **TARGET,
     "digest": Field(_digest, REQUIRED),
     "size": Field(_number(1, 4 * MIB), REQUIRED),
     "layer_signatures": Field(_list_of(_digest, 512), REQUIRED),
@@ -1490,7 +1470,7 @@ def _contents(target: Mapping[str, Field]) -> Callable[[Node, str], Any]:
     read_target = _record(lambda **values: Target(**{**_ABSENT, **values}), target)
     return _record(Contents, {
         "version": Field(_number(1, 1), REQUIRED),
-        "product": Field(_text(UUID, "a product id (lower-case uuid)"), REQUIRED),
+        "product": Field(text_like(UUID, "a product id (lower-case uuid)"), REQUIRED),
         "sequence": Field(_number(1, MAX_SEQUENCE), REQUIRED),
         "epoch": Field(_number(1, MAX_EPOCH), REQUIRED),
         "update_type": Field(_choice("complete", "partial"), REQUIRED),
@@ -1499,10 +1479,10 @@ def _contents(target: Mapping[str, Field]) -> Callable[[Node, str], Any]:
     })  # fmt: skip
 
 
-def parse_manifest(text: bytes, *, published: bool = True) -> Contents:
-    """Parse an install manifest: as signed (`published`) or as a person writes it."""
+def parse_manifest(text: bytes, keys: Mapping[str, Field] = _SIGNED) -> Contents:
+    """Parse an install manifest, as signed unless a target's `keys` are others."""
     node = parse_yaml(text)
-    contents = cast(Contents, _contents(_SIGNED if published else _WRITTEN)(node, ""))
+    contents = cast(Contents, _contents(keys)(node, ""))
     fields = cast(dict[str, Node], node.value)
     _check_unique([volume.label for volume in contents.storage], fields.get("storage"), "storage", "label")
     services = [target.service_name for target in contents.targets]
@@ -1657,8 +1637,7 @@ def verify_record(untrusted: bytes, ca: bytes, product: str) -> MachineRecord:
         expected, seen = "a SUDI certificate with a machine record", f"{type(error).__name__}: {error}"
         raise Refused("RECORD-FORMAT", expected=expected, seen=seen) from error
     check_issuer(certificate, authority, issuer, "RECORD-SIGNATURE")
-    text = raw.hex()
-    named = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    named = re.sub("(.{8})(.{4})(.{4})(.{4})", r"\1-\2-\3-\4-", raw.hex())
     if named != product:
         raise Refused("RECORD-PRODUCT", expected=product, seen=named)
     return MachineRecord(named, proof, storage_key, index)
@@ -1978,12 +1957,12 @@ class Generation(NamedTuple):
 
 _GENERATION = _record(lambda **values: values, {
     "version": Field(_number(1, 1), REQUIRED),
-    "product": Field(_text(UUID, "a product id"), REQUIRED),
+    "product": Field(text_like(UUID, "a product id"), REQUIRED),
     "sequence": Field(_number(1, MAX_SEQUENCE), REQUIRED),
-    "uki": Field(_text(HEX64, "the id of a UKI"), REQUIRED),
+    "uki": Field(text_like(HEX64, "the id of a UKI"), REQUIRED),
     "targets": Field(_list_of(_record(lambda **values: (values["service_name"], values["manifest"]), {
         "service_name": Field(_name, REQUIRED),
-        "manifest": Field(_text(HEX64, "the SHA-256 of an install manifest"), REQUIRED),
+        "manifest": Field(text_like(HEX64, "the SHA-256 of an install manifest"), REQUIRED),
     }), 256), REQUIRED),
 })  # fmt: skip
 _GIT_NAME = re.compile(r"manifest\.yaml|[0-9a-f]{64}\.(yaml|yaml\.signed|pem)")
@@ -2476,8 +2455,8 @@ def _log_measurement(k: Machine, pcr: Pcr, word: bytes, digests: Mapping[str, by
 def fence(k: Machine) -> None:
     """Extend PCR 11 past the state in which anything can be unsealed, and see that it happened.
 
-    Every way out of this program comes through here; the second time does nothing. Raises FenceError: then
-    nothing may run on this machine any more. Without a TPM and its SHA-256 bank nothing could be unsealed.
+    Every way out of this program comes through here; the second time does nothing. If it refuses, nothing
+    may run here any more. Without a TPM and its SHA-256 bank nothing could be unsealed.
     """
     if k.report.fenced:
         return
@@ -2489,11 +2468,11 @@ def fence(k: Machine) -> None:
             return
         before = read_pcr(k, MEASURED)
         extend_pcr(k, MEASURED, LEAVE_INITRD)
-        after = read_pcr(k, MEASURED)
+        if read_pcr(k, MEASURED) != _sha256(before, _sha256(LEAVE_INITRD)):
+            raise OSError(errno.EIO, "PCR 11 did not change as it must")
     except Exception as error:
-        raise FenceError(f"{type(error).__name__}: {error}") from error
-    if after != hashlib.sha256(before + hashlib.sha256(LEAVE_INITRD).digest()).digest():
-        raise FenceError("PCR 11 did not change as it must")
+        seen = f"{type(error).__name__}: {error}"
+        raise Refused("TPM-FENCE", expected="PCR 11 extended by leave-initrd", seen=seen) from error
     k.report.fenced = True
 
 
@@ -2552,12 +2531,11 @@ def read_tpm_flags(k: Kernel) -> tuple[Permanent, int]:
 def read_storage_key(k: Kernel) -> bytes | None:
     """Return the public area of the storage root key, None if there is none."""
     try:
-        public = tpm(k, Cc.READ_PUBLIC, [SRK]).sized()
+        return tpm(k, Cc.READ_PUBLIC, [SRK]).sized()
     except TpmError as error:
-        if error.code == RC_ABSENT:
-            return None
-        raise
-    return public
+        if error.code != RC_ABSENT:
+            raise
+        return None
 
 
 def read_epoch_index(k: Kernel) -> bytes:
@@ -3018,7 +2996,8 @@ def open_volumes(k: Machine, disk: BootDisk, config: Config | None, owned: conte
     mount_ext4(k, device, CONFIG)
     mount_ext4(k, open_derived(k, disk, config.secret, "store", STORE_TYPE, owned), STORE)
     state = ""
-    if disk.find(LINUX_TYPE, STATE):
+    # Whoever took the volume away would else have the machine begin anew with an empty /var.
+    if k.exists(STATE_MARK) or disk.find(LINUX_TYPE, STATE):
         state = open_derived(k, disk, config.secret, STATE, LINUX_TYPE, owned, STATE)
     mount_ext4(k, make_scratch(k, disk, owned), SCRATCH, SAFE)
     services = derive_key(config.secret, "service")
@@ -3139,10 +3118,12 @@ def verify_release(k: Machine, policy: Policy) -> Manifest:
 
 
 @stage
-def load_manifest(k: Machine, policy: Policy) -> Manifest:
+def load_manifest(k: Machine, policy: Policy, volumes: Volumes) -> Manifest:
     """Verify what is to run: a generation of this machine, or the release of the live medium."""
     manifest = (pick_generation if policy.mode == "run" else verify_release)(k, policy)
     contents = manifest.contents
+    if policy.mode == "run" and not volumes.state and STATE in {each.label for each in contents.storage}:
+        raise Refused("VOLUME-STATE", expected="the volume `state` that the manifest names", seen="none")
     k.report.facts["manifest"] = manifest.sha256
     for check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-SIGNATURE", "MANIFEST-FORMAT"):
         k.report.passed(check, "valid", manifest.sha256)
@@ -3160,7 +3141,7 @@ def boot_targets(contents: Contents) -> tuple[Target, Target]:
     return found[0][0], found[1][0]
 
 
-MAX_LOWERS = 500  # linux/fs/overlayfs/params.h, OVL_MAX_STACK
+MAX_LOWERS = 499  # linux/fs/overlayfs/params.h, OVL_MAX_STACK, less one for `lay_state`
 
 
 def check_lowers(layers: int) -> None:
@@ -3261,10 +3242,26 @@ def plan_root(layers: tuple[str, ...], writable: str) -> list[Overlay]:
     return [root, etc] if writable == "etc" else [root]
 
 
+def lay_state(k: Machine) -> tuple[str, ...]:
+    """Lay what the config volume keeps for the root into a layer of its own, in memory, and return it."""
+    kept = [path for path in KEPT if k.exists(f"{CONFIG}/state/{path}")]
+    if not kept:
+        return ()
+    folder = f"{LEFT}/layers/state"
+    k.make_folder(folder, 0o700)
+    k.mount("tmpfs", folder, "tmpfs", SAFE, "mode=0755,size=1m")
+    with refusing("VOLUME-READ", "what is kept in /config/state"):
+        for path in kept:
+            k.make_folder(os.path.dirname(f"{folder}/{path}"))
+            k.write(f"{folder}/{path}", k.read(f"{CONFIG}/state/{path}", 16384), KEPT[path])
+    return (folder,)
+
+
 @stage
 def stack(k: Machine, layers: Mounted) -> str:
     """Stack the verified layers under a fresh writable one and return the init of the result."""
-    for overlay in plan_root(layers.folders, layers.writable):
+    folders = (*lay_state(k), *layers.folders)
+    for overlay in plan_root(folders, layers.writable):
         # Nothing in a layer may redirect to data of another place than its own.
         options = {"redirect_dir": "nofollow", "metacopy": "off", "index": "off", "xino": "off"}
         if overlay.upper:
@@ -3273,7 +3270,7 @@ def stack(k: Machine, layers: Mounted) -> str:
                 k.make_folder(f"{overlay.upper}/{folder}")
         with refusing("OVERLAY-MOUNT", f"{len(overlay.lowers)} layers on {overlay.target}"):
             k.mount_overlay(overlay.target, overlay.lowers, options, read_only=not overlay.upper)
-    for folder in layers.folders:
+    for folder in folders:
         k.unmount(folder, lazy=True)
     return find_init(k)
 
@@ -3388,7 +3385,7 @@ def boot(k: Machine) -> NoReturn:
         finally:
             fence(k)  # from here nobody can unseal, we included
         volumes = open_volumes(k, disk, config, owned)
-    manifest = load_manifest(k, policy)
+    manifest = load_manifest(k, policy, volumes)
     layers = mount_layers(k, manifest, policy)
     init = stack(k, layers)
     prepare_root(k, volumes, layers.devices)
@@ -3399,19 +3396,21 @@ REFUSAL_VARIABLE = "MosinitRefusal"
 FIRST_WAIT, LONGEST_WAIT = 10, 600
 
 
+_WORD = re.compile(r"[\w-]{1,64}")
+_REFUSAL = {
+    "id": _WORD, "uki": _WORD, "count": range(1, 65),
+    "sequence": lambda value: value is None or type(value) is int,
+}  # fmt: skip
+
+
 def read_refusal(k: Machine) -> dict[str, object] | None:
     """Return what the last refused boot left. Anybody can write it: it is shown and counts a wait."""
-    try:
-        untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID)
-        if untrusted is None or len(untrusted[1]) > 1024:
-            return None
-        raw = json.loads(untrusted[1], parse_constant=int)
-        words = {"id": str(raw["id"]), "uki": str(raw["uki"])}
-        keep: dict[str, object] = {**words, "sequence": raw["sequence"], "count": raw["count"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    numbers = type(keep["count"]) is int and 0 < keep["count"] <= 64
-    return keep if numbers and (keep["sequence"] is None or type(keep["sequence"]) is int) else None
+    with contextlib.suppress(OSError, Refused):
+        _, untrusted = k.efi_read(REFUSAL_VARIABLE, OUR_GUID) or (0, b"")
+        raw = parse_json(untrusted if len(untrusted) <= 1024 else b"", "")
+        match(raw, _REFUSAL, "", "")
+        return cast(dict[str, object], raw)
+    return None
 
 
 def count_refusal(k: Machine, report: Mapping[str, object]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from mosinit import generations, init, installed, layout, luks, publish
+from mosinit import generations, init, installed, layout, luks, publish, state
 from mosinit.generations import Elsewhere, SignedManifest
 from mosinit.host import Failure, Host, Usage
 from mosinit.images import CHUNK
@@ -403,6 +403,7 @@ def fill_config(host: Installer, planned: layout.Plan, release: Release, provisi
         commit = generations.add(host, repository, new)
         for name in ("sudi", "state"):
             (folder / name).mkdir(mode=0o700)
+        state.make(host, folder / "state", volume=planned.partitions[-1].name == init.STATE)
         for name, content in provisioned.sudi:
             with host.replacing(folder / "sudi" / name, mode=0o400) as fresh:
                 fresh.write_bytes(content)

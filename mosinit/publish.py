@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ from mosinit.keys import Keyset, check_out, choose_epoch, trust
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
 TARGET_ANNOTATION = "io.mosinit.target"
+_SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
+_SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
+# The keys of a target as a person writes it: a source, where the signed form has digest and signatures.
+WRITTEN = {**init.TARGET, "source": init.Field(init.text_like(_SOURCE, _SOURCE_WORDS), init.REQUIRED)}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def read_written(manifest: Path) -> init.Contents:
     try:
         if manifest.stat().st_size > init.MANIFEST_BYTES:
             raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
-        return init.parse_manifest(manifest.read_bytes(), published=False)
+        return init.parse_manifest(manifest.read_bytes(), WRITTEN)
     except init.Refused as error:
         raise init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}") from error
     except OSError as error:

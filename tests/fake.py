@@ -153,6 +153,8 @@ class FakeMachine(init.Machine):
     def read(self, path: str, limit: int = init.MIB) -> bytes:
         if path not in self.files:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        if len(self.files[path]) > limit:
+            raise OSError(errno.EFBIG, f"{path} is larger than {limit} bytes")
         return self.files[path]
 
     def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:

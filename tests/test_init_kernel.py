@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,90 @@ def test_a_bad_option_names_the_call(k: init.Kernel, layers: tuple[Path, list[st
         k.mount_overlay(str(folder / "root"), lowers[:2], {"no-such-option": "1"}, read_only=True)
 
 
+class Rooted(init.Machine):
+    """A machine whose every path lies below a folder."""
+
+    def __init__(self, top: Path) -> None:
+        super().__init__()
+        self.top = str(top)
+
+    def read(self, path: str, limit: int = init.MIB) -> bytes:
+        return super().read(self.top + path, limit)
+
+    def write(self, path: str, data: bytes | bytearray, mode: int = 0o644) -> None:
+        super().write(self.top + path, data, mode)
+
+    def exists(self, path: str) -> bool:
+        return super().exists(self.top + path)
+
+    def make_folder(self, path: str, mode: int = 0o755) -> None:
+        super().make_folder(self.top + path, mode)
+
+    def read_in_root(self, root: str, path: str, size: int) -> tuple[int, bytes] | None:
+        return super().read_in_root(self.top + root, path, size)
+
+    def mount(
+        self, source: str, target: str, fstype: str, flags: init.MountFlag = init.RO_SAFE, data: str = ""
+    ) -> None:
+        super().mount(source, self.top + target, fstype, flags, data)
+
+    def unmount(self, target: str, *, lazy: bool = False) -> None:
+        super().unmount(self.top + target, lazy=lazy)
+
+    def mount_overlay(
+        self, target: str, lowers: Sequence[str], options: Mapping[str, str], *, read_only: bool
+    ) -> None:
+        below = [self.top + lower for lower in lowers]
+        moved = {key: self.top + value if value[0] == "/" else value for key, value in options.items()}
+        super().mount_overlay(self.top + target, below, moved, read_only=read_only)
+
+
+@pytest.fixture
+def rooted(k: init.Kernel, tmp_path: Path) -> Iterator[Rooted]:
+    """A machine with two layers, each a file system of its own, and something in /config/state."""
+    k.mount("tmpfs", str(tmp_path), "tmpfs", init.MountFlag(0))
+    files = {
+        "config/state/etc/machine-id": "kept", "config/state/etc/shadow": "?",
+        "config/state/etc/ssh/ssh_host_rsa_key": "key", "hostfs/etc/ssh/sshd_config": "config",
+        "hostfs/etc/machine-id": "", "hostfs/sbin/init": "#!/sbin/init\n", "bootkit/usr/modules": "",
+    }  # fmt: skip
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    (tmp_path / "hostfs/sbin/init").chmod(0o755)
+    for name in ("sysroot", "scratch-writes"):
+        (tmp_path / name).mkdir()
+    for name in ("hostfs", "bootkit"):
+        k.mount(str(tmp_path / name), str(tmp_path / name), "", init.MountFlag.BIND)
+    yield Rooted(tmp_path)
+    k.unmount(str(tmp_path), lazy=True)
+
+
+@pytest.mark.parametrize("writable", ["all", "etc", "none"])
+def test_what_a_machine_keeps_is_in_every_root(rooted: Rooted, tmp_path: Path, writable: str) -> None:
+    layers = init.Mounted(("/hostfs", "/bootkit"), (), writable)
+    assert init.stack(rooted, layers) == "/sbin/init"
+    root = tmp_path / "sysroot"
+    assert {path.name for path in (root / "etc").iterdir()} == {"machine-id", "ssh"}
+    contents = [(root / "etc" / name).read_text() for name in ("machine-id", "ssh/sshd_config")]
+    assert contents == ["kept", "config"]
+    key = root / "etc/ssh/ssh_host_rsa_key"
+    assert (key.read_text(), key.stat().st_mode & 0o777) == ("key", 0o600)
+    assert can_write(root / "etc/new") is (writable != "none")
+    assert can_write(root / "new") is (writable == "all")
+    points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    assert not [point for point in points if point.startswith(f"{tmp_path}/run/")]
+
+
+def can_write(path: Path) -> bool:
+    try:
+        path.write_text("")
+    except OSError as error:
+        assert error.errno == errno.EROFS
+        return False
+    return True
+
+
 def test_links_in_a_root_stay_in_it(k: init.Kernel, tmp_path: Path) -> None:
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/init").write_bytes(b"\x7fELF and more")
@@ -113,6 +197,8 @@ def test_reading_is_bounded(k: init.Kernel, tmp_path: Path) -> None:
         k.read(str(tmp_path / "file"), 99)
     with pytest.raises(OSError, match="larger than"):
         k.read("/dev/zero", 4096)
+    os.mkfifo(tmp_path / "fifo")  # nobody writes, and nobody waits for it
+    assert k.read(str(tmp_path / "fifo")) == b""
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(OSError):
         k.read(str(tmp_path / "link"))

@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosinit import init
+from mosinit import init, publish
 from tests.fake import PRODUCT, UKI_ID, policy_json
 
 HEAD = f"""version: 1
@@ -52,7 +52,7 @@ targets:
 
 
 def test_a_written_manifest() -> None:
-    contents = init.parse_manifest((HEAD + WRITTEN).encode(), published=False)
+    contents = init.parse_manifest((HEAD + WRITTEN).encode(), publish.WRITTEN)
     assert contents[:5] == (1, PRODUCT, 42, 1, "complete")
     assert contents.storage == (init.Volume("zot-data", True, "zot", 2 << 30),)
     hostfs, zot = contents.targets
@@ -190,14 +190,14 @@ def test_network_faults(network: str) -> None:
         "{type: simple, ipv4: 10.0.3.99/24, ports: [{host: 80, container: 5000}]}", network
     )
     with pytest.raises(init.Refused, match=r"targets\[1\].network"):
-        init.parse_manifest(text.encode(), published=False)
+        init.parse_manifest(text.encode(), publish.WRITTEN)
 
 
 @pytest.mark.parametrize("dest", ["zot", "/", "/a/../b", "/a,b", "/a:b", "/a b", "/a//b", "/./a", "/a\\b"])
 def test_mount_paths_that_something_would_misread(dest: str) -> None:
     text = (HEAD + WRITTEN).replace("dest: /zot", f"dest: '{dest}'")
     with pytest.raises(init.Refused, match=r"storage\[0\].dest"):
-        init.parse_manifest(text.encode(), published=False)
+        init.parse_manifest(text.encode(), publish.WRITTEN)
 
 
 @given(st.text(max_size=300) | st.binary(max_size=300).map(lambda b: b.decode("latin-1")))

@@ -92,7 +92,12 @@ class RunMachine(StoreMachine):
         self.files |= {f"{init.OURS}/{name}": data for name, data in ours.items()}
         self.files["/etc/mosinit/policy.json"] = policy_json(mode="run")
         self.files[init.APPROVAL_FILE] = organisation.approval()
-        git = organisation.repository.folder / ".git"
+        self.use(organisation.repository)
+
+    def use(self, repository: Repository) -> None:
+        """Have this repository as manifest.git."""
+        self.files = {path: data for path, data in self.files.items() if init.MANIFEST_GIT not in path}
+        git = repository.folder / ".git"
         for path in (path for path in git.rglob("*") if path.is_file()):
             self.files[f"{init.MANIFEST_GIT}/{path.relative_to(git)}"] = path.read_bytes()
 
@@ -244,6 +249,49 @@ def test_a_machine_without_the_volume_state_has_a_var_of_its_hostfs(k: RunMachin
     assert not [op for op in done(k, "mount") if op[2] == "/sysroot/var"]
 
 
+def test_what_the_machine_keeps_lies_over_the_layers_and_nothing_else_does(k: RunMachine) -> None:
+    kept = {path: path.encode() for path in init.KEPT}
+    k.files |= {f"/config/state/{path}": data for path, data in kept.items()}
+    k.files |= {
+        f"/config/state/{path}": b"?" for path in ("etc/shadow", "etc/ssh/sshd_config", "machine-id")
+    }
+    assert end(k.plug()) == "became /sbin/init"
+    place = "/run/mosinit/layers/state"
+    assert ("mount", "tmpfs", place, "tmpfs", init.SAFE) in k.ops
+    laid = {op[1]: op[2] for op in done(k, "write") if str(op[1]).startswith(place)}
+    assert laid == {f"{place}/{path}": data for path, data in kept.items()}
+    private = {path for path in kept if path.endswith("_key")}
+    assert {path for path in kept if k.modes[f"{place}/{path}"] == 0o600} == private
+    assert len(private) == 3
+    (overlay,) = done(k, "mount_overlay")
+    assert overlay[2][0] == place  # type: ignore[index]
+    assert ("unmount", place) in k.ops
+
+
+def test_a_machine_that_keeps_nothing_has_the_layers_alone(k: RunMachine) -> None:
+    assert end(k.plug()) == "became /sbin/init"
+    (overlay,) = done(k, "mount_overlay")
+    assert all("state" not in folder for folder in overlay[2])  # type: ignore[attr-defined]
+
+
+def test_a_manifest_with_the_volume_state_starts_on_no_disk_without_it(
+    organisation: Organisation, tpm: Swtpm, tmp_path: Path
+) -> None:
+    release = Release()
+    storage = "storage:\n  - {label: state, persistent: true, size: 1G}\ntargets:\n"
+    release.change_text = lambda text: text.replace("targets:\n", storage)
+    (tmp_path / "git").mkdir()
+    repository = Repository(tmp_path / "git")
+    repository.add(42, release.manifest())
+    for with_volume in (False, True):
+        k = RunMachine(organisation, organisation.header(tmp_path), tpm)
+        k.use(repository)
+        k.rows[4] = (init.LINUX_TYPE, "state" if with_volume else "other")
+        assert end(k.plug()) == ("became /sbin/init" if with_volume else "restart")
+        assert k.framed()["failed"] == (None if with_volume else "VOLUME-STATE")
+        tpm.reset()
+
+
 def test_an_order_raises_the_epoch_and_never_above_the_uki(
     organisation: Organisation, tpm: Swtpm, tmp_path: Path
 ) -> None:
@@ -354,6 +402,8 @@ BEHIND: list[tuple[str, Change]] = [
     ("DISK-PARTITION", rows(5, (init.LINUX_TYPE, "state"))),
     ("OVERLAY-MOUNTPOINT", lambda k: k.becomes_link("/sysroot/var")),
     ("OVERLAY-MOUNTPOINT", lambda k: k.becomes_link("/sysroot/config")),
+    ("DISK-PARTITION", lambda k: (k.files.update({init.STATE_MARK: b""}), rows(4)(k))),
+    ("VOLUME-READ", lambda k: k.files.update({"/config/state/etc/machine-id": bytes(16385)})),
     ("GIT-REF", lambda k: k.files.pop(f"{init.MANIFEST_GIT}/refs/heads/main")),
     ("GENERATION", lambda k: k.files.update({"/etc/mosinit/uki-id": b"cd" * 32})),
 ]

@@ -67,6 +67,9 @@ def test_an_empty_disk_becomes_a_machine(made: Setting, disk: Path) -> None:
         assert names == {"lost+found", "manifest.git", "state", "sudi"}
         modes = {path.name: path.stat().st_mode & 0o777 for path in (config / "sudi").iterdir()}
         assert modes == dict.fromkeys(install.SUDI_FILES, 0o400)
+        kept = {str(path.relative_to(config / "state")) for path in (config / "state").rglob("*_key*")}
+        assert kept | {"etc/machine-id"} == set(init.KEPT)
+        assert (config / "state").stat().st_mode & 0o777 == 0o700
         (only,) = generations.list_all(config / "manifest.git", made.keyset.product)
         assert (only.sequence, only.commit, only.uki) == (7, done["generation"], installation.RUN_ID)
     for number in (1, 2, 3):

@@ -110,7 +110,7 @@ def test_the_signed_manifest_says_what_the_person_wrote(
     published = publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
     layout = images.Layout(tmp_path / "release")
     (text,) = parts(layout)[init.MANIFEST_MEDIA_TYPE]
-    before, after = init.parse_manifest(written.read_bytes(), published=False), init.parse_manifest(text)
+    before, after = init.parse_manifest(written.read_bytes(), publish.WRITTEN), init.parse_manifest(text)
     signed = {"source", "digest", "size", "layer_signatures"}
     for one, two in zip(before.targets, after.targets, strict=True):
         assert {k: v for k, v in one._asdict().items() if k not in signed} == {
@@ -400,7 +400,7 @@ def test_a_release_without_its_epoch_order_is_refused(
     fault: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
 ) -> None:
     layout = images.Layout(tmp_path / "release")
-    contents = init.parse_manifest(written.read_bytes(), published=False)
+    contents = init.parse_manifest(written.read_bytes(), publish.WRITTEN)
     policy, sign = publish.check_signer(keyset, contents), keyset.signer("product").sign
     publish.publish(host, written, keyset, f"oci:{layout.path}")
     signed = {kind: found[0] for kind, found in parts(layout).items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mosinit import cli, init, schema
+from mosinit import cli, init, publish, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = "11111111-2222-4333-8444-555555555555"
@@ -40,7 +40,7 @@ FULL: Document = {
 def by_core(document: object) -> bool:
     """Ask the core; JSON in this form is YAML, and nothing in it can be read in two ways."""
     try:
-        init.parse_manifest(json.dumps(document).encode(), published=False)
+        init.parse_manifest(json.dumps(document).encode(), publish.WRITTEN)
     except init.Refused:
         return False
     return True
@@ -86,7 +86,7 @@ def test_every_key_of_the_core_is_in_the_schema() -> None:
             place = place[step]
         place["unknown"] = 1
         with pytest.raises(init.Refused) as refused:
-            init.parse_manifest(json.dumps(document).encode(), published=False)
+            init.parse_manifest(json.dumps(document).encode(), publish.WRITTEN)
         return set(refused.value.expected.removeprefix("one of ").split(", "))
 
     def stated(*path: str) -> set[str]:
