@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from mosinit import host as seam
-from mosinit import init, kept, tars, tools
+from mosinit import init, kept, plaintar, tars, tools, trees
 from mosinit.host import Failure, Host, closed_environment, logged
 
 LAYER_LIMIT = 256  # of one image; overlayfs stacks 500, and other targets' come on top
@@ -69,7 +69,7 @@ KEYS = {
 
 DOCUMENT_LIMIT = 4 * init.MIB
 CHUNK = init.MIB
-ARCHIVE_LIMIT = tars.Limits().content
+ARCHIVE_LIMIT = trees.Limits().content
 CHECK_SECONDS, CHECK_BYTES = 1800, 8 << 30  # of processor and address space: for reading a file system
 
 
@@ -277,7 +277,7 @@ def convert(
     source: str,
     layout: Layout,
     cache: kept.Cache | None = None,
-    check: Callable[[tars.Image], None] | None = None,
+    check: Callable[[trees.Image], None] | None = None,
     archive_limit: int = ARCHIVE_LIMIT,
 ) -> ConvertedImage:
     """Add the image that `source` names to a layout, with verity layers: oci:DIR[:TAG] or
@@ -523,9 +523,9 @@ class Below:
     before.
     """
 
-    def __init__(self, cache: kept.Cache | None, check: Callable[[tars.Image], None] | None) -> None:
+    def __init__(self, cache: kept.Cache | None, check: Callable[[trees.Image], None] | None) -> None:
         self.cache, self.check = cache, check
-        self._image = tars.Image()
+        self._image = trees.Image()
         self._unread: list[LayerJob | None] = []
         self.taken: list[tuple[str, int, set[str]]] = []  # verity layers, as they are
         self._chain: list[tuple[str, str, str | None]] = []
@@ -542,7 +542,7 @@ class Below:
         """Lie on a layer that is read when it is needed, or (None) on one whose names nobody knows."""
         self._unread.append(job)
 
-    def read(self) -> tars.Image:
+    def read(self) -> trees.Image:
         """Return the layers below as they look together."""
         for job in self._unread:
             if job is None:
@@ -585,7 +585,7 @@ def _convert_layer(job: LayerJob, below: Below, layout: Layout) -> VerityLayer |
     tree = tars.read_layer(tar, job.label, stack)
     made = add_tree(host, tree, job.diff_id, work, layout, job.label)
     # A hard link of a later layer may ask for any file of this one; of a layer without content, for nothing.
-    if not tars.size_of(tree):
+    if not trees.size_of(tree):
         tar.unlink()
     if below.cache:
         blob = made.descriptor
@@ -610,7 +610,7 @@ def _check_filesystem(host: Host, path: Path, label: str) -> None:
     program = {"erofs": "fsck.erofs -d3 --extract", "squashfs": "unsquashfs -lln"}[kind].split()
     limits = ["prlimit", f"--cpu={CHECK_SECONDS}", f"--as={CHECK_BYTES}"]
     both = ["sh", "-c", 'exec "$@" 2>&1', "sh"]
-    left, said = tars.Limits().metadata, b""
+    left, said = trees.Limits().metadata, b""
     try:
         with (
             path.open("rb") as file,
@@ -627,7 +627,7 @@ def _check_filesystem(host: Host, path: Path, label: str) -> None:
         raise Failure(f"{label}: its {kind} cannot be read ({reason}): make it again") from failure
 
 
-def _unpack(job: LayerJob, path: Path, stack: tars.Image) -> Path:
+def _unpack(job: LayerJob, path: Path, stack: trees.Image) -> Path:
     """Return the bare tar of a layer, after a check that it is the one that the config lists."""
     packing = PACKINGS[job.layer.media_type]
     target = job.work.with_name(f"{path.name}.tar")
@@ -711,12 +711,12 @@ def write_tar(folder: Path, file: IO[bytes], *, prefix: str = "", modes: bool = 
 def add_layer(host: Host, tar: Path, work: Path, layout: Layout) -> VerityLayer:
     """Add a tar that lies on nothing as a verity layer. `work` is a path for a temporary file."""
     label = f"the tar of {layout.path.name}"
-    tree = tars.read_layer(tar, label, tars.Image())
+    tree = tars.read_layer(tar, label, trees.Image())
     return add_tree(host, tree, digest_file(tar)[0], work, layout, label)
 
 
 def add_tree(
-    host: Host, tree: tars.Folder, identity: str, work: Path, layout: Layout, label: str
+    host: Host, tree: trees.Folder, identity: str, work: Path, layout: Layout, label: str
 ) -> VerityLayer:
     """Add a tree as a verity layer. `identity` is a digest that the UUID is made of, `work` a path for a
     temporary file.
@@ -725,11 +725,11 @@ def add_tree(
     # mkfs.erofs keeps what it has read of a pipe in TMPDIR, and /tmp may be memory.
     environment = closed_environment(TMPDIR=work.parent)
     with (
-        host.progress(f"{label}: making its file system", tars.size_of(tree)) as advance,
+        host.progress(f"{label}: making its file system", trees.size_of(tree)) as advance,
         host.pipe([*words, work], env=environment) as out,
     ):
-        tars.write_tree(tree, out, advance)
-    _check_count(work, tars.count(tree), label)
+        plaintar.write_tree(tree, out, advance)
+    _check_count(work, trees.count(tree), label)
     _pad(work)
     digest = digest_file(work)[0].removeprefix("sha256:")
     root_hash = append_verity(host, work, salt=digest, name=digest)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, initrd, kept, registry, tars
+from mosinit import images, init, initrd, kept, registry, trees
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset, check_out, choose_epoch, trust
 
@@ -256,7 +256,7 @@ def _convert(
 class Root(init.Machine):
     """The layers of a hostfs, stacked in memory, seen by the bring-up's own functions."""
 
-    def __init__(self, top: tars.Folder) -> None:
+    def __init__(self, top: trees.Folder) -> None:
         super().__init__()
         self._top = top
 
@@ -270,21 +270,21 @@ class Root(init.Machine):
             if name in (b"", b".", b".."):
                 continue
             found = here[-1].children.get(name)
-            if isinstance(found, tars.Folder):
+            if isinstance(found, trees.Folder):
                 here.append(found)
-            elif found is not None and found.kind == tars.SYMLINK and links < MAX_LINKS:
+            elif found is not None and found.kind == trees.SYMLINK and links < MAX_LINKS:
                 links += 1
                 here = here[:1] if found.target.startswith(b"/") else here
                 parts = found.target.split(b"/") + parts
-            elif found is None or found.kind == tars.SYMLINK or parts:
+            elif found is None or found.kind == trees.SYMLINK or parts:
                 return None
             else:
-                kind = stat.S_IFREG if found.kind == tars.FILE else 0
-                return kind | found.meta.mode, tars.head(found, size)
+                kind = stat.S_IFREG if found.kind == trees.FILE else 0
+                return kind | found.meta.mode, trees.head(found, size)
         return stat.S_IFDIR, b""
 
 
-def _check_init(image: tars.Image) -> None:
+def _check_init(image: trees.Image) -> None:
     """Refuse a hostfs that has no init for the bring-up; of layers under verity already nobody knows."""
     if image.root is not None:
         init.find_init(Root(image.root))

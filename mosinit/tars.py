@@ -1,9 +1,8 @@
-"""Tars: layers as other tools pack them, read strictly into trees, and trees written as one plain tar.
+"""Tars: layers as other tools pack them, read strictly into trees.
 
 A layer's tar comes from strangers, and what makes file systems of it is C code. So it is read here, where a
-damaged or ambiguous archive is an error; it becomes a tree, in which a name means one thing; and the tree is
-written in one way: sorted, every folder named, every number in range, whiteouts as overlayfs has them. The
-next program sees nothing else. Nothing is extracted and no link is ever followed.
+damaged or ambiguous archive is an error; it becomes a tree, in which a name means one thing; and the next
+program sees nothing but that tree, written in one way. Nothing is extracted and no link is ever followed.
 
 What a layer says depends on what lies below it: folders that it passes through but does not list keep their
 attributes, and a hard link to a file of a lower layer takes that file, with all its names, into this layer.
@@ -16,25 +15,38 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, NoReturn
 
 from mosinit.host import Failure
+from mosinit.trees import (
+    BLOCK,
+    CHARACTER,
+    CHUNK,
+    FIFO,
+    FILE,
+    FOLDER,
+    LINK,
+    RECORD,
+    SYMLINK,
+    WHITEOUT,
+    XATTR_PREFIX,
+    Content,
+    Folder,
+    Image,
+    Leaf,
+    Meta,
+)
 
-RECORD = 512  # POSIX.1-2017, pax, "ustar Interchange Format"
 NAME_MAX, PATH_MAX, DEPTH_MAX = 255, 4095, 512  # linux/limits.h; the depth is ours
 ID_MAX = (1 << 32) - 2  # -1 means "no change" to chown
 MAJOR_MAX, MINOR_MAX = (1 << 12) - 1, (1 << 20) - 1  # linux/kdev_t.h
 SECONDS_MAX = 1 << 40
-CHUNK = 1 << 20
 # Bytes of memory, measured with Python 3.13: an attribute besides its text, a piece, a name of several.
 XATTR_COST, PIECE_COST, NAME_COST = 200, 192, 192
 
 WHITEOUT_PREFIX, OPAQUE_MARK = b".wh.", b".wh..wh..opq"  # OCI image specification 1.1, layer.md
-OPAQUE_XATTR = (b"trusted.overlay.opaque", b"y")  # Documentation/filesystems/overlayfs.rst
-XATTR_PREFIX = b"SCHILY.xattr."
 
 # GNU tar manual, "Storing Sparse Files": each format has these records, and no reader needs fewer.
 SPARSE_PREFIX = b"GNU.sparse."
@@ -51,103 +63,6 @@ XATTR_SPACES = (b"user.", b"trusted.", b"security.")
 XATTR_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
 # Whoever could write these would tell overlayfs where to look for names and data.
 OVERLAY_XATTRS = (b"trusted.overlay.", b"user.overlay.")
-
-FILE, LINK, SYMLINK, CHARACTER, BLOCK, FOLDER, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What all layers of one image together may cost.
-
-    The largest images in use have half a million files; a million take about half a GiB of memory.
-    """
-
-    entries: int = 1_000_000
-    headers: int = 4_000_000  # records of 512 bytes, extended headers and what makes no file included
-    content: int = 64 << 30  # bytes of the layers' tars, unpacked, and of holes
-    metadata: int = 256 << 20  # bytes of memory for names, link targets, extended attributes, sparse maps
-    extension: int = 1 << 20  # bytes of one extended header, as in Go's archive/tar
-    xattrs: int = 64 << 10  # bytes of one entry's extended attributes; linux/limits.h, XATTR_LIST_MAX
-    padding: int = 1 << 20  # bytes of zeros behind the end of a tar; GNU tar fills up to 10 KiB
-
-
-@dataclass(frozen=True, slots=True)
-class Meta:
-    """What an inode has besides content; the time in nanoseconds."""
-
-    mode: int = 0o755
-    uid: int = 0
-    gid: int = 0
-    mtime: int = 0
-    xattrs: tuple[tuple[bytes, bytes], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """A file's bytes: pieces (position in the file, length, position in the tar), holes between them."""
-
-    source: Path
-    size: int
-    pieces: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Leaf:
-    """What is not a folder. Names of one file share one leaf: identity is what a hard link is."""
-
-    kind: bytes
-    meta: Meta
-    target: bytes = b""
-    device: tuple[int, int] = (0, 0)
-    content: Content | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Folder:
-    """A folder. Without `meta` the tar passed through it but never listed it.
-
-    It is `made` if it is listed or something but whiteouts lies in it: a whiteout alone makes no folder.
-    """
-
-    meta: Meta | None = None
-    children: dict[bytes, Leaf | Folder] = field(default_factory=dict)
-    hidden: set[bytes] = field(default_factory=set)
-    opaque: bool = False
-    made: bool = False
-
-
-WHITEOUT = Leaf(CHARACTER, Meta(mode=0))
-
-
-class Image:
-    """The layers read so far: what they look like together, and what they have cost."""
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
-        self.root: Folder | None = Folder(Meta())
-        self.entries = self.headers = self.content = self.metadata = 0
-        # Of files with several names, all that the layers gave them; some may be gone.
-        self.names: dict[Leaf, set[bytes]] = {}
-
-    def forget(self) -> None:
-        """Lie on a layer whose names we do not know."""
-        self.root = None
-
-    def spend(self, *, entries: int = 0, headers: int = 0, content: int = 0, metadata: int = 0) -> str:
-        """Count what an entry costs and return which limit is passed, or nothing."""
-        self.entries += entries
-        self.headers += headers
-        self.content += content
-        self.metadata += metadata
-        if self.entries > self.limits.entries:
-            return f"is one too many: an image has at most {self.limits.entries} files and folders"
-        if self.headers > self.limits.headers:
-            return f"makes headers of the image more than {self.limits.headers} records of {RECORD} bytes"
-        if self.content > self.limits.content:
-            return f"makes the image unpack to more than {self.limits.content} bytes"
-        if self.metadata > self.limits.metadata:
-            return f"makes names and attributes of the image take more than {self.limits.metadata} bytes"
-        return ""
 
 
 def read_layer(tar: Path, label: str, image: Image) -> Folder:
@@ -681,26 +596,6 @@ def _is_acl(value: bytes) -> bool:
 # --- What lies below ----------------------------------------------------------------------------------
 
 
-def walk(root: Folder) -> Iterator[tuple[tuple[bytes, ...], Leaf | Folder]]:
-    """Yield every path of a tree with what is there: sorted, folders before what is in them."""
-    yield (), root
-    path: list[bytes] = []
-    levels = [(root, iter(sorted(root.children)))]
-    while levels:
-        folder, names = levels[-1]
-        if (name := next(names, None)) is None:
-            levels.pop()
-            del path[-1:]
-            continue
-        found = folder.children[name]
-        path.append(name)
-        yield tuple(path), found
-        if isinstance(found, Folder):
-            levels.append((found, iter(sorted(found.children))))
-        else:
-            path.pop()
-
-
 def _take_links(reader: _Reader, image: Image) -> None:
     """Take a lower file that this layer links to with all its names, or they would be two files."""
     if not reader.borrowed or image.root is None:
@@ -823,151 +718,3 @@ def _merge(below: Folder, layer: Folder) -> None:
                 if not isinstance(found, Folder):
                     found = lower.children[name] = Folder()
                 waiting.append((found, child))
-
-
-# --- Writing ------------------------------------------------------------------------------------------
-
-
-def head(leaf: Leaf, size: int) -> bytes:
-    """Return the first bytes of a file."""
-    if leaf.content is None:
-        return b""
-    data = bytearray(min(size, leaf.content.size))
-    if not leaf.content.pieces:
-        return bytes(data)  # the tar may be gone
-    with leaf.content.source.open("rb") as file:
-        for start, length, place in leaf.content.pieces:
-            if start < len(data):
-                file.seek(place)
-                piece = file.read(min(length, len(data) - start))
-                data[start : start + len(piece)] = piece
-    return bytes(data)
-
-
-def count(root: Folder) -> int:
-    """Return how many inodes a tree has."""
-    folders, leaves, whiteouts = 0, set[Leaf](), 0
-    for _, found in walk(root):
-        if isinstance(found, Folder):
-            folders += 1
-        elif found is WHITEOUT:
-            whiteouts += 1
-        else:
-            leaves.add(found)
-    return folders + len(leaves) + whiteouts
-
-
-def size_of(root: Folder) -> int:
-    """Return how many bytes of content a tree has, holes filled: what writing it takes longest over."""
-    files = {found for _, found in walk(root) if isinstance(found, Leaf)}
-    return sum(leaf.content.size for leaf in files if leaf.content)
-
-
-def write_tree(root: Folder, out: IO[bytes], advance: Callable[[int], None] = lambda done: None) -> None:
-    """Write a tree as a tar that depends on the tree alone."""
-    names: dict[Leaf, bytes] = {}
-    for path, found in walk(root):
-        name = b"/".join(path) or b"."
-        if isinstance(found, Folder):
-            assert found.meta is not None  # the tree is settled
-            xattrs = (*found.meta.xattrs, OPAQUE_XATTR) if found.opaque else found.meta.xattrs
-            out.write(_encode(name + b"/", FOLDER, found.meta, xattrs=xattrs))
-        elif found in names:
-            out.write(_encode(name, LINK, found.meta, target=names[found], xattrs=()))
-        else:
-            if found is not WHITEOUT:
-                names[found] = name
-            content = found.content
-            size = content.size if content else 0
-            out.write(_encode(name, found.kind, found.meta, found.target, found.device, size))
-            if content and size:
-                _copy(content, out, advance)
-                out.write(bytes(-size % RECORD))
-    out.write(bytes(2 * RECORD))
-    out.flush()
-
-
-def _copy(content: Content, out: IO[bytes], advance: Callable[[int], None]) -> None:
-    with content.source.open("rb") as source:
-        done = 0
-        for position, length, at in (*content.pieces, (content.size, 0, 0)):
-            _fill(position - done, out, advance)
-            source.seek(at)
-            done = position + length
-            while length:
-                chunk = source.read(min(CHUNK, length))
-                if not chunk:
-                    raise Failure(f"{content.source} became shorter while it was read")
-                out.write(chunk)
-                advance(len(chunk))
-                length -= len(chunk)
-
-
-def _fill(size: int, out: IO[bytes], advance: Callable[[int], None]) -> None:
-    zeros = bytes(min(size, CHUNK))
-    while size > 0:
-        out.write(zeros[:size])
-        advance(min(size, CHUNK))
-        size -= CHUNK
-
-
-def _encode(
-    name: bytes,
-    kind: bytes,
-    meta: Meta,
-    target: bytes = b"",
-    device: tuple[int, int] = (0, 0),
-    size: int = 0,
-    xattrs: tuple[tuple[bytes, bytes], ...] | None = None,
-) -> bytes:
-    """Write one header; what does not fit its fields goes into pax records before it."""
-    seconds, nanoseconds = divmod(meta.mtime, 10**9)
-    records = [
-        (b"path", name, len(name) > 100),
-        (b"linkpath", target, len(target) > 100),
-        (b"size", b"%d" % size, size >= 8**11),
-        (b"uid", b"%d" % meta.uid, meta.uid >= 8**7),
-        (b"gid", b"%d" % meta.gid, meta.gid >= 8**7),
-        (
-            b"mtime",
-            b"%d.%09d" % (seconds, nanoseconds) if nanoseconds else b"%d" % seconds,
-            nanoseconds > 0 or not 0 <= seconds < 8**11,
-        ),
-        *((XATTR_PREFIX + key, value, True) for key, value in (meta.xattrs if xattrs is None else xattrs)),
-    ]
-    pax = b"".join(_record(key, value) for key, value, wanted in records if wanted)
-    numbers = [meta.mode, meta.uid % 8**7, meta.gid % 8**7]
-    header = _header(name[:100], kind, numbers, size % 8**11, max(0, seconds) % 8**11, target[:100], device)
-    if not pax:
-        return header
-    extended = _header(b"pax", b"x", [0, 0, 0], len(pax), 0, b"", (0, 0))
-    return extended + pax + bytes(-len(pax) % RECORD) + header
-
-
-def _record(key: bytes, value: bytes) -> bytes:
-    """Write a pax record, whose length counts its own digits."""
-    rest = len(key) + len(value) + 3
-    size = rest + len(str(rest))
-    size = rest + len(str(size))
-    return b"%d %s=%s\n" % (size, key, value)
-
-
-_USTAR = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x")
-assert _USTAR.size == RECORD
-
-
-def _header(
-    name: bytes,
-    kind: bytes,
-    numbers: list[int],
-    size: int,
-    seconds: int,
-    target: bytes,
-    device: tuple[int, int],
-) -> bytes:
-    words = [b"%07o\0" % number for number in (*numbers, *device)]
-    block = _USTAR.pack(
-        name, *words[:3], b"%011o\0" % size, b"%011o\0" % seconds, b" " * 8, kind, target, b"ustar\00000",
-        b"", b"", *words[3:], b"",
-    )  # fmt: skip
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]

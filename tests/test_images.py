@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosinit import images, init, tars
+from mosinit import images, init, trees
 from mosinit.host import Failure, Host
 
 Need = Callable[..., None]
@@ -587,7 +587,7 @@ def test_a_bomb_is_not_unpacked(packing: str, host: Host, tmp_path: Path) -> Non
     layer = layout.add_blob(host, packed, TAR + packing)
     (tmp_path / "work").mkdir()
     job = images.LayerJob(host, layout, layer, ZEROS, "layer 1", tmp_path / "work/1")
-    stack = tars.Image(tars.Limits(content=2 << 20))
+    stack = trees.Image(trees.Limits(content=2 << 20))
     stack.spend(content=1 << 20)
     with pytest.raises(Failure, match="unpacks to more than an image may"):
         images._unpack(job, layout.blob_path(layer.digest), stack)
@@ -933,7 +933,7 @@ def test_an_archive_is_read_within_limits(host: Host, tmp_path: Path, need: Need
     images.convert(Recorder(), f"docker-archive:{tmp_path}/saved.tar", images.Layout(tmp_path / "out"))
     ((words, environment),) = [(words, env) for words, env in seen if "skopeo" in words]
     assert words[0] == "prlimit"
-    assert 0 < int(words[1].removeprefix("--fsize=")) <= tars.Limits().content
+    assert 0 < int(words[1].removeprefix("--fsize=")) <= trees.Limits().content
     # What skopeo unpacks lies beside the destination, and goes with it.
     assert Path(environment["TMPDIR"]).is_relative_to(tmp_path)
     assert set(environment) == {"PATH", "LC_ALL", "TZ", "TMPDIR"}

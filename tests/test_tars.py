@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosinit import tars
+from mosinit import plaintar, tars, trees
 from mosinit.host import Failure
 
 SETTINGS = settings(
@@ -98,19 +98,19 @@ def sparse(*more: tuple[str, str], **fields: str) -> bytes:
 END = bytes(1024)
 OPAQUE = "SCHILY.xattr.trusted.overlay.opaque"
 
-Read = Callable[..., tars.Folder]
+Read = Callable[..., trees.Folder]
 
 
 @pytest.fixture
-def image() -> tars.Image:
-    return tars.Image()
+def image() -> trees.Image:
+    return trees.Image()
 
 
 @pytest.fixture
-def read(tmp_path: Path, image: tars.Image) -> Read:
+def read(tmp_path: Path, image: trees.Image) -> Read:
     """Return a function that reads entries as the next layer of the image."""
 
-    def layer(*entries: bytes, end: bytes = END) -> tars.Folder:
+    def layer(*entries: bytes, end: bytes = END) -> trees.Folder:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar"
         path.write_bytes(b"".join(entries) + end)
         return tars.read_layer(path, "image, layer 1", image)
@@ -118,13 +118,13 @@ def read(tmp_path: Path, image: tars.Image) -> Read:
     return layer
 
 
-def written(tree: tars.Folder) -> bytes:
+def written(tree: trees.Folder) -> bytes:
     buffer = io.BytesIO()
-    tars.write_tree(tree, buffer)
+    plaintar.write_tree(tree, buffer)
     return buffer.getvalue()
 
 
-def listed(tree: tars.Folder) -> dict[str, tarfile.TarInfo]:
+def listed(tree: trees.Folder) -> dict[str, tarfile.TarInfo]:
     """Return what Python's own module reads in what we write."""
     with tarfile.open(fileobj=io.BytesIO(written(tree))) as archive:
         return {item.name: item for item in archive.getmembers()}
@@ -335,7 +335,7 @@ def test_a_tar_ends_with_zeros(end: bytes, message: str, read: Read) -> None:
     assert read(WHOLE, end=bytes(20480)).children
 
 
-LIMITS = tars.Limits(
+LIMITS = trees.Limits(
     entries=10, headers=40, content=30_000, metadata=4000, extension=512, xattrs=100, padding=4096
 )
 OLD_BLOCK = bytes(504) + b"\1" + bytes(7)
@@ -367,13 +367,13 @@ OLD_BLOCK = bytes(504) + b"\1" + bytes(7)
 def test_bombs_meet_limits(entries: list[bytes], tmp_path: Path) -> None:
     tar = tmp_path / "tar"
     tar.write_bytes(b"".join(entries) + END)
-    assert tars.read_layer(tar, "x", tars.Image())
+    assert tars.read_layer(tar, "x", trees.Image())
     with pytest.raises(Failure, match=r"^x(: entry '.*')? (is|makes|has) "):
-        tars.read_layer(tar, "x", tars.Image(LIMITS))
+        tars.read_layer(tar, "x", trees.Image(LIMITS))
 
 
 def test_limits_hold_for_all_layers_together(tmp_path: Path) -> None:
-    image = tars.Image(LIMITS)
+    image = trees.Image(LIMITS)
     for number in range(2):
         (tmp_path / str(number)).write_bytes(entry(str(number), content=bytes(10_000)) + END)
         tars.read_layer(tmp_path / str(number), "x", image)
@@ -382,7 +382,7 @@ def test_limits_hold_for_all_layers_together(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_takes_room_too(tmp_path: Path) -> None:
-    image = tars.Image(LIMITS)
+    image = trees.Image(LIMITS)
     (tmp_path / "tar").write_bytes(bytes(512) + bytes(4096))
     for _ in range(6):
         tars.read_layer(tmp_path / "tar", "x", image)
@@ -390,7 +390,7 @@ def test_what_is_no_file_takes_room_too(tmp_path: Path) -> None:
         tars.read_layer(tmp_path / "tar", "x", image)
     (tmp_path / "tar").write_bytes(bytes(512) + bytes(4097))
     with pytest.raises(Failure, match="more than 4096 bytes of zeros"):
-        tars.read_layer(tmp_path / "tar", "x", tars.Image(LIMITS))
+        tars.read_layer(tmp_path / "tar", "x", trees.Image(LIMITS))
 
 
 TINY = entry("a", pax_headers={f"SCHILY.xattr.user.{number}": str(number) for number in range(1000, 5000)})
@@ -409,7 +409,7 @@ LARGE_SPARSE = entry(
 
 @pytest.mark.parametrize("raw", [TINY, LARGE_SPARSE], ids=["attributes", "pieces"])
 def test_what_an_entry_is_charged_is_what_it_takes(raw: bytes, tmp_path: Path) -> None:
-    image = tars.Image()
+    image = trees.Image()
     (tmp_path / "tar").write_bytes(raw + END)
     tracemalloc.start()
     try:
@@ -425,14 +425,14 @@ def test_many_deep_files_and_folders_take_little_memory(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(b"".join(entry(base + f"{number:x}/f") for number in range(2000)) + END)
     tracemalloc.start()
     try:
-        tree = tars.read_layer(tmp_path / "tar", "x", tars.Image())
-        assert sum(1 for _ in tars.walk(tree)) == 4500
+        tree = tars.read_layer(tmp_path / "tar", "x", trees.Image())
+        assert sum(1 for _ in trees.walk(tree)) == 4500
         assert tracemalloc.get_traced_memory()[1] < 5 << 20
     finally:
         tracemalloc.stop()
 
 
-class Unwalked(dict[bytes, tars.Leaf | tars.Folder]):
+class Unwalked(dict[bytes, trees.Leaf | trees.Folder]):
     """The children of a folder, which can be asked for, but not all of them."""
 
     def __iter__(self) -> Iterator[bytes]:
@@ -441,7 +441,7 @@ class Unwalked(dict[bytes, tars.Leaf | tars.Folder]):
     keys = values = items = __iter__  # type: ignore[assignment]
 
 
-def test_a_link_to_a_lower_file_does_not_walk_the_image(read: Read, image: tars.Image) -> None:
+def test_a_link_to_a_lower_file_does_not_walk_the_image(read: Read, image: trees.Image) -> None:
     read(folder("d"), entry("d/a", content=b"abc"), link("d/b", "d/a"), link("c", "d/b"), link("gone", "c"))
     read(entry(".wh.gone"), entry("c", content=b"other"))
     assert image.root
@@ -627,7 +627,7 @@ def test_an_opaque_root_hides_every_name_below(read: Read) -> None:
         read(link("late", "etc/new"))
 
 
-def test_nothing_can_be_opaque_over_a_layer_of_unknown_names(read: Read, image: tars.Image) -> None:
+def test_nothing_can_be_opaque_over_a_layer_of_unknown_names(read: Read, image: trees.Image) -> None:
     image.forget()
     with pytest.raises(Failure, match="entry '/' hides all that is below"):
         read(entry(".wh..wh..opq"), entry("init"))
@@ -692,7 +692,7 @@ def test_a_link_to_a_lower_file_brings_all_its_names(read: Read) -> None:
         read(entry("d/.wh.b"), link("late", "d/b"))
 
 
-def test_over_a_layer_of_unknown_names_nothing_is_guessed(read: Read, image: tars.Image) -> None:
+def test_over_a_layer_of_unknown_names_nothing_is_guessed(read: Read, image: trees.Image) -> None:
     image.forget()
     assert set(listed(read(folder("a"), entry("a/.wh.b")))) == {".", "a", "a/b"}
     with pytest.raises(Failure, match="the tar does not list"):
@@ -732,14 +732,14 @@ MAP = b"2\n1\n1\n4\n1\n"
 )
 def test_each_form_of_sparse_files_is_the_same_file(raw: list[bytes], read: Read) -> None:
     leaf = read(*raw).children[b"a"]
-    assert isinstance(leaf, tars.Leaf)
+    assert isinstance(leaf, trees.Leaf)
     assert leaf.content
     assert (leaf.content.size, [piece[:2] for piece in leaf.content.pieces]) == (5, [(1, 1), (4, 1)])
 
 
 def test_a_tar_that_shrinks_meanwhile_is_no_endless_file(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(entry("a", content=bytes(5000)) + END)
-    tree = tars.read_layer(tmp_path / "tar", "x", tars.Image())
+    tree = tars.read_layer(tmp_path / "tar", "x", trees.Image())
     (tmp_path / "tar").write_bytes(bytes(1000))
     with pytest.raises(Failure, match="became shorter"):
         written(tree)
@@ -751,7 +751,7 @@ NAMES = st.binary(min_size=1, max_size=120).filter(
     lambda name: not (set(name) & {0, 47} or name in (b".", b"..") or name.startswith(b".wh."))
 )
 METAS = st.builds(
-    tars.Meta,
+    trees.Meta,
     mode=st.integers(0, 0o7777),
     uid=st.integers(0, tars.ID_MAX),
     gid=st.integers(0, tars.ID_MAX),
@@ -764,35 +764,35 @@ METAS = st.builds(
     .map(lambda found: tuple(sorted(found.items()))),
 )  # fmt: skip
 LEAVES = st.one_of(
-    st.builds(tars.Leaf, st.just(tars.FIFO), METAS),
+    st.builds(trees.Leaf, st.just(trees.FIFO), METAS),
     st.builds(
-        lambda meta, target: tars.Leaf(tars.SYMLINK, replace(meta, mode=0o777), target),
+        lambda meta, target: trees.Leaf(trees.SYMLINK, replace(meta, mode=0o777), target),
         METAS,
         st.binary(min_size=1, max_size=300).filter(lambda target: 0 not in target),
     ),
     st.builds(
-        lambda meta, device: tars.Leaf(tars.BLOCK, meta, device=device),
+        lambda meta, device: trees.Leaf(trees.BLOCK, meta, device=device),
         METAS,
         st.tuples(st.integers(0, tars.MAJOR_MAX), st.integers(0, tars.MINOR_MAX)),
     ),
 )
 TREES = st.recursive(
-    st.builds(tars.Folder, METAS, st.dictionaries(NAMES, LEAVES, max_size=4)),
-    lambda inner: st.builds(tars.Folder, METAS, st.dictionaries(NAMES, LEAVES | inner, max_size=4)),
+    st.builds(trees.Folder, METAS, st.dictionaries(NAMES, LEAVES, max_size=4)),
+    lambda inner: st.builds(trees.Folder, METAS, st.dictionaries(NAMES, LEAVES | inner, max_size=4)),
     max_leaves=8,
 )
 
 
 @SETTINGS
 @given(TREES)
-def test_what_is_written_reads_back(tmp_path: Path, tree: tars.Folder) -> None:
+def test_what_is_written_reads_back(tmp_path: Path, tree: trees.Folder) -> None:
     (tmp_path / "tar").write_bytes(written(tree))
-    again = tars.read_layer(tmp_path / "tar", "x", tars.Image())
+    again = tars.read_layer(tmp_path / "tar", "x", trees.Image())
     assert written(again) == written(tree)
-    for (path, one), (other_path, other) in zip(tars.walk(tree), tars.walk(again), strict=True):
+    for (path, one), (other_path, other) in zip(trees.walk(tree), trees.walk(again), strict=True):
         assert (path, one.meta) == (other_path, other.meta)
-        if isinstance(one, tars.Leaf):
-            assert isinstance(other, tars.Leaf)
+        if isinstance(one, trees.Leaf):
+            assert isinstance(other, trees.Leaf)
             assert (one.kind, one.target, one.device) == (other.kind, other.target, other.device)
 
 
@@ -823,16 +823,16 @@ def test_damaged_tars_are_read_or_refused(
             raw = raw[:start] + patched(raw[start : start + 512], 0, b"") + raw[start + 512 :]
     (tmp_path / "tar").write_bytes(raw)
     try:
-        tree = tars.read_layer(tmp_path / "tar", "x", tars.Image())
+        tree = tars.read_layer(tmp_path / "tar", "x", trees.Image())
     except Failure:
         return
     (tmp_path / "again").write_bytes(canonical := written(tree))
     # What was a whiteout is a device now, which no strange tar may have.
     if (
-        not any(found is tars.WHITEOUT for _, found in tars.walk(tree))
+        not any(found is trees.WHITEOUT for _, found in trees.walk(tree))
         and b"trusted.overlay" not in canonical
     ):
-        assert written(tars.read_layer(tmp_path / "again", "x", tars.Image())) == canonical
+        assert written(tars.read_layer(tmp_path / "again", "x", trees.Image())) == canonical
 
 
 @SETTINGS
@@ -840,4 +840,4 @@ def test_damaged_tars_are_read_or_refused(
 def test_no_bytes_crash_the_reader(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "tar").write_bytes(raw)
     with pytest.raises(Failure):
-        tars.read_layer(tmp_path / "tar", "x", tars.Image())
+        tars.read_layer(tmp_path / "tar", "x", trees.Image())
