@@ -105,7 +105,9 @@ def _describe_machine(paths: Paths, machine: init.Machine, now: Running) -> dict
         }
         for each in generations.list_all(paths.repository, now.policy.product)
     ]
+    machine_id = paths.config / "state/etc/machine-id"
     return {
+        "machine id": machine_id.read_text().strip() if machine_id.exists() else None,
         "config": str(device),
         "epoch order": order,
         "approved firmware states": len(tokens.approvals),

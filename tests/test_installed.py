@@ -135,6 +135,8 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
         "good": False,
     }
     assert {name: told[name] for name in wanted} == wanted
+    kept = (running.paths.config / "state/etc/machine-id").read_text()
+    assert f"{told['machine id']}\n" == kept
     generations.mark_good(host, running.paths.repository, running.commit)
     again = installed.status(host, running.paths, running.machine)
     rows = [{"sequence": 7, "generation": running.commit, "runs": True, "good": True}]
