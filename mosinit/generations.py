@@ -1,5 +1,9 @@
 """manifest.git, written: each generation is one commit on the branch main, made by git's plumbing.
 
+Git never runs in manifest.git itself: whoever was root here once may have left a configuration there, and
+git obeys it in ways that no option takes back (hooks, promisor remotes, includes). So objects are made in a
+fresh repository, and files are all that is added here.
+
 The bring-up reads it without git (`init.read_generations`) and knows loose objects alone: nothing here ever
 packs. A generation counts from the moment that the branch names it, and before that all of it is on the
 disk: objects and their folders are synced, then the branch is moved, then its folder is synced. Which
@@ -8,6 +12,7 @@ generations have proved good is said by refs below refs/good/.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,12 +24,9 @@ from mosinit.host import Failure, Host
 
 BRANCH = "refs/heads/main"
 GOOD = "refs/good"
-# On a running machine a repack would cost the boot (GIT-PACKED); what is written must outlive a power cut.
-SETTINGS = (
-    "gc.auto=0", "maintenance.auto=false", "core.fsync=all", "core.fsyncMethod=fsync",
-    "core.logAllRefUpdates=false", "safe.directory=*",
-)  # fmt: skip
-# No configuration but ours, no hooks to run, and nobody's name: the same generation is the same commit.
+# For whoever works there by hand: a repack would cost the boot (GIT-PACKED).
+SETTINGS = ("gc.auto=0", "maintenance.auto=false")
+# No configuration but ours, and nobody's name: the same generation is the same commit.
 ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C.UTF-8",
@@ -62,39 +64,61 @@ def create(host: Host, folder: Path) -> None:
     """Make an empty manifest.git; the caller syncs the file system once something is in it."""
     words = ["init", "--quiet", "--bare", "--template=", "--object-format=sha1", "--initial-branch=main"]
     host.run(["git", *words, folder], env=ENVIRONMENT, cwd=folder.parent)
-    for setting in SETTINGS[:2]:
-        # For whoever works here by hand.
+    for setting in SETTINGS:
         _git(host, folder, "config", *setting.split("="))
 
 
 def add(host: Host, folder: Path, generation: NewGeneration) -> str:
     """Commit a generation above what is there, and return its commit: it is durable then.
 
-    Objects without a generation, which a power cut may leave, disturb nobody.
+    Objects without a generation, which a power cut may leave, disturb nobody. Raises `Failure` if another
+    program moved the branch meanwhile, `Refused` if what is there is damaged.
     """
+    parent = head(folder)
+    with host.scratch() as work:
+        create(host, work / "git")
+        commit, names = _commit(host, work / "git", generation, _parent(folder, parent))
+        objects = {name: _loose(work / "git", name).read_bytes() for name in names}
+    for name, data in objects.items():
+        _loose(folder, name).parent.mkdir(exist_ok=True)
+        with host.replacing(_loose(folder, name), mode=0o444) as fresh:
+            fresh.write_bytes(data)
+    host.sync_file(folder / "objects")
+    if head(folder) != parent:
+        raise Failure(f"{folder} was changed by another program meanwhile: try again")
+    _write_ref(host, folder, BRANCH, commit)
+    return commit
+
+
+def _commit(
+    host: Host, folder: Path, generation: NewGeneration, parent: bytes | None
+) -> tuple[str, list[str]]:
+    """Commit in a repository that nobody else has seen; return the commit and all objects that it needs."""
     files = {"manifest.yaml": encode(generation)}
     for manifest in generation.manifests:
         files[f"{manifest.sha256}.yaml"] = manifest.text
         files[f"{manifest.sha256}.yaml.signed"] = manifest.signature
         files[f"{manifest.sha256}.pem"] = manifest.certificate
-    blobs = {name: _git(host, folder, "hash-object", "-w", "--stdin", stdin=files[name]) for name in files}
+    write = ("hash-object", "-w", "--stdin", "-t")
+    blobs = {name: _git(host, folder, *write, "blob", stdin=files[name]) for name in files}
     rows = "".join(f"100644 blob {blob}\t{name}\n" for name, blob in sorted(blobs.items()))
     tree = _git(host, folder, "mktree", stdin=rows.encode())
-    parent = head(folder)
-    words = ["-p", parent] if parent else []
-    commit = _git(host, folder, "commit-tree", tree, *words, "-m", f"generation {generation.sequence}")
-    _sync_objects(host, folder, [*blobs.values(), tree, commit])
-    _git(host, folder, "update-ref", BRANCH, commit, parent or "0" * 40)
-    _sync_ref(host, folder, BRANCH)
-    return commit
+    above = [] if parent is None else ["-p", _git(host, folder, *write, "commit", stdin=parent)]
+    commit = _git(host, folder, "commit-tree", tree, *above, "-m", f"generation {generation.sequence}")
+    return commit, [*blobs.values(), tree, commit]
+
+
+def _parent(folder: Path, commit: str | None) -> bytes | None:
+    """Return the commit that a generation is laid upon, as the bring-up reads it."""
+    machine = Elsewhere({init.MANIFEST_GIT: folder})
+    return None if commit is None else init.read_git_object(machine, commit, "commit")
 
 
 def mark_good(host: Host, folder: Path, commit: str) -> None:
     """Say durably that a generation has started well; said before, nothing changes."""
     reference = good_reference(commit)
-    if not (folder / reference).exists():
-        _git(host, folder, "update-ref", reference, commit)
-    _sync_ref(host, folder, reference)
+    (folder / reference).parent.mkdir(parents=True, exist_ok=True)
+    _write_ref(host, folder, reference, commit)
 
 
 def is_good(folder: Path, commit: str) -> bool:
@@ -111,10 +135,7 @@ def good_reference(commit: str) -> str:
 
 def head(folder: Path) -> str | None:
     """Return the newest generation's commit."""
-    try:
-        return (folder / BRANCH).read_text().strip()
-    except FileNotFoundError:
-        return None
+    return _read_ref(folder, BRANCH)
 
 
 def encode(generation: NewGeneration) -> bytes:
@@ -138,27 +159,30 @@ def of_release(manifest: init.Manifest, uki: str, signed: SignedManifest) -> New
     return NewGeneration(contents.product, contents.sequence, uki, targets, (signed,))
 
 
-# --- git, and what it leaves to us ----------------------------------------------------------------------
+# --- Files of a repository ------------------------------------------------------------------------------
 
 
 def _git(host: Host, folder: Path, *words: str, stdin: bytes | None = None) -> str:
-    settings = [word for setting in SETTINGS for word in ("-c", setting)]
-    command = ["git", *settings, f"--git-dir={folder}", *words]
-    return host.run(command, stdin=stdin, env=ENVIRONMENT, cwd=folder).decode().strip()
+    command = ["git", f"--git-dir={folder}", *words]
+    return host.run(command, stdin=stdin, env=ENVIRONMENT, cwd=folder, timeout=60).decode().strip()
 
 
-def _sync_objects(host: Host, folder: Path, names: Sequence[str]) -> None:
-    """Make objects durable. Git synced the files it wrote; one that was there already is whose it was."""
-    for name in names:
-        host.sync_file(folder / "objects" / name[:2] / name[2:])
-    for first in sorted({name[:2] for name in names}):
-        host.sync_file(folder / "objects" / first)
-    host.sync_file(folder / "objects")
+def _loose(folder: Path, name: str) -> Path:
+    return folder / "objects" / name[:2] / name[2:]
 
 
-def _sync_ref(host: Host, folder: Path, reference: str) -> None:
+def _read_ref(folder: Path, reference: str) -> str | None:
+    with contextlib.suppress(FileNotFoundError):
+        return Quiet().read(str(folder / reference), 64).decode(errors="replace").strip()
+    return None
+
+
+def _write_ref(host: Host, folder: Path, reference: str, commit: str) -> None:
+    """Let a ref name a commit, durably, in one step."""
     path = folder / reference
-    host.sync_file(path)
+    if _read_ref(folder, reference) != commit:
+        with host.replacing(path) as fresh:
+            fresh.write_text(f"{commit}\n")
     while path != folder:
         path = path.parent
         host.sync_file(path)

@@ -4,11 +4,12 @@ harm.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -107,32 +108,55 @@ def test_nothing_is_packed_and_no_hook_is_there(host: Host, folder: Path) -> Non
 
 
 def test_nobody_s_configuration_counts(host: Host, folder: Path, tmp_path: Path) -> None:
+    """Neither the user's, nor what somebody left in the repository itself."""
+    first = generations.add(host, folder, generation(6))
     hooks = tmp_path / "hooks"
     hooks.mkdir()
-    (hooks / "reference-transaction").write_text("#!/bin/sh\nexit 1\n")
+    (hooks / "reference-transaction").write_text(f"#!/bin/sh\necho hook >> {tmp_path}/ran\nexit 1\n")
     (hooks / "reference-transaction").chmod(0o755)
     (tmp_path / ".gitconfig").write_text(f"[core]\nhooksPath = {hooks}\n")
+    shutil.copytree(hooks, folder / "hooks")
+    (folder / "config").write_text(
+        f"[core]\nrepositoryformatversion = 1\nbare = true\nhooksPath = {hooks}\n"
+        f"fsmonitor = {hooks}/reference-transaction\n[extensions]\npartialClone = origin\n"
+        '[remote "origin"]\nurl = ssh://nowhere/x\npromisor = true\n'
+        f'uploadpack = "echo fetch >> {tmp_path}/ran"\n[core]\nsshCommand = "echo ssh >> {tmp_path}/ran"\n'
+    )
+    (folder / "refs/replace").mkdir()
+    (folder / "refs/replace" / first).write_text("12" * 20 + "\n")
     before = dict(os.environ)
     try:
         os.environ |= {"HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": str(tmp_path / ".gitconfig")}
-        generations.add(host, folder, generation(7))
+        second = generations.add(host, folder, generation(7))
+        for commit in (first, second):
+            generations.mark_good(host, folder, commit)
     finally:
         os.environ.clear()
         os.environ.update(before)
     assert picked(folder).contents.sequence == 7
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(host: Host, folder: Path) -> None:
+    generations.add(host, folder, generation(6))
+    (folder / generations.BRANCH).unlink()
+    os.mkfifo(folder / generations.BRANCH)
+    with pytest.raises(init.Refused, match="GIT-"):
+        generations.add(host, folder, generation(7))
 
 
 class Recorder(Host):
     """The real host, that notes what is done and keeps what a power cut after it would leave.
 
-    A file is durable once it was synced, or when git wrote it (core.fsync=all); its name is durable once its
-    folder was synced after it appeared, and that of each folder above.
+    A file is durable once it was synced; its name is durable once its folder was synced after it appeared,
+    and that of each folder above.
     """
 
     def __init__(self, folder: Path, kept: Path) -> None:
         super().__init__()
         self.folder, self.kept = folder, kept
         self.steps: list[str] = []
+        self.replaced: tuple[Path, bytes | None] = folder, None
         self.durable: dict[Path, set[str]] = {}
         for path in (folder, *folder.rglob("*")):
             if path.is_dir():
@@ -151,36 +175,29 @@ class Recorder(Host):
             elif path.exists():
                 shutil.copyfile(path, target / name)
 
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        """Run, and cut."""
-        # What a rename replaced is lost without a sync of the folder as well: the old content counts on.
-        main = self.folder / generations.BRANCH
-        old = main.read_bytes() if main.exists() else None
-        done = super().run(command, stdin=stdin, env=env, cwd=cwd, timeout=timeout)
-        new = main.read_bytes() if main.exists() else None
-        if old is not None and new != old:
-            self._cut_with(main, old)
-        self._cut(str(command[-1])[:40])
-        return done
+    @contextlib.contextmanager
+    def replacing(self, path: str | os.PathLike[str], *, mode: int = 0o644) -> Iterator[Path]:
+        """Replace; until its folder is synced, what was replaced may come back."""
+        target = Path(path)
+        self.steps.append(f"replacing {target.relative_to(self.folder)}")
+        self.replaced = target, target.read_bytes() if target.exists() else None
+        with super().replacing(path, mode=mode) as fresh:
+            yield fresh
 
     def _cut_with(self, path: Path, content: bytes) -> None:
         new = path.read_bytes()
         path.write_bytes(content)
-        self._cut("the old branch")
+        self._cut("what was there before")
         path.write_bytes(new)
 
     def sync_file(self, path: str | os.PathLike[str]) -> None:
-        """Sync, and cut."""
-        super().sync_file(path)
+        """Sync, and cut before and after."""
         real = Path(path)
+        target, old = self.replaced
+        if old is not None and target.parent == real and target.read_bytes() != old:
+            self._cut_with(target, old)
+            self.replaced = target, None
+        super().sync_file(path)
         if real.is_dir():
             self.durable[real] = set(os.listdir(real))
         self._cut(f"sync {real.relative_to(self.folder)}")
@@ -207,10 +224,10 @@ def test_a_power_cut_leaves_the_old_generation_or_the_new_one(
 def test_folders_are_synced_before_the_branch_moves(host: Host, folder: Path, tmp_path: Path) -> None:
     recorder = Recorder(folder, tmp_path / "cuts")
     commit = generations.add(recorder, folder, generation(7))
-    moved = recorder.steps.index("0" * 40)
+    moved = recorder.steps.index(f"replacing {generations.BRANCH}")
     before, after = recorder.steps[:moved], recorder.steps[moved:]
     objects = {path.parent for path in (folder / "objects").glob("??/*")}
     wanted = {f"sync {path.relative_to(folder)}" for path in objects} | {"sync objects"}
     assert wanted <= set(before)
-    assert {f"sync {generations.BRANCH}", "sync refs/heads", "sync refs"} <= set(after)
+    assert {"sync refs/heads", "sync refs"} <= set(after)
     assert commit == generations.head(folder)
