@@ -85,7 +85,8 @@ SB-MODE: the firmware is in setup or audit mode, where anybody can enrol keys
 SB-DB: the firmware trusts other certificates than this system was built for
     make the firmware's db hold exactly the uki and the layer certificate of your keyset
 SB-MOK: a variable of the shim boot loader was set, and this boot's kernel trusts the keys in it
-    it has been deleted; restart. If it returns, remove shim and its variables from this machine
+    it is deleted where the firmware allows it; restart. If it returns, remove shim from this machine, or
+    reset the variables in the firmware's setup
 SB-KEYRING: the kernel trusts keys that this system was not built for
     find where the extra key comes from (db, shim, firmware) and remove it there
 SB-LOCKDOWN: the kernel is not locked down, so its memory can be read
@@ -136,7 +137,8 @@ CMDLINE: the kernel command line is not the signed one
 ESP-EXTRA: the boot stub took credentials, extensions or add-ons that the UKI does not sign
     remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP
 DISK-HINT: the boot stub did not say from which partition it was started
-    boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart
+    boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart. If it stays,
+    reset the variables in the firmware's setup
 DISK-ABSENT: the disk that this system was booted from does not show up
     check cable and controller; if what was seen names a GPT fault, write the medium again
 DISK-AMBIGUOUS: two disks carry the partition that this system was booted from
@@ -155,8 +157,8 @@ VOLUME-KEY: an encrypted volume does not open with this machine's key
     use the disk that belongs to this machine, or the recovery key on live media
 VOLUME-READ: an encrypted volume does not hold the file system that mosinit made there
     the disk is damaged or was changed: install this machine again, or use its recovery key on live media
-VOLUME-STATE: the manifest keeps /var in a volume that this machine's disk does not have
-    install the machine again (with that manifest, installing makes the volume), or take `state` out of it
+VOLUME-STATE: /var lies in a volume `state`, and this machine's disk does not have it
+    if the manifest names it first, install the machine again; if not, somebody took it away
 STORE-SEAL: the medium's seal is damaged
     write the medium again from its image
 STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
@@ -183,7 +185,7 @@ MANIFEST-EPOCH: the install manifest is older than what its publisher still call
     use a newer release
 MANIFEST-UKI: the install manifest belongs to another UKI than the one that runs
     make the medium again, so that UKI and manifest come from the same build
-MANIFEST-SEQUENCE: an install manifest is not the one, or is newer than, what its generation says
+MANIFEST-SEQUENCE: a generation says something else than the install manifests that it names
     install the release again, or boot another generation
 GENERATION: no generation of this machine belongs to the UKI that runs
     boot a UKI that was installed on this machine, or install the release again
@@ -245,7 +247,7 @@ SHIM_GUID = "605dab50-e046-4300-abb6-3dd810dd8b23"  # shim's variables
 # systemd-boot sets it at each boot, whether there is a shim or not; it holds no key.
 SHIM_HARMLESS = (f"ShimRetainProtocol-{SHIM_GUID}",)
 OUR_GUID = "c084e374-b002-47a5-ad36-30f438fe6019"
-EFI_NON_VOLATILE = 1
+EFI_NON_VOLATILE, EFIVARS = 1, "/sys/firmware/efi/efivars"
 
 MEASURED = Pcr(11)  # UAPI group, "Linux TPM PCR Registry": UKI sections and boot phases
 EXTRA_PCRS = (Pcr(12), Pcr(13))  # the same: command-line additions and credentials, extension images
@@ -437,21 +439,17 @@ class Kernel:
 
     # EFI variables
 
-    def efi_names(self) -> list[str]:
-        """List the EFI variables as NAME-GUID."""
-        return self.names("/sys/firmware/efi/efivars")
-
     def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
         """Return attributes and value of an EFI variable, None if it is not set."""
         try:
-            data = self.read(f"/sys/firmware/efi/efivars/{name}-{guid}")
+            data = self.read(f"{EFIVARS}/{name}-{guid}")
         except FileNotFoundError:
             return None
         return int.from_bytes(data[:4], "little"), data[4:]
 
     def efi_write(self, name: str, guid: str, value: bytes) -> None:
         """Set a non-volatile EFI variable of boot and run time; an empty value deletes it."""
-        path = f"/sys/firmware/efi/efivars/{name}-{guid}"
+        path = f"{EFIVARS}/{name}-{guid}"
         with contextlib.suppress(FileNotFoundError):
             with held(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
                 # efivarfs protects what it does not know against `rm -rf`.
@@ -553,7 +551,7 @@ class Kernel:
         Returns the open loop device and the file's bytes. The loop ends by itself with its last user.
         """
         with (
-            held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as file,
+            held(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as file,
             held(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)) as control,
         ):
             number, name = fcntl.ioctl(control, LOOP_CTL_GET_FREE), path.encode()[-63:]
@@ -639,18 +637,16 @@ class Kernel:
 
     def arm_watchdog(self, seconds: int) -> bool:
         """Start the hardware watchdog; False if there is none. Nothing here ever stops it."""
-        try:
+        with contextlib.suppress(OSError):
             self._watchdog = os.open("/dev/watchdog", os.O_WRONLY | os.O_CLOEXEC)
             fcntl.ioctl(self._watchdog, WDIOC_SETTIMEOUT, struct.pack("<i", seconds))
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def feed_watchdog(self) -> None:
         """Give the watchdog its full time again."""
-        if self._watchdog >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._watchdog, b"\0")
+        with contextlib.suppress(OSError):  # there may be none
+            os.write(self._watchdog, b"\0")
 
     def monotonic(self) -> float:
         """Return seconds since power-on, roughly."""
@@ -1193,23 +1189,18 @@ def parse_yaml(data: bytes) -> Node:
         events = [event for _, event in zip(range(MANIFEST_NODES + 2), parsed, strict=False)]
         if len(events) > MANIFEST_NODES + 1:
             raise Refused("MANIFEST-FORMAT", expected=f"at most {MANIFEST_NODES} YAML nodes", seen="more")
-        return _yaml_document(iter(events))
+        return _yaml_document(events)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused("MANIFEST-FORMAT", expected="YAML", seen=" ".join(str(error).split())[:300]) from error
 
 
-def _yaml_document(events: Iterator[Any]) -> Node:
-    next(events)  # stream start
-    start = next(events)
-    if type(start).__name__ != "DocumentStartEvent":
-        raise Refused("MANIFEST-FORMAT", expected="a YAML document", seen="an empty file")
-    node = _yaml_node(next(events), events, "", 0)
-    next(events)  # document end
-    after = next(events)
-    if type(after).__name__ != "StreamEndEvent":
-        seen = f"another at line {_line(after)}"
+def _yaml_document(events: list[Any]) -> Node:
+    starts = [event for event in events if type(event).__name__ == "DocumentStartEvent"]
+    if len(starts) != 1:
+        seen = f"another at line {_line(starts[1])}" if starts else "an empty file"
         raise Refused("MANIFEST-FORMAT", expected="one YAML document", seen=seen)
-    return node
+    following = iter(events[2:])  # behind the beginnings of stream and document
+    return _yaml_node(next(following), following, "", 0)
 
 
 def _line(event: Any) -> int:
@@ -1360,14 +1351,10 @@ def _record(build: Callable[..., Any], fields: Mapping[str, Field]) -> Callable[
         for key, value in given.items():
             if key not in fields:
                 raise fault(Node(key, value.line), f"{path}.{key}".strip("."), f"one of {', '.join(fields)}")
-        values = {}
-        for key, field in fields.items():
-            if key in given:
-                values[key] = field.read(given[key], f"{path}.{key}".strip("."))
-            elif field.default is REQUIRED:
-                raise fault(Node(f"no {key}", node.line), path, f"the key {key}")
-            else:
-                values[key] = field.default
+        values = {key: field.default for key, field in fields.items()}
+        values |= {key: fields[key].read(each, f"{path}.{key}".strip(".")) for key, each in given.items()}
+        for key in (key for key in fields if values[key] is REQUIRED):
+            raise fault(Node(f"no {key}", node.line), path, f"the key {key}")
         return build(**values)
 
     return read
@@ -2026,30 +2013,30 @@ def read_generations(k: Machine, product: str) -> Iterator[Generation]:
 def verify_generation(k: Machine, generation: Generation, policy: Policy) -> Manifest:
     """Return the targets of a generation, each from the install manifest that defines it, all verified."""
     verified: dict[str, Manifest] = {}
-    targets: list[Target] = []
-    volumes: dict[str, Volume] = {}
-    for service_name, sha256 in generation.targets:
+    for sha256 in dict(generation.targets).values():
+        parts = [f"{sha256}{ending}" for ending in (".yaml", ".yaml.signed", ".pem")]
+        if missing := [part for part in parts if part not in generation.files]:
+            raise Refused("MANIFEST-ABSENT", expected=", ".join(missing), seen=generation.commit)
         if sha256 not in verified:
-            parts = [f"{sha256}{ending}" for ending in (".yaml", ".yaml.signed", ".pem")]
-            if missing := [part for part in parts if part not in generation.files]:
-                raise Refused("MANIFEST-ABSENT", expected=", ".join(missing), seen=generation.commit)
             blobs = [read_git_object(k, generation.files[part], "blob") for part in parts]
-            manifest = verified[sha256] = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
-            if manifest.sha256 != sha256 or manifest.contents.sequence > generation.sequence:
-                seen = f"{manifest.sha256}, sequence {manifest.contents.sequence}"
-                expected = f"{sha256}, at most {generation.sequence}"
-                raise Refused("MANIFEST-SEQUENCE", expected=expected, seen=seen)
-        contents = verified[sha256].contents
-        found = [target for target in contents.targets if target.service_name == service_name]
-        if not found or any(target.service_name == service_name for target in targets):
-            raise Refused("MANIFEST-TARGET", expected=f"one target {service_name}", seen=sha256)
-        targets += found
-        volumes |= {volume.label: volume for volume in contents.storage}
-    newest = max(verified.values(), key=lambda manifest: manifest.contents.sequence, default=None)
-    if newest is None:
+            verified[sha256] = verify_manifest(blobs[0], blobs[1], blobs[2], policy)
+    if not verified:
         raise Refused("MANIFEST-TARGET", expected="targets", seen="none")
-    contents = newest.contents._replace(targets=tuple(targets), storage=tuple(volumes.values()))
-    return Manifest(contents, newest.sha256)
+    targets: dict[str, tuple[str, Target]] = {}
+    volumes: dict[str, Volume] = {}
+    sequences = {manifest.contents.sequence: manifest for manifest in verified.values()}
+    for _, manifest in sorted(sequences.items()):
+        if manifest.contents.update_type == "complete":
+            targets, volumes = {}, {}
+        targets |= {each.service_name: (manifest.sha256, each) for each in manifest.contents.targets}
+        volumes |= {each.label: each for each in manifest.contents.storage}
+    # A generation is nobody's signed word: its manifests decide its number, and who defines a target.
+    decided = max(sequences), sorted((name, sha256) for name, (sha256, _) in targets.items())
+    if decided != (generation.sequence, sorted(generation.targets)):
+        seen = f"{generation.sequence}, {sorted(generation.targets)}"
+        raise Refused("MANIFEST-SEQUENCE", expected=f"{decided[0]}, {decided[1]}", seen=seen)
+    newest, chosen = sequences[decided[0]], tuple(target for _, target in targets.values())
+    return Manifest(newest.contents._replace(targets=chosen, storage=tuple(volumes.values())), newest.sha256)
 
 
 def pick_generation(k: Machine, policy: Policy) -> Manifest:
@@ -2057,7 +2044,14 @@ def pick_generation(k: Machine, policy: Policy) -> Manifest:
     attributes, value = k.efi_read("LoaderEntrySelected", LOADER_GUID) or (EFI_NON_VOLATILE, b"")
     named = re.match(r"mosinit_([0-9]{1,19})(?:\+|\.efi)", value.decode("utf-16-le", "replace"))
     wanted = int(named[1]) if named and not attributes & EFI_NON_VOLATILE else 0
-    ours = [each for each in read_generations(k, policy.product) if each.uki == policy.uki_id]
+    ours: list[Generation] = []
+    try:
+        for each in read_generations(k, policy.product):
+            ours += [each] if each.uki == policy.uki_id else []
+    except Refused as error:
+        if not ours:
+            raise
+        k.log(f"no generation is read behind a damaged one: {error}")
     ours.sort(key=lambda generation: generation.sequence != wanted)  # stable: then newest first
     failure = Refused("GENERATION", expected=f"a generation of UKI {policy.uki_id}", seen="none")
     for generation in ours:
@@ -2349,7 +2343,16 @@ def extend_pcr(k: Machine, pcr: Pcr, word: bytes) -> None:
     digests = {bank: hashlib.new(bank, word).digest() for bank in active_banks(k)}
     values = b"".join(struct.pack(">H", TPM_ALGORITHMS[bank]) + digest for bank, digest in digests.items())
     tpm(k, Cc.PCR_EXTEND, [pcr], struct.pack(">I", len(digests)) + values, EMPTY_PASSWORD)
-    _log_measurement(k, pcr, word, digests)
+    # As systemd-pcrphase does: TCG canonical event log as JSON, RFC 7464 framing.
+    content = {
+        "string": word.decode(), "timestamp": round(1_000_000 * k.monotonic()), "eventType": "phase",
+        "bootId": k.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""),
+    }  # fmt: skip
+    hashes = [{"hashAlg": bank, "digest": digest.hex()} for bank, digest in digests.items()]
+    record = {"pcr": pcr, "digests": hashes, "content_type": "systemd", "content": content}
+    k.make_folder(os.path.dirname(MEASURE_LOG))
+    earlier = k.read(MEASURE_LOG) if k.exists(MEASURE_LOG) else b""
+    k.write(MEASURE_LOG, earlier + b"\x1e" + json.dumps(record).encode() + b"\n")
 
 
 class Session:
@@ -2428,30 +2431,6 @@ def authorize(k: Kernel, session: int, key: bytes, policy: bytes, ref: bytes, si
     tpm(k, Cc.POLICY_AUTHORIZE, [session], approved)
 
 
-def satisfy_epoch(k: Kernel, session: int, epoch: int) -> None:
-    """Do TPM2_PolicyNV: no bit of the epoch index above `epoch` is set."""
-    bits = _sized(_unset_bits(epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
-    tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session], bits, EMPTY_PASSWORD)
-
-
-def satisfy_pcrs(k: Kernel, session: int, pcrs: Sequence[Pcr]) -> None:
-    """Do TPM2_PolicyPCR with the values of now."""
-    tpm(k, Cc.POLICY_PCR, [session], _sized(b"") + pcr_selection(pcrs))
-
-
-def _log_measurement(k: Machine, pcr: Pcr, word: bytes, digests: Mapping[str, bytes]) -> None:
-    """Append a record as systemd-pcrphase does (TCG canonical event log as JSON, RFC 7464 framing)."""
-    content = {
-        "string": word.decode(), "timestamp": round(1_000_000 * k.monotonic()), "eventType": "phase",
-        "bootId": k.read("/proc/sys/kernel/random/boot_id").decode().strip().replace("-", ""),
-    }  # fmt: skip
-    hashes = [{"hashAlg": bank, "digest": digest.hex()} for bank, digest in digests.items()]
-    record = {"pcr": pcr, "digests": hashes, "content_type": "systemd", "content": content}
-    k.make_folder(os.path.dirname(MEASURE_LOG))
-    earlier = k.read(MEASURE_LOG) if k.exists(MEASURE_LOG) else b""
-    k.write(MEASURE_LOG, earlier + b"\x1e" + json.dumps(record).encode() + b"\n")
-
-
 def fence(k: Machine) -> None:
     """Extend PCR 11 past the state in which anything can be unsealed, and see that it happened.
 
@@ -2465,6 +2444,8 @@ def fence(k: Machine) -> None:
             raise OSError(errno.ENOENT, "/sys is not there")
         # Whatever is sealed for mosinit is sealed to this bank.
         if not k.exists(TPM_SYSFS) or "sha256" not in active_banks(k):
+            if any(each["name"] == "measure" and each["ok"] for each in k.report.stages):
+                raise OSError(errno.ENODEV, "the TPM that was measured into is not there any more")
             return
         before = read_pcr(k, MEASURED)
         extend_pcr(k, MEASURED, LEAVE_INITRD)
@@ -2581,15 +2562,16 @@ def check_tpm(k: Machine, record: MachineRecord, epoch: int) -> bytes:
     return cast(bytes, storage_key)
 
 
-def find_approval(k: Machine, tokens: Tokens) -> tuple[bytes, PlatformApproval]:
-    """Return PCR 7 and its approval, if there is one that the TPM's epoch has not made void."""
+def find_approval(k: Machine, tokens: Tokens, epoch: int) -> tuple[bytes, PlatformApproval]:
+    """Return PCR 7 and its approval, if there is one that holds in the TPM's epoch and in this UKI's."""
     pcr7, bits = read_pcr(k, PLATFORM_STATE[0]), read_epoch(k)
     approval = tokens.approvals.get(pcr7.hex())
     if approval is None:
         expected = f"an approved PCR 7: {', '.join(tokens.approvals)[:300]}"
         raise Refused("TPM-POLICY", expected=expected, seen=pcr7.hex())
-    if bits & ~epoch_bits(approval.epoch):
-        seen = f"one up to epoch {approval.epoch}, the TPM is at {bits.bit_length()}"
+    # An older approval, which anybody may put back, would keep the TPM from this UKI's epoch for ever.
+    if bits & ~epoch_bits(approval.epoch) or approval.epoch < epoch:
+        seen = f"one up to epoch {approval.epoch}, the TPM is at {bits.bit_length()}, this UKI at {epoch}"
         raise Refused("TPM-APPROVAL", expected=f"an approval of PCR 7 {pcr7.hex()} that holds", seen=seen)
     return pcr7, approval
 
@@ -2598,17 +2580,18 @@ def satisfy(
     k: Machine, session: Session, tokens: Tokens, keys: PolicyKeys, approval: UkiApproval, command: Cc
 ) -> None:
     """Satisfy the policy: this UKI before the fence, one command, approved firmware, no epoch too late."""
-    (pcr7, platform), pcr11 = find_approval(k, tokens), read_pcr(k, MEASURED)
-    satisfy_pcrs(k, session.handle, [MEASURED])
-    satisfy_epoch(k, session.handle, approval.epoch)
-    tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", command))
-    policy = keys.uki_policy(pcr11, approval.epoch, command)
+    (pcr7, platform), pcr11 = find_approval(k, tokens, approval.epoch), read_pcr(k, MEASURED)
     signature = approval.unseal if command == Cc.UNSEAL else approval.set_epoch
-    authorize(k, session.handle, keys.pcr, policy, UKI_REF, signature)
-    satisfy_pcrs(k, session.handle, PLATFORM_STATE)
-    satisfy_epoch(k, session.handle, platform.epoch)
-    policy = keys.platform_policy(pcr7, platform.epoch)
-    authorize(k, session.handle, keys.platform, policy, PLATFORM_REF, platform.signature)
+    uki = keys.pcr, keys.uki_policy(pcr11, approval.epoch, command), UKI_REF, signature
+    firmware = keys.platform, keys.platform_policy(pcr7, platform.epoch), PLATFORM_REF, platform.signature
+    steps = (([MEASURED], approval.epoch, uki), (PLATFORM_STATE, platform.epoch, firmware))
+    for pcrs, epoch, approved in steps:
+        tpm(k, Cc.POLICY_PCR, [session.handle], _sized(b"") + pcr_selection(pcrs))
+        bits = _sized(_unset_bits(epoch)) + struct.pack(">HH", 0, EO_BITCLEAR)
+        tpm(k, Cc.POLICY_NV, [EPOCH_INDEX, EPOCH_INDEX, session.handle], bits, EMPTY_PASSWORD)
+        if approved is uki:
+            tpm(k, Cc.POLICY_COMMAND_CODE, [session.handle], struct.pack(">I", command))
+        authorize(k, session.handle, *approved)
 
 
 def unseal(k: Machine, tokens: Tokens, srk: bytes, keys: PolicyKeys, approval: UkiApproval) -> bytearray:
@@ -2633,8 +2616,8 @@ def raise_epoch(
     """Set the TPM's epoch bits up to `epoch`, and see that they are set."""
     name = tpm_name(keys.epoch_index)
     with asking_tpm(f"the TPM to take epoch {epoch}"):
-        # Not above what UKI and firmware are approved for: the next boot would find nothing that opens.
-        bits = epoch_bits(min(epoch, approval.epoch, find_approval(k, tokens)[1].epoch))
+        # Not above what the UKI is approved for: the next boot would find nothing that opens.
+        bits = epoch_bits(min(epoch, approval.epoch))
         if read_epoch(k) & bits == bits:
             return
         session = Session(k, storage_key)
@@ -2726,7 +2709,7 @@ def load_modules(k: Machine, policy: Policy) -> None:
 @stage
 def check_firmware(k: Machine, policy: Policy) -> None:
     """See that firmware, kernel and boot stub are in the state that the signatures rely on."""
-    k.mount("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", SAFE)
+    k.mount("efivarfs", EFIVARS, "efivarfs", SAFE)
     _check_secure_boot(k)
     _check_trusted_keys(k, policy)
     lockdown = re.search(r"\[(\w+)\]", k.read("/sys/kernel/security/lockdown").decode())
@@ -2752,7 +2735,7 @@ def _check_secure_boot(k: Machine) -> None:
 
 def _check_trusted_keys(k: Machine, policy: Policy) -> None:
     """See that the firmware's db and the kernel's keyrings hold what the build listed, nothing of shim."""
-    shim = [name for name in k.efi_names() if name.endswith(SHIM_GUID) and name not in SHIM_HARMLESS]
+    shim = [name for name in k.names(EFIVARS) if name.endswith(SHIM_GUID) and name not in SHIM_HARMLESS]
     for name in shim:
         with contextlib.suppress(OSError):
             k.efi_write(name.removesuffix(f"-{SHIM_GUID}"), SHIM_GUID, b"")
@@ -2822,7 +2805,7 @@ def find_disk(k: Machine) -> BootDisk:
     """Wait for the disk with the partition that the stub was started from."""
     hint = k.efi_read("LoaderDevicePartUUID", LOADER_GUID)
     if hint is None or hint[0] & EFI_NON_VOLATILE:
-        if hint is not None:
+        with contextlib.suppress(OSError):
             k.efi_write("LoaderDevicePartUUID", LOADER_GUID, b"")
         seen = "not set" if hint is None else "a stored variable, which anybody may have written"
         raise Refused("DISK-HINT", expected="LoaderDevicePartUUID of this boot", seen=seen)
@@ -2830,11 +2813,10 @@ def find_disk(k: Machine) -> BootDisk:
     if not UUID.fullmatch(wanted):
         raise Refused("DISK-HINT", expected="a partition's uuid", seen=repr(wanted[:80]))
     deadline = k.monotonic() + DISK_SECONDS
-    while True:
-        found, others = _scan_disks(k, wanted)
-        if found or k.monotonic() > deadline:
-            break
+    found, others = _scan_disks(k, wanted)
+    while not found and k.monotonic() <= deadline:
         k.sleep(0.02)
+        found, others = _scan_disks(k, wanted)
     if not found:
         seen = "; ".join(others) or "no disk"
         raise Refused("DISK-ABSENT", expected=f"a disk with partition {wanted}", seen=seen)
@@ -2978,11 +2960,11 @@ def unlock(k: Machine, disk: BootDisk, policy: Policy, owned: contextlib.ExitSta
 
 
 class Volumes(NamedTuple):
-    """What was opened: verity devices, folders that the new root gets, the device of the volume `state`."""
+    """What was opened: verity devices, folders that the new root gets, devices of encrypted volumes."""
 
-    devices: tuple[Verity, ...]
+    verity: tuple[Verity, ...]
     folders: tuple[str, ...]
-    state: str
+    opened: Mapping[str, str]
 
 
 @stage
@@ -2991,20 +2973,25 @@ def open_volumes(k: Machine, disk: BootDisk, config: Config | None, owned: conte
     if config is None:
         store = open_live_store(k, disk)
         k.mount("tmpfs", SCRATCH, "tmpfs", SAFE, "mode=0700")
-        return Volumes((store,), MOVED, "")
-    device = open_encrypted(k, config.fd, config.header, config.secret, "config")
-    mount_ext4(k, device, CONFIG)
-    mount_ext4(k, open_derived(k, disk, config.secret, "store", STORE_TYPE, owned), STORE)
-    state = ""
-    # Whoever took the volume away would else have the machine begin anew with an empty /var.
-    if k.exists(STATE_MARK) or disk.find(LINUX_TYPE, STATE):
-        state = open_derived(k, disk, config.secret, STATE, LINUX_TYPE, owned, STATE)
-    mount_ext4(k, make_scratch(k, disk, owned), SCRATCH, SAFE)
+        return Volumes((store,), MOVED, {})
+    opened = {"config": open_encrypted(k, config.fd, config.header, config.secret, "config")}
+    opened["store"] = open_derived(k, disk, config.secret, "store", STORE_TYPE, owned)
+    if disk.find(LINUX_TYPE, STATE):
+        opened[STATE] = open_derived(k, disk, config.secret, STATE, LINUX_TYPE, owned, STATE)
+    opened["scratch"] = make_scratch(k, disk, owned)
     services = derive_key(config.secret, "service")
     owned.callback(wipe, services)
     k.make_folder(LEFT)
     k.write(f"{LEFT}/volume-secret", services, 0o400)
-    return Volumes((), (*MOVED, CONFIG), state)
+    return Volumes((), (*MOVED, CONFIG), opened)
+
+
+@stage
+def mount_volumes(k: Machine, volumes: Volumes) -> None:
+    """Mount what was opened, now that no secret is left in memory."""
+    places = (("config", CONFIG, RO_STRICT), ("store", STORE, RO_STRICT), ("scratch", SCRATCH, SAFE))
+    for name, target, flags in places if volumes.opened else ():  # live mode has none
+        mount_ext4(k, volumes.opened[name], target, flags)
 
 
 def open_derived(
@@ -3028,9 +3015,25 @@ def open_encrypted(k: Machine, fd: int, header: LuksHeader, key: bytearray, purp
     return k.dm(DmCommand.DEV_STATUS, name)
 
 
-def mount_ext4(k: Machine, device: str, target: str, flags: MountFlag = RO_STRICT) -> None:
-    """Mount the file system of a volume that this machine's key opened."""
+# filesystems/ext4/super.rst: s_magic, s_errors, s_feature_incompat, s_journal_inum and _dev, s_mount_opts
+_EXT4 = struct.Struct("<56xHxxH34xI124xII280x64s448x")
+assert _EXT4.size == 1024
+
+
+def mount_ext4(k: Machine, device: str, target: str, flags: MountFlag) -> None:
+    """Mount the file system of a volume that this machine's key opened, if its journal lies in it.
+
+    One on a disk in clear would be replayed into it: bytes that nobody vouches for.
+    """
     with refusing("VOLUME-READ", f"an ext4 file system for {target}"):
+        fd = k.open_device(device)
+        *fields, options = _EXT4.unpack(k.read_at(fd, 1024, 1024))
+        k.close(fd)
+        magic, errors, incompatible, journal, elsewhere = fields
+        # 3: EXT4_ERRORS_PANIC; 8: EXT4_FEATURE_INCOMPAT_JOURNAL_DEV, and the inode of a journal of its own
+        odd = errors == 3 or incompatible & 8 or journal not in (0, 8) or elsewhere
+        if magic != 0xEF53 or odd or any(options):
+            raise OSError(errno.EINVAL, f"a superblock that says {fields}, {options.hex()[:32]}")
         k.mount(device, target, "ext4", flags)
 
 
@@ -3122,8 +3125,10 @@ def load_manifest(k: Machine, policy: Policy, volumes: Volumes) -> Manifest:
     """Verify what is to run: a generation of this machine, or the release of the live medium."""
     manifest = (pick_generation if policy.mode == "run" else verify_release)(k, policy)
     contents = manifest.contents
-    if policy.mode == "run" and not volumes.state and STATE in {each.label for each in contents.storage}:
-        raise Refused("VOLUME-STATE", expected="the volume `state` that the manifest names", seen="none")
+    # Whoever took the volume away would have the machine begin anew with an empty /var.
+    wanted = STATE in {each.label for each in contents.storage} or k.exists(STATE_MARK)
+    if policy.mode == "run" and wanted and STATE not in volumes.opened:
+        raise Refused("VOLUME-STATE", expected="a volume `state`, as manifest or machine say", seen="none")
     k.report.facts["manifest"] = manifest.sha256
     for check in ("MANIFEST-CERTIFICATE", "MANIFEST-CHAIN", "MANIFEST-SIGNATURE", "MANIFEST-FORMAT"):
         k.report.passed(check, "valid", manifest.sha256)
@@ -3290,9 +3295,7 @@ def _is_program(k: Machine, path: str) -> bool:
     if found is None or not stat.S_ISREG(found[0]) or not found[0] & 0o111:
         return False
     interpreter = find_interpreter(found[1])
-    if not interpreter:
-        return interpreter is not None
-    return k.read_in_root(SYSROOT, interpreter, 4) is not None
+    return interpreter == "" or bool(interpreter and k.read_in_root(SYSROOT, interpreter, 4))
 
 
 def find_interpreter(head: bytes) -> str | None:
@@ -3317,14 +3320,14 @@ def find_interpreter(head: bytes) -> str | None:
 @stage
 def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None:
     """Make the new root ready: mount points, the volume `state`, restart on corruption, no kexec."""
-    for folder in (*volumes.folders, *(["/var"] if volumes.state else [])):
+    for folder in (*volumes.folders, *(["/var"] if STATE in volumes.opened else [])):
         with refusing("OVERLAY-MOUNTPOINT", f"the folder {folder} in hostfs"):
             if not k.is_folder(SYSROOT + folder):
                 k.make_folder(SYSROOT + folder)
         seen = folder if k.is_folder(SYSROOT + folder) else "a link"
         demand(k, "OVERLAY-MOUNTPOINT", expected=folder, seen=seen)
-    if volumes.state:
-        mount_ext4(k, volumes.state, f"{SYSROOT}/var", MountFlag.NOSUID | MountFlag.NODEV)
+    if STATE in volumes.opened:
+        mount_ext4(k, volumes.opened[STATE], f"{SYSROOT}/var", MountFlag.NOSUID | MountFlag.NODEV)
 
     def swap(device: Verity) -> None:
         with refusing("LAYER-SIGNATURE", f"{device.name} to take its table again"):
@@ -3333,7 +3336,7 @@ def prepare_root(k: Machine, volumes: Volumes, layers: Sequence[Verity]) -> None
 
     # From here a corrupt block is somebody's attack on a running system, or a dying disk: nothing may go on
     # with it. What the bring-up itself reads is refused at the next boot; the rest restarts again.
-    devices = (*volumes.devices, *layers)
+    devices = (*volumes.verity, *layers)
     for device in devices:
         with refusing("LAYER-SIGNATURE", f"{device.name} to load its table again"):
             load_verity_table(k, device, "restart_on_corruption")
@@ -3385,6 +3388,7 @@ def boot(k: Machine) -> NoReturn:
         finally:
             fence(k)  # from here nobody can unseal, we included
         volumes = open_volumes(k, disk, config, owned)
+    mount_volumes(k, volumes)
     manifest = load_manifest(k, policy, volumes)
     layers = mount_layers(k, manifest, policy)
     init = stack(k, layers)
@@ -3468,15 +3472,13 @@ def _where(error: BaseException) -> str:
 
 def give_up(k: Machine, error: BaseException) -> NoReturn:
     """Take the one way out: fence, tell, wait, restart; without a fence, power off."""
-    leave = k.restart
+    leave, words, longest = k.restart, "restart", LONGEST_WAIT
     try:
         try:
             fence(k)
         except BaseException as failure:
-            leave, error = k.power_off, failure
-        wait = tell(k, error) if leave == k.restart else min(tell(k, error), FIRST_WAIT)
-        words = "restart" if leave == k.restart else "power off"
-        for left in range(wait, 0, -1):
+            leave, words, longest, error = k.power_off, "power off", FIRST_WAIT, failure
+        for left in range(min(tell(k, error), longest), 0, -1):
             k.feed_watchdog()
             k.print(f"\rmosinit: {words} in {left} s  ")
             k.sleep(1)

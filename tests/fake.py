@@ -166,6 +166,8 @@ class FakeMachine(init.Machine):
         return any(name == path or name.startswith(f"{path}/") for name in self.files)
 
     def names(self, path: str) -> list[str]:
+        if path == init.EFIVARS:
+            return sorted(self.variables)
         below = [name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/")]
         return sorted({name.partition("/")[0] for name in below})
 
@@ -174,9 +176,6 @@ class FakeMachine(init.Machine):
 
     def is_folder(self, path: str) -> bool:
         return self.exists(path)
-
-    def efi_names(self) -> list[str]:
-        return sorted(self.variables)
 
     def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
         return self.variables.get(f"{name}-{guid}")

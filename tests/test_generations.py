@@ -66,7 +66,7 @@ def test_the_bring_up_takes_what_was_written(host: Host, folder: Path) -> None:
 
 
 def test_targets_from_two_manifests(host: Host, folder: Path) -> None:
-    texts = install_manifest(4), install_manifest(5, "targets:\n" + BOOTKIT)
+    texts = install_manifest(4), install_manifest(5, "targets:\n" + BOOTKIT, "partial")
     generations.add(host, folder, generation(5, *texts))
     assert {target.service_name for target in picked(folder).contents.targets} == {"hostfs", "bootkit"}
 

@@ -349,6 +349,15 @@ def test_a_stored_hint_is_deleted() -> None:
     assert name not in k.variables
 
 
+def test_a_stored_hint_that_the_firmware_keeps_is_refused_as_well() -> None:
+    """Whoever was root can make a variable that nobody deletes."""
+    k = FakeMachine()
+    k.variables[f"LoaderDevicePartUUID-{init.LOADER_GUID}"] = (0x27, HINT)
+    k.fail("efi_write", PermissionError(1, "operation not permitted"))
+    end(k)
+    assert (k.framed()["result"], k.framed()["failed"]) == ("refused", "DISK-HINT")
+
+
 def test_a_module_parameter_that_did_not_take_is_refused() -> None:
     k = FakeMachine()
     k.files["/sys/module/dm_verity/parameters/require_signatures"] = b"N\n"

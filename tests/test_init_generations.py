@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import zlib
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +24,9 @@ LEAF = certificate(P256, CA_KEY)
 BOOTKIT = HOSTFS.replace("hostfs", "bootkit").replace("targets:\n", "")
 
 
-def install_manifest(sequence: int, targets: str = HOSTFS + BOOTKIT) -> bytes:
-    return (HEAD.replace("sequence: 42", f"sequence: {sequence}") + targets).encode()
+def install_manifest(sequence: int, targets: str = HOSTFS + BOOTKIT, kind: str = "complete") -> bytes:
+    head = HEAD.replace("sequence: 42", f"sequence: {sequence}").replace("complete", kind)
+    return (head + targets).encode()
 
 
 class Repository:
@@ -130,16 +133,52 @@ def test_a_chosen_generation_that_does_not_verify_gives_way_to_a_good_one(reposi
 
 def test_targets_come_from_the_manifests_that_define_them(repository: Repository) -> None:
     """A partial update: a newer manifest has a newer bootkit, hostfs stays as it was."""
-    old, new = install_manifest(4), install_manifest(5, "targets:\n" + BOOTKIT)
+    old, new = install_manifest(4), install_manifest(5, "targets:\n" + BOOTKIT, "partial")
     repository.add(5, old, new)
     manifest = init.pick_generation(repository.machine(), POLICY)
     assert manifest.sha256 == hashlib.sha256(new).hexdigest()
     assert {target.service_name for target in manifest.contents.targets} == {"hostfs", "bootkit"}
 
 
-def test_a_manifest_newer_than_its_generation_is_refused(repository: Repository) -> None:
-    repository.add(4, install_manifest(5))
+ONE_OF_ITS_OWN = install_manifest(5, HOSTFS + BOOTKIT + BOOTKIT.replace("bootkit", "zot", 1).replace(
+    "service_type: bootkit", "service_type: fs-only"))  # fmt: skip
+GENERATIONS: dict[str, tuple[int, list[bytes], dict[str, int]]] = {
+    "a manifest newer than it says": (4, [install_manifest(5)], {}),
+    "a number that nobody signed": (6, [install_manifest(5)], {}),
+    "two whole releases": (5, [install_manifest(4), install_manifest(5)], {"hostfs": 0}),
+    "an update older than the release": (5, [install_manifest(4, kind="partial"), install_manifest(5)],
+                                         {"hostfs": 0}),
+    "not the newest definition": (5, [install_manifest(4), install_manifest(5, kind="partial")],
+                                  {"hostfs": 0}),
+    "two manifests of one number": (5, [install_manifest(5), install_manifest(5, kind="partial")],
+                                    {"hostfs": 0}),
+    "a target left out": (5, [ONE_OF_ITS_OWN], {"zot": -1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GENERATIONS)
+def test_what_a_generation_says_is_nobody_s_word(repository: Repository, case: str) -> None:
+    """Its manifests are signed; which of them counts, and its number, follow from them."""
+    sequence, manifests, said = GENERATIONS[case]
+    repository.add(sequence, *manifests, uki="cd" * 32)
+    path = repository.folder / "manifest.yaml"
+    document = yaml.safe_load(path.read_text()) | {"uki": UKI_ID}
+    for row in list(document["targets"]):
+        if (index := said.get(row["service_name"])) is not None:
+            row["manifest"] = hashlib.sha256(manifests[index]).hexdigest()
+            if index < 0:
+                document["targets"].remove(row)
+    repository.commit("manifest.yaml", json.dumps(document).encode())
     assert refused(repository.machine()) == "MANIFEST-SEQUENCE"
+
+
+def test_a_damaged_generation_of_the_past_stops_nothing(repository: Repository) -> None:
+    first = repository.add(1, install_manifest(1))
+    repository.add(2, install_manifest(2))
+    k = repository.machine()
+    del k.files[f"{init.MANIFEST_GIT}/objects/{first[:2]}/{first[2:]}"]
+    assert init.pick_generation(k, POLICY).contents.sequence == 2
+    assert "GIT-OBJECT" in str([op for op in k.ops if op[0] == "log"])
 
 
 def test_a_machine_without_a_generation_of_this_uki(repository: Repository) -> None:

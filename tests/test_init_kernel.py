@@ -39,6 +39,12 @@ def test_a_loop_is_read_only_in_blocks_of_4096(k: init.Kernel, tmp_path: Path) -
         k.close(loop)
 
 
+def test_no_loop_is_waited_for(k: init.Kernel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError):
+        k.attach_loop(str(tmp_path / "fifo"))
+
+
 def test_a_loop_follows_no_link(k: init.Kernel, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_bytes(bytes(4096))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mosinit import init, luks
 from mosinit.host import Host
 from tests import sealed, volumes
-from tests.fake import ESP_UUID, PRODUCT, gpt, policy_json
+from tests.fake import ESP_UUID, PRODUCT, answer, gpt, policy_json
 from tests.test_init_boot import end
 from tests.test_init_generations import Repository
 from tests.test_init_manifest import CA, CA_KEY, P256, certificate, sign
@@ -81,6 +82,7 @@ class RunMachine(StoreMachine):
         self.real = sealed.start_up(tpm, enter=False)
         self.secrets: dict[str, tuple[bytearray, bytes]] = {}
         self.rows = list(KINDS)
+        self.superblock: dict[str, bytes] = {}
         self.contents = {
             "vda2": (header[: init.LUKS_DATA + 512]).ljust(init.LUKS_DATA + 4096, b"\0"),
             "vda3": organisation.plain, "vda5": organisation.plain,
@@ -128,6 +130,16 @@ class RunMachine(StoreMachine):
         self._do("open_luks", device, slot, name)
         if f"open {name}" in self.failing:
             raise self.failing[f"open {name}"]
+        self.hold_ext4(f"/dev/dm-{name}")
+
+    def format_ext4(self, device: str) -> None:
+        super().format_ext4(device)
+        self.hold_ext4(device)
+
+    def hold_ext4(self, device: str) -> None:
+        """Have a file system on a device, as mke2fs makes it unless the test says otherwise."""
+        name = device.rpartition("-")[2]
+        self.disks[device] = bytes(1024) + self.superblock.get(name, superblock())
 
     def mount(
         self, source: str, target: str, fstype: str, flags: init.MountFlag = init.RO_SAFE, data: str = ""
@@ -135,6 +147,15 @@ class RunMachine(StoreMachine):
         super().mount(source, target, fstype, flags, data)
         if f"mount {target}" in self.failing:
             raise self.failing[f"mount {target}"]
+
+
+def superblock(
+    magic: int = 0xEF53, errors: int = 1, incompatible: int = 0x2C2, journal: int = 8, device: int = 0,
+    options: bytes = b"",
+) -> bytes:  # fmt: skip
+    return struct.pack(
+        "<56xHxxH34xI124xII280x64s448x", magic, errors, incompatible, journal, device, options
+    )
 
 
 @pytest.fixture
@@ -170,11 +191,11 @@ def test_an_installed_machine_becomes_hostfs(k: RunMachine, organisation: Organi
     strict = init.RO_SAFE | init.MountFlag.NOSYMFOLLOW
     assert opened(k) == [
         ("open_luks", fds[2], 0, "mosinit-config"),
-        ("mount", "/dev/dm-mosinit-config", "/config", "ext4", strict),
         ("open_luks", fds[3], 0, "mosinit-store"),
-        ("mount", "/dev/dm-mosinit-store", "/atomfs-cache", "ext4", strict),
         ("open_luks", fds[5], 0, "mosinit-state"),
         ("format_ext4", "/dev/dm-mosinit-scratch"),
+        ("mount", "/dev/dm-mosinit-config", "/config", "ext4", strict),
+        ("mount", "/dev/dm-mosinit-store", "/atomfs-cache", "ext4", strict),
         ("mount", "/dev/dm-mosinit-scratch", "/scratch-writes", "ext4", init.SAFE),
         (
             "mount",
@@ -310,6 +331,44 @@ def test_an_order_raises_the_epoch_and_never_above_the_uki(
     assert (old.framed()["failed"], opened(old)) == ("EPOCH", [])
 
 
+def test_old_approvals_put_back_keep_no_tpm_from_its_epoch(
+    organisation: Organisation, tpm: Swtpm, tmp_path: Path
+) -> None:
+    """Approvals are public, and the header is nobody's word: with those of epoch 1 nothing opens."""
+    names = ("order_statement", "order_signature", "order_certificate")
+    changes = dict(zip(names, organisation.order(2), strict=True))
+    for epoch in (1, 2):
+        approvals = organisation.material.platform(epoch=epoch)
+        header = organisation.header(tmp_path, **changes, approvals=approvals)
+        k = RunMachine(organisation, header, tpm)
+        k.files["/etc/mosinit/policy.json"] = policy_json(mode="run", epoch=2)
+        k.files[init.APPROVAL_FILE] = organisation.approval(2)
+        end(k.plug())
+        assert (k.framed()["failed"] == "TPM-APPROVAL") == (epoch == 1)
+        assert init.read_epoch(k.real).bit_length() == epoch
+        tpm.reset()
+
+
+def test_a_tpm_that_disappears_once_it_was_measured_into_is_no_fence(k: RunMachine) -> None:
+    answer = k.real.tpm
+
+    def without_sha256(command: bytes) -> bytes:
+        unsealed = any(op[0] == "tpm" and op[1][6:10] == b"\0\0\x01\x5e" for op in k.ops)  # type: ignore[index]
+        banks = command[6:] == struct.pack(">IIII", init.Cc.GET_CAPABILITY, 5, 0, 1)
+        return answer_with_banks("sha1") if unsealed and banks else answer(command)
+
+    k.real.tpm = without_sha256  # type: ignore[method-assign]
+    assert end(k.plug()) == "power_off"
+    assert (k.framed()["failed"], k.framed()["fenced"]) == ("TPM-FENCE", False)
+    assert not done(k, "open_luks")
+
+
+def answer_with_banks(*banks: str) -> bytes:
+    """Encode what a TPM says of its PCR banks."""
+    rows = [struct.pack(">HB3s", init.TPM_ALGORITHMS[bank], 3, b"\xff" * 3) for bank in banks]
+    return answer(b"\0" + struct.pack(">II", 5, len(rows)) + b"".join(rows))
+
+
 # --- What is refused before anything is opened ----------------------------------------------------------
 
 
@@ -402,7 +461,22 @@ BEHIND: list[tuple[str, Change]] = [
     ("DISK-PARTITION", rows(5, (init.LINUX_TYPE, "state"))),
     ("OVERLAY-MOUNTPOINT", lambda k: k.becomes_link("/sysroot/var")),
     ("OVERLAY-MOUNTPOINT", lambda k: k.becomes_link("/sysroot/config")),
-    ("DISK-PARTITION", lambda k: (k.files.update({init.STATE_MARK: b""}), rows(4)(k))),
+    ("VOLUME-STATE", lambda k: (k.files.update({init.STATE_MARK: b""}), rows(4)(k))),
+    *(
+        ("VOLUME-READ", lambda k, bad=bad: k.superblock.update(config=bad))
+        for bad in (
+            superblock(magic=0),
+            superblock(errors=3),
+            superblock(incompatible=0x2CA),
+            superblock(journal=9),
+            superblock(device=0x701),
+            superblock(options=b"journal_path=/dev/vda1"),
+        )
+    ),
+    *(
+        ("VOLUME-READ", lambda k, name=name: k.superblock.update({name: superblock(device=0x701)}))
+        for name in ("store", "state")
+    ),
     ("VOLUME-READ", lambda k: k.files.update({"/config/state/etc/machine-id": bytes(16385)})),
     ("GIT-REF", lambda k: k.files.pop(f"{init.MANIFEST_GIT}/refs/heads/main")),
     ("GENERATION", lambda k: k.files.update({"/etc/mosinit/uki-id": b"cd" * 32})),

@@ -60,6 +60,7 @@ with contextlib.ExitStack() as owned:
     secret = bytearray(volumes.SECRET)
     try:
         opened = init.open_volumes(k, disk, init.Config(fd, header, secret), owned)
+        init.mount_volumes(k, opened)
     except init.Refused as refused:
         print("refused", refused.check)
         raise SystemExit
@@ -102,7 +103,7 @@ def spoiled(made: Path, folder: Path, changes: dict[int, bytes]) -> Path:
 
 def test_the_volumes_of_an_installed_machine_open_and_mount(made: Path, tmp_path: Path) -> None:
     program = """
-init.mount_ext4(k, opened.state, "/var-of-hostfs", init.MountFlag.NOSUID | init.MountFlag.NODEV)
+init.mount_ext4(k, opened.opened[init.STATE], "/var-of-hostfs", init.MountFlag.NOSUID | init.MountFlag.NODEV)
 for folder, name in ((init.CONFIG, "config"), (init.STORE, "store"), ("/var-of-hostfs", "state")):
     assert Path(folder, "file").read_text() == name * 100_000, folder
 for folder in (init.CONFIG, init.STORE):
@@ -133,6 +134,29 @@ print([row["name"] for row in k.report.stages])
     # Whoever may read the tables reads where a key was, and no key.
     assert "mosinit-config: 0" in text and ":96:logon:cryptsetup:" in text
     assert text.count(":64:logon:cryptsetup:") == 2 and ":64:user:mosinit-scratch" in text
+
+
+def test_a_journal_on_a_disk_in_clear_is_not_replayed(need_uml: None, tmp_path: Path) -> None:
+    """The file system of a volume names another disk for its journal; that disk is changed from outside."""
+    disks = [tmp_path / name for name in ("volume", "clear")]
+    for disk in disks:
+        with disk.open("wb") as file:
+            file.truncate(24 * MIB)
+    shown = uml.run(tmp_path, JOURNAL, disks)
+    assert shown[-1] == "refused VOLUME-READ"
+
+
+JOURNAL = """
+run("mke2fs", "-q", "-F", "-b", "4096", "-O", "journal_dev", "/dev/ubdb")
+run("mke2fs", "-q", "-F", "-b", "4096", "-t", "ext4", "-J", "device=/dev/ubdb", "/dev/ubda")
+os.makedirs("/mnt/volume")
+k.mount("/dev/ubda", "/mnt/volume", "ext4", init.RO_STRICT)  # the premise: the kernel takes it
+k.unmount("/mnt/volume")
+try:
+    init.mount_ext4(k, "/dev/ubda", "/mnt/volume", init.RO_STRICT)
+except init.Refused as refused:
+    print("refused", refused.check)
+"""
 
 
 def place(name: str) -> int:

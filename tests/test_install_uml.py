@@ -47,7 +47,7 @@ with contextlib.ExitStack() as owned:
     fd, _ = init.open_partition(k, disk, init.CONFIG_TYPE)
     header, secret = init.read_luks_header(k, fd, "config"), bytearray(provisioned.secret)
     assert header.tokens == provisioned.tokens
-    init.open_volumes(k, disk, init.Config(fd, header, secret), owned)
+    init.mount_volumes(k, init.open_volumes(k, disk, init.Config(fd, header, secret), owned))
     k.efi_read = lambda name, guid: None
     manifest = init.pick_generation(k, policy)
     for target in init.boot_targets(manifest.contents):
