@@ -697,7 +697,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
         _print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.status
     except init.Refused as refused:
-        return _refused(host, explain.refusal(refused), as_json)
+        return _refused(host, refused, as_json)
     except Failure as failure:
         host.say(f"error: {failure}")
         return failure.status
@@ -731,11 +731,14 @@ def _os_error(error: OSError) -> str:
     return f"cannot use {error.filename}: {error.strerror}; {remedies[error.errno]}"
 
 
-def _refused(host: Host, refusal: Mapping[str, str], as_json: bool) -> int:
+def _refused(host: Host, refused: init.Refused, as_json: bool) -> int:
     """Say what was refused and what to do."""
+    refusal = explain.refusal(refused)
     host.say(f"refused: {refusal['failed']}: expected {refusal['expected']}, seen {refusal['seen']}")
     if refusal["remedy"]:
-        host.say(f"{refusal['title']}: {refusal['remedy']}")
+        # A title is about a boot, as the table's remedy is.
+        what = "what to do" if explain.advice(refused) else refusal["title"]
+        host.say(f"{what}: {refusal['remedy']}")
     if as_json:
         _print(json.dumps(refusal, indent=1))
     return REFUSED

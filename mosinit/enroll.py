@@ -27,11 +27,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import exchange, images, init, records
+from mosinit import exchange, explain, images, init, records
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset, check_out, choose_epoch
 
 _AGAIN = "make a new request on the machine"
+_EXPORT = f"give the machine what `mosinit keys export` writes of this keyset, and {_AGAIN}"
+# What the table says is for who stands before a machine.
+_REMEDIES = {
+    "RECORD-PRODUCT": f"name the keyset of the request's product by --keys, or {_EXPORT}",
+    "TPM-SEAL": _EXPORT,
+    "TPM-INDEX": _EXPORT,
+}
 
 
 class Approvals(NamedTuple):
@@ -77,7 +84,8 @@ def enroll(
     untrusted = exchange.parse_request(exchange.read_file(request, exchange.DOCUMENT_BYTES), request.name)
     approvals = approvals or platform_approvals()
     epoch = choose_epoch(epoch, keyset.epoch)
-    wanted = verify_request(untrusted, keyset, epoch)
+    with explain.advising(_REMEDIES):
+        wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     known = read_machines(machines)
@@ -142,7 +150,9 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
     if untrusted.product != keyset.product:
         raise init.Refused("RECORD-PRODUCT", expected=keyset.product, seen=untrusted.product)
     if untrusted.epoch != epoch:
-        raise init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
+        later = f"if the machine is to be of that epoch, say --epoch {untrusted.epoch}"
+        refused = init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
+        raise explain.advised(refused, later if untrusted.epoch > epoch else _EXPORT)
     key, record, digest = _verify_csr(untrusted.csr)
     policy = init.policy_keys(*(keyset.public_path(role).read_bytes() for role in ("pcr", "platform")))
     try:

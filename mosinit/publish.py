@@ -185,7 +185,7 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
         raise Failure(
             f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
         )
-    choose_epoch(contents.epoch, keyset.epoch)
+    choose_epoch(contents.epoch, keyset.epoch, f"write `epoch: {keyset.epoch}` into the manifest")
     organisation = {"manifest-ca.pem": _pem(keyset, "manifest-ca")}
     policy = trust(keyset.product, organisation, initrd.revoked(keyset))
     init.verify_certificate(_pem(keyset, "product"), policy)

@@ -209,7 +209,7 @@ def _finish(host: Host, content: Content, keyset: Keyset, out: Path) -> Uki:
         unsigned = folder.absolute() / "unsigned.efi"
         _assemble(host, content.sections(), unsigned)
         if epoch is not None:
-            keys.choose_epoch(epoch, keyset.epoch)
+            keys.choose_epoch(epoch, keyset.epoch, "take the initrd of a new `mosinit build`")
             measured = unsigned.read_bytes()
             approval = approvals.approve_uki(keyset, measured, epoch)
             _assemble(host, {**content.sections(), approvals.APPROVAL: approval}, unsigned)

@@ -239,6 +239,20 @@ def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (shown["title"], shown["remedy"]) == init.CHECKS["SB-OFF"]
 
 
+def test_a_refusal_has_the_remedy_of_what_is_being_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """The innermost words count, and the table's where nobody has others."""
+
+    def run(host: Host, values: argparse.Namespace) -> cli.Result:
+        with explain.advising({"SB-OFF": "outer", "SB-DB": "outer"}), explain.advising({"SB-OFF": "inner"}):
+            raise init.Refused("SB-OFF", expected="on", seen="off")
+
+    assert cli.main(["go", "--json"], table(run)) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out)["remedy"] == "inner"
+    assert err.endswith("mosinit: what to do: inner\n")
+    assert init.CHECKS["SB-OFF"].title not in err
+
+
 def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main(["go"], raising(ZeroDivisionError()))

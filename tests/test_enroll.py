@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, provision, records
+from mosinit import cli, enroll, exchange, explain, init, keys, provision, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
 from tests.eventlogs import encode_event, measured
@@ -151,10 +152,12 @@ def test_an_organisation_at_a_later_epoch_takes_no_machine_below(site: Site) -> 
     """Without anybody naming an epoch: the documented commands."""
     keyset = replace(site.keyset, epoch=5)
     args = (site.host, site.state / "request.json", keyset, site.answer, site.machines)
-    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1"):
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1") as caught:
         enroll.enroll(*args)
-    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1"):
+    assert re.search("`mosinit keys export`.* new request", explain.refusal(caught.value)["remedy"])
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1") as caught:
         enroll.enroll(*args, epoch=1)
+    assert "leave --epoch away" in explain.refusal(caught.value)["remedy"]
     assert not site.answer.exists()
 
 
@@ -298,6 +301,23 @@ def test_a_request_that_is_not_right_leaves_nothing(
         enroll_changed(site, **change(site))
     assert not site.answer.exists()
     assert not site.machines.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"product": "11111111-2222-4333-8444-555555555555"}, "by --keys, or .*`mosinit keys export`"),
+        ({"epoch": 2}, "say --epoch 2"),
+        ({"sealed": bytes(200)}, "`mosinit keys export` .*new request"),
+        ({"epoch_index": bytes(40)}, "`mosinit keys export` .*new request"),
+    ],
+)
+def test_a_refused_request_has_a_remedy_for_who_enrolls(
+    site: Site, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(init.Refused) as caught:
+        enroll_changed(site, **changes)
+    assert re.search(says, explain.refusal(caught.value)["remedy"])
 
 
 def test_no_device_is_replaced(site: Site) -> None:

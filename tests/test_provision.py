@@ -22,7 +22,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, provision, records
+from mosinit import cli, enroll, exchange, explain, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
@@ -301,6 +301,29 @@ def later_epoch(site: Site) -> None:
     site.request(state=site.folder / "other", epoch=2)
 
 
+def remedy(refused: BaseException) -> str:
+    assert isinstance(refused, init.Refused)
+    return explain.refusal(refused)["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (disable, "switch the hierarchies on in the firmware's setup"),
+        (set_owner, "--again .*or clear the TPM in the firmware's setup"),
+        (foreign_index, "another organisation's request .*tpm2_nvundefine -C o 0x1845050"),
+        (later_epoch, "--epoch 2 or later"),
+    ],
+)
+def test_a_refused_request_has_a_remedy_for_who_provisions(
+    site: Site, spoil: Callable[[Site], None], says: str
+) -> None:
+    spoil(site)
+    with pytest.raises(init.Refused) as caught:
+        site.request()
+    assert re.search(says, remedy(caught.value))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -342,8 +365,9 @@ def test_the_epoch_is_the_organisation_s(site: Site) -> None:
 
 def test_an_absent_tpm_is_refused(site: Site) -> None:
     for tcti in ("device:/dev/none", "swtpm:path=/none"):
-        with pytest.raises(init.Refused, match="TPM-ABSENT"):
+        with pytest.raises(init.Refused, match="TPM-ABSENT") as caught:
             site.request(tcti=tcti)
+        assert re.search("--tpm: .*swtpm:path=SOCKET.* SOCKET.ctrl", remedy(caught.value))
     for tcti in ("nonsense", ":", "a b:c"):
         with pytest.raises(Usage, match="is no TCTI"):
             site.request(tcti=tcti)
@@ -707,6 +731,38 @@ def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None],
     assert not site.flags() & PASSWORDS
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_machine, "the answer that `mosinit enroll` wrote to"),
+        (foreign_approval, "the answer that `mosinit enroll` wrote to"),
+        (broken_order, "the answer that `mosinit enroll` wrote to"),
+        (other_ca, "the answer that `mosinit enroll` wrote to"),
+        (other_firmware, "what it was for the request, or .*new request"),
+        (other_tpm, "remove .*new request"),
+        (lost_index, "remove .*new request"),
+        (raised_epoch, "remove .*new request with --epoch 2"),
+    ],
+)
+def test_a_wrong_answer_has_a_remedy_for_who_provisions(
+    site: Site, spoil: Callable[[Site], None], says: str
+) -> None:
+    site.request()
+    spoil(site)
+    with pytest.raises(init.Refused) as caught:
+        site.finish()
+    assert re.search(says, remedy(caught.value))
+
+
+def test_a_tpm_that_was_cleared_afterwards_has_a_remedy(site: Site) -> None:
+    site.provision()
+    site.tpm.clear()
+    site.start()
+    with pytest.raises(init.Refused, match="TPM-IDENTITY") as caught:
+        site.finish()
+    assert re.search("remove .*new request", remedy(caught.value))
+
+
 def test_lost_passwords_are_told(site: Site) -> None:
     site.request()
     site.enroll()
@@ -818,9 +874,11 @@ def test_without_consent_and_passwords_nothing_begins_anew(
     serial = site.provision()
     site.consent(serial)
     spoil(site, serial)
-    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says) as caught:
         site.request(tcti=way.tcti, state=site.folder / "second", again=True)
     assert writes(way.seen) == []
+    if isinstance(caught.value, init.Refused):
+        assert "`mosinit enroll --consent SERIAL`" in remedy(caught.value)
 
 
 def test_the_epoch_does_not_fall_when_a_machine_begins_anew(site: Site) -> None:
