@@ -90,9 +90,8 @@ def enroll(
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     known = read_machines(machines)
     earlier = check_filed(known, wanted, again)
-    _show(host, keyset, wanted, platform, earlier)
-    if again:
-        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
+    _show(host, keyset, wanted, platform)
+    _show_earlier(host, wanted.serial, earlier, again)
     certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
@@ -110,17 +109,24 @@ def enroll(
     }  # fmt: skip
 
 
-def _show(
-    host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object], earlier: list[str]
-) -> None:
+def _show(host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object]) -> None:
     """Say what will be signed, before it is."""
     host.say(f"machine {wanted.serial}, product {keyset.product}, epoch {wanted.epoch}")
     host.say(f"  storage key {wanted.storage_key.hex()}")
     host.say(f"  PCR 7 {wanted.pcr7.hex()}: Secure Boot with exactly this keyset")
     for name, value in platform.items():
         host.say(f"    {name} {value}")
-    for serial in earlier:
-        host.say(f"  this TPM was enrolled before, as {serial}")
+
+
+def _show_earlier(host: Host, serial: str, earlier: list[str], again: str | None) -> None:
+    """Say what is filed of the machine already."""
+    for known in earlier:
+        if known != serial:
+            host.say(f"  this TPM was enrolled before, as {known}")
+        elif known != again:
+            host.say(f"  machine {serial} is filed already, with this very record: it is answered once more")
+    if again:
+        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
 
 
 def platform_approvals() -> Approvals:

@@ -84,7 +84,9 @@ def test_machines_lie_in_the_keyset_unless_told(site: Site) -> None:
 def test_the_same_request_twice_is_answered_twice(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     serial = site.enroll()["serial"]
     assert site.enroll()["enrolled_before"] == [serial]
-    assert f"this TPM was enrolled before, as {serial}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"machine {serial} is filed already, with this very record: it is answered once more" in said
+    assert "enrolled before" not in said
 
 
 def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
@@ -138,7 +140,10 @@ def test_another_record_of_a_filed_tpm_must_be_said(
     assert not site.answer.exists()
     assert [path.name for path in site.machines.iterdir()] == [serial]
     told = enroll.enroll(*args, again=serial)
-    assert f"enrolled again in place of {serial}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"enrolled again in place of {serial}" in said
+    assert ("this TPM was enrolled before, as" in said) == foreign
+    assert "filed already" not in said
     assert told["enrolled_before"] == [serial]
     assert (told["serial"] == serial) != foreign
     kept = site.machines / (serial if foreign else f"{serial}-1")
