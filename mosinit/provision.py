@@ -30,7 +30,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from mosinit import exchange, explain, init, keys, records
+from mosinit import eventlog, exchange, explain, init, keys, records
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.tpm import DEVICE, Tpm, WrongAuth, open_tpm
 
@@ -121,13 +121,14 @@ def request(host: Host, options: Options) -> dict[str, object]:
     policy, epoch = policy_keys(organisation), keys.choose_epoch(options.epoch, organisation.epoch)
     log = read_event_log(options.event_log)
     if os.path.lexists(options.folder):
-        return _made_before(options, organisation, policy)
+        return _made_before(options, organisation, policy, log)
     options.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     secrets = make_secrets(host)
     with open_tpm(options.tcti) as machine:
         if options.consent and options.auths:
             start_over(machine, organisation, policy, options)
         inspect(machine, policy, epoch)
+        _check_event_log(machine, log, options.event_log)
         _remove_planted(host, machine)
         made = make_objects(machine, policy, epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
@@ -167,7 +168,7 @@ def policy_keys(organisation: keys.Organisation) -> init.PolicyKeys:
 
 
 def read_event_log(path: Path) -> bytes:
-    """Read the firmware's event log."""
+    """Read the firmware's event log; the organisation reads it again, but then the TPM was written to."""
     if not path.exists():
         raise Failure(
             f"there is no event log at {path}: mount securityfs, or name one by --event-log; firmware "
@@ -176,7 +177,26 @@ def read_event_log(path: Path) -> bytes:
     log = exchange.read_file(path, exchange.LOG_BYTES)
     if not log:
         raise Failure(f"the event log {path} is empty: restart the machine through its firmware")
+    try:
+        eventlog.parse_event_log(log)
+    except ValueError as error:
+        raise Failure(
+            f"{path} is no event log of a firmware ({error}): leave --event-log away for the kernel's copy, "
+            "or name a copy of that"
+        ) from error
     return log
+
+
+def _check_event_log(machine: Tpm, log: bytes, path: Path) -> None:
+    """Refuse an event log of another machine or start: the organisation would."""
+    with init.asking_tpm("PCR 7"):
+        seen = init.read_pcr(machine, init.PLATFORM_STATE[0])
+    said = eventlog.replay(eventlog.parse_event_log(log), init.PLATFORM_STATE[0])
+    if said != seen:
+        raise Failure(
+            f"the event log {path} gives PCR 7 {said.hex()}, the TPM has {seen.hex()}: name the log of this "
+            "machine, since it was started last"
+        )
 
 
 def make_secrets(host: Host) -> Secrets:
@@ -340,24 +360,34 @@ def encrypt_recovery(
 
 
 def _made_before(
-    options: Options, organisation: keys.Organisation, policy: init.PolicyKeys
+    options: Options, organisation: keys.Organisation, policy: init.PolicyKeys, log: bytes
 ) -> dict[str, object]:
-    """Tell again of the request that an earlier run left, if it is for this TPM and organisation."""
+    """Tell again of the request that an earlier run left, if it was made of the same.
+
+    With --again that run came behind its beginning: nothing of before is left to undo.
+    """
     folder = options.folder
     state, other = read_state(folder), f"{folder} is from another run"
-    if options.consent:
-        raise Failure(f"{folder} exists already: name another --dir to provision the machine again")
     if (folder / "seal.json").exists() or (folder / "closing").exists():
-        raise Failure(f"{folder} has its answer already: name another --dir for another machine")
+        raise Failure(
+            f"{folder} has its answer already: take that to its end by --answer, or name another --dir"
+        )
     epoch = keys.choose_epoch(options.epoch, organisation.epoch)
     if keys.open_organisation(folder / "organisation").files != organisation.files:
         raise Failure(f"{other}, for another organisation: remove it, or name another --dir")
-    with open_tpm(options.tcti) as machine:
-        inspect(machine, policy, epoch)
+    if _read_request(folder).event_log != log:
+        raise Failure(f"{other}, with another event log: remove it, or name another --dir")
+    with open_tpm(options.tcti) as machine, explain.advising({"TPM-INDEX": _FOREIGN_INDEX}):
         seen = machine.find_storage_key(), machine.find_epoch_index(policy)
-    if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
-        raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
+        if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
+            raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
+        inspect(machine, policy, epoch)
     return _asked(folder, organisation.product, state.sudi)
+
+
+def _read_request(folder: Path) -> exchange.Request:
+    path = folder / "request.json"
+    return exchange.parse_request(exchange.read_file(path, exchange.DOCUMENT_BYTES), str(path))
 
 
 def read_state(folder: Path) -> State:
@@ -478,6 +508,8 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
         "epoch": state.epoch,
         "seal": folder / "seal.json",
         "certificate": folder / "sudi.pem",
+        "next": f"`mosinit install --disk DEV --dir {folder}`; keep {folder} until that is done, then erase "
+        "it: it holds the secrets of the disk, and what the machine needs is on the disk then",
     }
 
 

@@ -26,6 +26,7 @@ from mosinit import cli, enroll, exchange, explain, init, keys, provision, recor
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
+from tests.eventlogs import encode_event, encode_log, measured
 from tests.provisioned import PASSWORDS, Site
 from tests.tpms import Breaking, TpmMachine
 
@@ -110,6 +111,13 @@ def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
     init.fence(booted[0])
     with pytest.raises(init.Refused, match="TPM-APPROVAL"):
         open_config(done, booted, done.state)
+
+
+def test_the_end_says_what_comes_next(done: Site) -> None:
+    """What to keep, until when, and what to erase."""
+    told = str(done.finish()["next"])
+    assert f"`mosinit install --disk DEV --dir {done.state}`" in told
+    assert re.search(r"keep .*state until .*then erase it", told)
 
 
 def test_files_are_private_and_passwords_are_gone(done: Site) -> None:
@@ -387,6 +395,43 @@ def test_the_event_log_must_be_there(site: Site) -> None:
             site.request()
     finally:
         site.log.write_bytes(content)
+
+
+def replace_log(site: Site, content: bytes) -> Path:
+    """Return another event log beside the machine's."""
+    path = site.folder / "other-log"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("content", [b"garbage", bytes(1000), b"{}"])
+def test_what_is_no_event_log_is_refused_before_the_tpm_is_touched(site: Site, content: bytes) -> None:
+    log = replace_log(site, content)
+    with Breaking(site.tpm) as way, pytest.raises(Failure, match="other-log is no event log.*--event-log"):
+        provision.request(site.host, replace(site.options(tcti=way.tcti), event_log=log))
+    assert way.seen == []
+    assert not site.state.exists()
+
+
+def test_the_event_log_of_another_start_is_refused_before_anything_is_written(site: Site) -> None:
+    log = replace_log(site, encode_log([measured(7, 4, bytes(4))]))
+    with Breaking(site.tpm) as way, pytest.raises(Failure, match="other-log gives PCR 7 .* the TPM has"):
+        provision.request(site.host, replace(site.options(tcti=way.tcti), event_log=log))
+    assert writes(way.seen) == []
+    assert not site.state.exists()
+
+
+def test_a_second_run_with_another_event_log_is_told(site: Site) -> None:
+    site.request()
+    content = (site.state / "request.json").read_bytes()
+    more = encode_event(measured(4, 1, b"more"), ("sha1", "sha256"))
+    log = replace_log(site, site.log.read_bytes() + more)
+    with pytest.raises(Failure, match="state is from another run, with another event log: remove it"):
+        provision.request(site.host, replace(site.options(), event_log=log))
+    assert (site.state / "request.json").read_bytes() == content
+    (site.state / "request.json").write_text("{}")
+    with pytest.raises(Failure, match="is no request"):
+        site.request()
 
 
 # --- Policies that others planted ---------------------------------------------------------------------
@@ -819,6 +864,28 @@ def test_to_begin_anew_may_be_interrupted_at_any_command(site: Site) -> None:
         site.restart()
         again(site.tpm.tcti)
         assert not site.flags() & PASSWORDS
+
+
+def test_to_begin_anew_is_told_again(site: Site) -> None:
+    """The same command, for who did not see the end of the first."""
+    site.consent(site.provision())
+    second = site.folder / "second"
+    first = site.request(state=second, again=True)
+    with Breaking(site.tpm) as way:
+        assert site.request(tcti=way.tcti, state=second, again=True) == first
+    assert writes(way.seen) == []
+    site.enroll(second)
+    site.finish(state=second)
+    for state in (site.state, second):
+        with pytest.raises(Failure, match="has its answer already: .* another --dir"):
+            site.request(state=state, again=True)
+
+
+def test_a_request_that_another_one_overtook_is_told(site: Site) -> None:
+    site.request(state=site.folder / "first")
+    site.consent(site.provision())
+    with pytest.raises(Failure, match="for another TPM or epoch"):
+        site.request(state=site.folder / "first", again=True)
 
 
 def other_consent(site: Site, serial: str) -> None:
