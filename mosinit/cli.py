@@ -109,7 +109,9 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
 
-    options = {"sequence": values.sequence, "manifest": values.manifest}
+    if values.manifest and values.sequence:
+        raise Usage("--sequence goes without --manifest, which names its own")
+    options = {"sequence": values.sequence or 1, "manifest": values.manifest}
     return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
 
 
@@ -140,8 +142,10 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     """Provision this machine's TPM: make a request, or take its answer."""
     if bool(values.organisation) == bool(values.answer):
         raise Usage("name --organisation ORG to make a request, or --answer ANSWER to take its answer")
-    if values.answer and (values.again or values.auths):
-        raise Usage("--again and --auths go with --organisation")
+    if values.answer:
+        _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
+    if bool(values.again) != bool(values.auths):
+        raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
 
     if values.answer:
@@ -150,7 +154,7 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
         organisation=values.organisation,
         folder=values.dir,
         epoch=values.epoch,
-        event_log=values.event_log,
+        event_log=values.event_log or provision.EVENT_LOG,
         tcti=values.tpm,
         consent=values.again,
         auths=values.auths,
@@ -164,8 +168,8 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
 
     if sum(bool(word) for word in (values.request, values.consent, values.open_recovery)) != 1:
         raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
-    if values.again and not values.request:
-        raise Usage("--again SERIAL goes with a REQUEST")
+    if not values.request:
+        _only_with("a REQUEST", values, "again", "epoch")
     if not values.out and not values.open_recovery:
         raise Usage("--out names where answer or consent go")
     keyset = keys.open_keyset(host, values.keys)
@@ -241,6 +245,8 @@ def explain_check(host: Host, values: argparse.Namespace) -> Result:
     """Say what checks mean."""
     if bool(values.id) == values.all:
         raise Usage("explain takes one id, such as SB-OFF, or --all")
+    if values.id:
+        _only_with("--all", values, "markdown")
     if values.markdown:
         return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
     checks = explain.explain_all() if values.all else [explain.explain(values.id)]
@@ -252,6 +258,13 @@ def print_schema(host: Host, values: argparse.Namespace) -> Result:
     from mosinit import schema
 
     return Result(None, json.dumps(schema.manifest(), indent=2))
+
+
+def _only_with(other: str, values: argparse.Namespace, *names: str) -> None:
+    """Refuse options that count with another one alone: nobody is to believe that they did."""
+    for name in names:
+        if getattr(values, name):
+            raise Usage(f"--{name.replace('_', '-')} goes with {other}")
 
 
 # --- How results read --------------------------------------------------------------------------------
@@ -424,7 +437,7 @@ VERBS = (
             folder("--out", "where the results go", required=True),
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
             epoch_option("what is below is unsafe", "the keyset's"),
-            number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
+            number("--sequence", "order of the default manifest of the product", init.MAX_SEQUENCE, None),
         ),
         checkout=True,
         secrets=True,
@@ -469,9 +482,10 @@ VERBS = (
             folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
             epoch_option("the machine's epoch", "the organisation's"),
-            folder("--event-log", "the firmware's event log (default: the kernel's copy)", "FILE",
-                   default=Path("/sys/kernel/security/tpm0/binary_bios_measurements")),
-            Option("--tpm", "the TPM (default: device:/dev/tpmrm0)",
+            folder("--event-log", "the firmware's event log (default: the kernel's copy, "
+                   "/sys/kernel/security/tpm0/binary_bios_measurements)", "FILE"),
+            Option("--tpm", "the TPM: device:FILE, or swtpm:path=SOCKET for a swtpm whose control socket is "
+                   "SOCKET.ctrl (default: device:/dev/tpmrm0)",
                    {"metavar": "TCTI", "default": "device:/dev/tpmrm0"}),
             folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
                    "CONSENT"),

@@ -321,6 +321,8 @@ def _write(host: Host, path: Path, content: bytes) -> None:
 
 def open_recovery(path: Path, keyset: Keyset) -> exchange.Recovery:
     """Decrypt a filed recovery record. Nothing else shows what is in one."""
+    if not path.is_file():
+        raise Failure(f"{path} is no file: {_name_record(keyset)}")
     return open_cms(keyset, exchange.read_file(path, 16384), str(path))
 
 
@@ -339,8 +341,15 @@ def open_cms(keyset: Keyset, untrusted: bytes, name: str) -> exchange.Recovery:
     try:
         clear = keyset.signer("recovery").open_cms(untrusted)
     except Failure as error:
-        raise Failure(f"cannot open {name}: it is not one for this keyset's recovery key") from error
+        raise Failure(
+            f"cannot open {name}: it is no recovery record for this keyset's recovery key: "
+            f"{_name_record(keyset)}"
+        ) from error
     return exchange.parse_recovery(clear, name)
+
+
+def _name_record(keyset: Keyset) -> str:
+    return f"name {keyset.folder}/machines/SERIAL/recovery.cms, and the keyset that enrolled the machine"
 
 
 def consent(

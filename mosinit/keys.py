@@ -312,6 +312,11 @@ def open_organisation(folder: Path) -> Organisation:
 
     Private keys are not read. Raises `Failure` if a part is missing or damaged.
     """
+    if not (folder / "keyset.json").exists():
+        raise Failure(
+            f"{folder} holds no public parts of a keyset (it has no keyset.json): name what `mosinit keys "
+            "export` wrote"
+        )
     name, product, epoch = _read_description(folder / "keyset.json")
     bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
     files = {"keyset.json": _encode_description(name, product, epoch)}
@@ -358,6 +363,7 @@ def _one_block(content: bytes) -> bytes:
 def export(host: Host, folder: Path, out: Path) -> Organisation:
     """Write the public parts of a keyset to a new folder, complete or not at all."""
     check_out(out, folder)
+    _read_description(folder / "keyset.json")  # says what to do where there is no keyset
     organisation = open_organisation(folder)
     if os.path.lexists(out):
         raise Failure(f"{out} exists already: choose another folder")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ def test_examples_are_valid(verb: cli.Verb) -> None:
         ("build --keys k --out o --epoch one", "a whole number from 1 to 64 is expected, not 'one'"),
         ("explain", "one id"),
         ("explain SB-OFF --all", "one id"),
+        ("explain SB-OFF --markdown", "--markdown goes with --all"),
         ("explain SB-OF", "did you mean SB-OFF"),
         ("explain ???", "--all"),
     ],
@@ -319,6 +321,22 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
         child.stdout.close()
         err = child.stderr.read()
     assert (child.returncode, err) == (1, "")
+
+
+def test_options_that_would_not_count_are_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is to believe that they did."""
+    monkeypatch.chdir(tmp_path)
+    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    for words, says in (
+        ("build --keys k --out o --manifest m --sequence 7", "--sequence goes without --manifest"),
+        ("publish m --keys k --to docker://r.example/A:1", "lower-case"),
+    ):
+        assert cli.main(words.split(), verbs) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
 
 
 # --- The test verb -----------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_the_recovery_record_opens(site: Site) -> None:
     opened = enroll.open_recovery(site.machines / serial / "recovery.cms", site.keyset)
     assert opened.recovery_key == (site.state / "recovery.key").read_text()
     assert {name: word.decode() for name, word in opened.auths.items()} == json.loads(site.saved_auths())
-    with pytest.raises(Failure, match="not one for this keyset's recovery key"):
+    with pytest.raises(Failure, match="no recovery record for this keyset's recovery key"):
         enroll.open_recovery(site.machines / serial / "recovery.cms", site.other)
     assert exchange.parse_recovery(exchange.encode_recovery(opened), "again") == opened
 
@@ -463,13 +463,15 @@ def test_the_command(
         ("enroll --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --consent x --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --keys KEYS", 2, "--out names where"),
-        ("enroll --open-recovery f --keys KEYS --out a", 1, "cannot use f"),
+        ("enroll --open-recovery f --keys KEYS --out a", 1, "name KEYS/machines/SERIAL/recovery.cms"),
         ("enroll --open-recovery f --keys KEYS --out KEYS/uki.key", 2, "nothing else goes"),
         ("enroll --consent 0 --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
         ("enroll state/request.json --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
         ("enroll state/request.json --keys KEYS --out m/a --machines .", 2, "name a file for the answer"),
         ("enroll state/request.json --keys KEYS --out a --machines .", 2, "nothing else goes"),
-        ("enroll --again 0 --consent 0 --keys KEYS --out a", 2, "--again SERIAL goes with"),
+        ("enroll --again 0 --consent 0 --keys KEYS --out a", 2, "--again goes with a REQUEST"),
+        ("enroll --epoch 1 --consent 0 --keys KEYS --out a", 2, "--epoch goes with a REQUEST"),
+        ("enroll --epoch 1 --open-recovery f --keys KEYS", 2, "--epoch goes with a REQUEST"),
         ("enroll none.json --keys KEYS --out a", 1, "cannot use none.json"),
         ("enroll state --keys KEYS --out a", 1, "state is no file"),
         ("enroll state/machine.json --keys KEYS --out a", 1, "machine.json is no request"),
@@ -478,7 +480,14 @@ def test_the_command(
         ("enroll state/request.json --keys KEYS --out none/a --machines m", 2, "name a file for the answer"),
         ("enroll state/request.json --keys KEYS --out a --epoch 2", 3, "refused: EPOCH"),
         ("enroll --consent 0 --keys KEYS --out a", 1, "no machine 0 is filed"),
-        ("enroll --open-recovery state/config.key --keys KEYS", 1, "cannot open state/config.key"),
+        (
+            "enroll --open-recovery state/config.key --keys KEYS",
+            1,
+            "cannot open state/config.key: it is no recovery record for this keyset's recovery key: name "
+            "KEYS/machines/SERIAL/recovery.cms, and the keyset that enrolled the machine",
+        ),
+        ("enroll --open-recovery none --keys KEYS", 1, "name KEYS/machines/SERIAL/recovery.cms"),
+        ("enroll --open-recovery state --keys KEYS", 1, "name KEYS/machines/SERIAL/recovery.cms"),
     ],
 )
 def test_bad_input(
@@ -487,6 +496,6 @@ def test_bad_input(
 ) -> None:  # fmt: skip
     assert run(site, words, monkeypatch) == status
     said = capsys.readouterr()
-    assert says in said.err
+    assert says.replace("KEYS", str(site.keyset.folder)) in said.err
     assert "Traceback" not in said.err
     assert {path.name for path in site.folder.iterdir()} <= {"state"}

@@ -1048,10 +1048,15 @@ def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Pa
     [
         ("provision --dir s", "--organisation ORG .* or --answer"),
         ("provision --dir s --organisation o --answer a", "--organisation ORG .* or --answer"),
-        ("provision --dir s --answer a --again c", "go with --organisation"),
+        ("provision --dir s --answer a --again c", "--again goes with --organisation"),
+        ("provision --dir s --answer a --auths c", "--auths goes with --organisation"),
+        ("provision --dir s --answer a --epoch 2", "--epoch goes with --organisation"),
+        ("provision --dir s --answer a --event-log l", "--event-log goes with --organisation"),
+        ("provision --dir s --organisation o --again c", "--again and --auths go together"),
+        ("provision --dir s --organisation o --auths c", "--again and --auths go together"),
         ("provision --organisation o", "required: --dir"),
         ("provision --dir s --organisation . --epoch 65", "from 1 to 64"),
-        ("provision --dir s --organisation none", "is no keyset"),
+        ("provision --dir s --organisation none", "none holds no public parts .*`mosinit keys export`"),
         ("provision --dir none --answer a", "is not what `mosinit provision"),
     ],
 )
