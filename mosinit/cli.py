@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -119,8 +120,13 @@ def run_tool(host: Host, values: argparse.Namespace) -> Result:
     """Run a program of the tools tree; its output is its own."""
     if not values.command:
         raise Usage("name a program and its arguments: mosinit tools run mkosi --version")
-    status = host.call(values.command)
-    return Result(None, "", status)
+    program, *_ = values.command
+    if not shutil.which(program):
+        raise Failure(
+            f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists "
+            "those that it has"
+        )
+    return Result(None, "", host.call(values.command))
 
 
 def publish(host: Host, values: argparse.Namespace) -> Result:

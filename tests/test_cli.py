@@ -339,6 +339,17 @@ def test_options_that_would_not_count_are_wrong_usage(
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("program", ["nosuchprogram", "./nosuchprogram", "/"])
+def test_a_program_that_is_not_there_is_told(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    assert cli.main(["tools", "run", program, "--version"], verbs) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists" in said
+    )
+    assert said.count("\n") == 1
+
+
 # --- The test verb -----------------------------------------------------------------------------------
 
 
