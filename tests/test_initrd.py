@@ -467,7 +467,7 @@ def test_a_build_leaves_what_makes_its_initrd_again(
     initrd.build(host, kernel, keyset, out, mode="live", epoch=1, cmdline="--")
     script = words.replace("./build-initrd.sh", str(TREE / "build-initrd.sh"))
     subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "initrd.cpio.zst").read_bytes() == out.read_bytes()
+    assert (tmp_path / "out/initrd.cpio.zst").read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize(
