@@ -145,12 +145,13 @@ def request(host: Host, options: Options) -> dict[str, object]:
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
-    return _asked(options.folder, organisation.product, made.sudi)
+    return _asked(options, organisation.product, made.sudi)
 
 
-def _asked(folder: Path, product: str, sudi: bytes) -> dict[str, object]:
+def _asked(options: Options, product: str, sudi: bytes) -> dict[str, object]:
+    folder, tpm = options.folder, "" if options.tcti == DEVICE else f" --tpm {options.tcti}"
     serial = records.serial_of(records.parse_point(sudi, records.SUDI_HEAD))
-    take = f"mosinit provision --dir {folder} --answer ANSWER"
+    take = f"mosinit provision --dir {folder} --answer ANSWER{tpm}"
     return {
         "request": folder / "request.json",
         "product": product,
@@ -171,8 +172,8 @@ def read_event_log(path: Path) -> bytes:
     """Read the firmware's event log; the organisation reads it again, but then the TPM was written to."""
     if not path.exists():
         raise Failure(
-            f"there is no event log at {path}: mount securityfs, or name one by --event-log; firmware "
-            "that keeps none cannot be approved"
+            f"there is no event log at {path}: switch the TPM on in the firmware's setup, mount securityfs, "
+            "or name one by --event-log; firmware that keeps none cannot be approved"
         )
     log = exchange.read_file(path, exchange.LOG_BYTES)
     if not log:
@@ -382,7 +383,7 @@ def _made_before(
         if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
             raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
         inspect(machine, policy, epoch)
-    return _asked(folder, organisation.product, state.sudi)
+    return _asked(options, organisation.product, state.sudi)
 
 
 def _read_request(folder: Path) -> exchange.Request:

@@ -477,6 +477,9 @@ def test_policies_that_others_planted_are_removed(
 
 def test_a_request_is_told_again(site: Site) -> None:
     first = site.request()
+    assert f"`mosinit provision --dir {site.state} --answer ANSWER --tpm {site.tpm.tcti}`" in str(
+        first["next"]
+    )
     content = (site.state / "request.json").read_bytes()
     assert site.request() == first
     assert (site.state / "request.json").read_bytes() == content
