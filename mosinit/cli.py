@@ -217,16 +217,17 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
+    if values.answers and (values.disk or values.plan):
+        raise Usage("--answers says which disk: no --disk, no --plan")
+    if not values.answers and not values.disk:
+        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     from mosinit import install as installing
-    from mosinit import unattended
 
     installer = installing.Installer()
     if values.answers:
-        if values.disk or values.plan:
-            raise Usage("--answers says which disk: no --disk, no --plan")
+        from mosinit import unattended
+
         return outcome(unattended.run(installer, values.answers))
-    if not values.disk:
-        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     options = installing.Options(values.disk, values.dir, values.source, values.erase, values.state << 20)
     if values.plan:
         return outcome(installing.show_plan(host, options))
@@ -459,7 +460,7 @@ VERBS = (
     Verb(
         "publish",
         "resolves and signs an install manifest and publishes it with its images",
-        "mosinit publish manifest.yaml --keys ./keys --to oci:./release",
+        "mosinit publish out/manifest.yaml --keys ./keys --to oci:./release",
         publish,
         (
             positional("manifest", "the manifest as a person wrote it", type=Path, metavar="MANIFEST"),
@@ -522,7 +523,7 @@ VERBS = (
     Verb(
         "uki sign",
         "signs a UKI that mkosi or ukify made of our initrd, its kernel and its command line",
-        "mosinit uki sign uki.efi --initrd out/live.cpio.zst --keys ./keys --out mosinit.efi",
+        "mosinit uki sign out/mkosi/mosinit.efi --initrd out/live.cpio.zst --keys ./keys --out mosinit.efi",
         uki_sign,
         (
             positional("unsigned", "the UKI, without a signature", type=Path, metavar="UKI"),
@@ -552,7 +553,7 @@ VERBS = (
     Verb(
         "install",
         "on a live machine that is provisioned: installs a release on its disk",
-        "mosinit install --disk /dev/disk/by-id/nvme-disk --dir state --plan",
+        "mosinit install --disk /dev/disk/by-id/nvme-disk --dir /run/provision --plan",
         install,
         (
             Option("source", "the release (default: the one on the medium)",
@@ -694,7 +695,15 @@ def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
         tools.run_inside(host, arguments)
     if verb.secrets:
         host.hide_memory()
-    return verb.run(host, values)
+    try:
+        return verb.run(host, values)
+    except ModuleNotFoundError as error:
+        if verb.tools or (error.name or "mosinit").partition(".")[0] == "mosinit":
+            raise
+        raise Failure(
+            f"Python's {error.name} is missing here: run this on a machine that mosinit started, whose "
+            "hostfs has it"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -337,6 +338,19 @@ def test_options_that_would_not_count_are_wrong_usage(
         said = capsys.readouterr().err
         assert says in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["install --disk /dev/none --dir s --plan", "install --answers a", "status", "boot-good"]
+)
+def test_a_verb_of_machines_elsewhere_is_no_traceback(words: str) -> None:
+    """On a computer whose Python has no packages; in a hostfs they are."""
+    done = mosinit(*words.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert re.search(
+        "error: Python's [a-z0-9_]+ is missing here: .* a machine that mosinit started", done.stderr
+    )
 
 
 @pytest.mark.parametrize("program", ["nosuchprogram", "./nosuchprogram", "/"])
