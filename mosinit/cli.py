@@ -217,8 +217,9 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
-    if values.answers and (values.disk or values.plan):
-        raise Usage("--answers says which disk: no --disk, no --plan")
+    for name in ("disk", "erase", "state", "plan"):
+        if values.answers and getattr(values, name):
+            raise Usage(f"--{name} does not go with --answers, which says all")
     if not values.answers and not values.disk:
         raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     from mosinit import install as installing
@@ -486,7 +487,8 @@ VERBS = (
         (
             folder("--dir", "what is made, secrets too: on a live machine a folder in memory, such as one "
                    "below /run", "STATE", required=True),
-            folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
+            folder("--organisation", "make a request to the organisation whose public parts `mosinit keys "
+                   "export` wrote there", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
             epoch_option("the machine's epoch", "the organisation's"),
             folder("--event-log", "the firmware's event log (default: the kernel's copy, "
@@ -496,7 +498,7 @@ VERBS = (
                    {"metavar": "TCTI", "default": "device:/dev/tpmrm0"}),
             folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
                    "CONSENT"),
-            folder("--auths", "with --again: what `mosinit enroll --open-recovery` showed", "FILE"),
+            folder("--auths", "with --again: what `mosinit enroll --open-recovery` wrote by --out", "FILE"),
         ),
         secrets=True,
     ),
@@ -627,7 +629,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(table: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
     """Build the parser from the table."""
-    overview = "\n".join(f"  {verb.words:<10} {verb.summary}\n{'':<15}{verb.example}" for verb in table)
+    overview = "\n".join(f"  {verb.words:<11} {verb.summary}\n{'':<16}{verb.example}" for verb in table)
     root = Parser(
         prog="mosinit",
         usage="mosinit VERB ...",
@@ -649,7 +651,7 @@ def parser(table: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
 
 
 def _add_group(verbs: Any, group: str, table: Sequence[Verb]) -> Any:
-    lines = "\n".join(f"  {verb.words:<10} {verb.summary}" for verb in _verbs_of(group, table))
+    lines = "\n".join(f"  {verb.words:<11} {verb.summary}" for verb in _verbs_of(group, table))
     words = _words(GROUPS[group], f"verbs:\n{lines}")
     inner = verbs.add_parser(group, prog=f"mosinit {group}", usage=f"mosinit {group} VERB ...", **words)
     inner.set_defaults(group=group)
