@@ -9,13 +9,13 @@ usage() {
 usage: build-initrd.sh --kernel-modules DIR --policy FILE --organisation DIR --out FILE
 
   --kernel-modules DIR   lib/modules/VERSION of the kernel
-  --policy FILE          policy.json (`mosinit build` writes it)
+  --policy FILE          policy of a mode: `mosinit build --out OUT` leaves OUT/live.policy.json, OUT/run.policy.json
   --organisation DIR     a keyset, or its public parts: certificates, keyset.json, pcr.pub, platform.pub
   --out FILE             the initrd; beside it FILE.parts.json (bytes of each part), FILE.contents (what is in it)
                          and FILE.key (what it was made from: the same again takes no time)
   --level N              zstd level, 19 unless told
 
-example: build-initrd.sh --kernel-modules /usr/lib/modules/6.12.0 --policy policy.json \
+example, in the tools tree: build-initrd.sh --kernel-modules out/kernel/6.12.0 --policy out/live.policy.json \
            --organisation keys --out initrd.cpio.zst
 END
 }

@@ -196,6 +196,13 @@ class Platform:
         }
 
 
+_NEW_LOG = "restart the machine and make a new request, with its own log"
+_ENROLL = (
+    "switch Secure Boot on and let its firmware trust exactly this keyset (`Enroll Secure Boot keys` in the "
+    "medium's menu), restart it and make a new request"
+)
+
+
 def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificates) -> Platform:
     """Return what the event log of a machine says of its PCR 7, if that may be approved.
 
@@ -206,9 +213,10 @@ def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificat
         events = eventlog.parse_event_log(log)
         seen = eventlog.replay(events, PLATFORM)
     except ValueError as error:
-        raise Failure(f"the machine's event log cannot be read: {error}") from error
+        raise Failure(f"the machine's event log cannot be read: {error}; {_NEW_LOG}") from error
     if seen != pcr7:
-        raise Failure(f"the machine's event log gives PCR 7 {seen.hex()}, its TPM has {pcr7.hex()}")
+        said = f"gives PCR 7 {seen.hex()}, its TPM has {pcr7.hex()}"
+        raise Failure(f"the machine's event log {said}: {_NEW_LOG}")
     found: dict[tuple[str, str], bytes] = {}
     begun = started = False
     for number, event in enumerate(events):
@@ -228,12 +236,12 @@ def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificat
                 raise ValueError("nothing of this kind belongs there")
         except ValueError as error:
             raise Failure(
-                f"event {number} of PCR 7 in the machine's event log, {_name(event)}: {error}"
+                f"event {number} of PCR 7 in the machine's event log, {_name(event)}: {error}; {_ENROLL}"
             ) from error
     missing = [name[1] for name in REQUIRED if name not in found]
     missing += [word for word, there in (("separator", begun), ("authority", started)) if not there]
     if missing:
-        raise Failure(f"the machine's event log has no {missing[0]} for PCR 7")
+        raise Failure(f"the machine's event log has no {missing[0]} for PCR 7: {_ENROLL}")
     return Platform(pcr7, found[DBX], tuple(name[1] for name in found if name in OPTIONAL))
 
 

@@ -3,6 +3,7 @@
 kernel/             the kernel and its modules, from mkosi
 live.cpio.zst       the frozen bring-up of live mode: what boots a medium
 run.cpio.zst        that of run mode: what boots an installed machine
+live.policy.json, run.policy.json    what those check by: build-initrd.sh makes them again of it
 live.efi, run.efi   the UKIs, signed
 bootkit/            the UKI of run mode and the kernel's modules, an OCI layout
 hostfs/             the root file system, an OCI layout, from mkosi

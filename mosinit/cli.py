@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,9 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     """Build everything a machine boots from."""
     from mosinit import build as builder
 
-    options = {"sequence": values.sequence, "manifest": values.manifest}
+    if values.manifest and values.sequence:
+        raise Usage("--sequence goes without --manifest, which names its own")
+    options = {"sequence": values.sequence or 1, "manifest": values.manifest}
     return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
 
 
@@ -117,8 +120,13 @@ def run_tool(host: Host, values: argparse.Namespace) -> Result:
     """Run a program of the tools tree; its output is its own."""
     if not values.command:
         raise Usage("name a program and its arguments: mosinit tools run mkosi --version")
-    status = host.call(values.command)
-    return Result(None, "", status)
+    program, *_ = values.command
+    if not shutil.which(program):
+        raise Failure(
+            f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists "
+            "those that it has"
+        )
+    return Result(None, "", host.call(values.command))
 
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
@@ -140,8 +148,10 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     """Provision this machine's TPM: make a request, or take its answer."""
     if bool(values.organisation) == bool(values.answer):
         raise Usage("name --organisation ORG to make a request, or --answer ANSWER to take its answer")
-    if values.answer and (values.again or values.auths):
-        raise Usage("--again and --auths go with --organisation")
+    if values.answer:
+        _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
+    if bool(values.again) != bool(values.auths):
+        raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
 
     if values.answer:
@@ -150,7 +160,7 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
         organisation=values.organisation,
         folder=values.dir,
         epoch=values.epoch,
-        event_log=values.event_log,
+        event_log=values.event_log or provision.EVENT_LOG,
         tcti=values.tpm,
         consent=values.again,
         auths=values.auths,
@@ -164,8 +174,8 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
 
     if sum(bool(word) for word in (values.request, values.consent, values.open_recovery)) != 1:
         raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
-    if values.again and not values.request:
-        raise Usage("--again SERIAL goes with a REQUEST")
+    if not values.request:
+        _only_with("a REQUEST", values, "again", "epoch")
     if not values.out and not values.open_recovery:
         raise Usage("--out names where answer or consent go")
     keyset = keys.open_keyset(host, values.keys)
@@ -207,16 +217,18 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
+    for name in ("disk", "erase", "state", "plan"):
+        if values.answers and getattr(values, name):
+            raise Usage(f"--{name} does not go with --answers, which says all")
+    if not values.answers and not values.disk:
+        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     from mosinit import install as installing
-    from mosinit import unattended
 
     installer = installing.Installer()
     if values.answers:
-        if values.disk or values.plan:
-            raise Usage("--answers says which disk: no --disk, no --plan")
+        from mosinit import unattended
+
         return outcome(unattended.run(installer, values.answers))
-    if not values.disk:
-        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     options = installing.Options(values.disk, values.dir, values.source, values.erase, values.state << 20)
     if values.plan:
         return outcome(installing.show_plan(host, options))
@@ -241,6 +253,8 @@ def explain_check(host: Host, values: argparse.Namespace) -> Result:
     """Say what checks mean."""
     if bool(values.id) == values.all:
         raise Usage("explain takes one id, such as SB-OFF, or --all")
+    if values.id:
+        _only_with("--all", values, "markdown")
     if values.markdown:
         return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
     checks = explain.explain_all() if values.all else [explain.explain(values.id)]
@@ -252,6 +266,13 @@ def print_schema(host: Host, values: argparse.Namespace) -> Result:
     from mosinit import schema
 
     return Result(None, json.dumps(schema.manifest(), indent=2))
+
+
+def _only_with(other: str, values: argparse.Namespace, *names: str) -> None:
+    """Refuse options that count with another one alone: nobody is to believe that they did."""
+    for name in names:
+        if getattr(values, name):
+            raise Usage(f"--{name.replace('_', '-')} goes with {other}")
 
 
 # --- How results read --------------------------------------------------------------------------------
@@ -424,7 +445,7 @@ VERBS = (
             folder("--out", "where the results go", required=True),
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
             epoch_option("what is below is unsafe", "the keyset's"),
-            number("--sequence", "order of the default manifest among the product's", init.MAX_SEQUENCE),
+            number("--sequence", "order of the default manifest of the product", init.MAX_SEQUENCE, None),
         ),
         checkout=True,
         secrets=True,
@@ -440,7 +461,7 @@ VERBS = (
     Verb(
         "publish",
         "resolves and signs an install manifest and publishes it with its images",
-        "mosinit publish manifest.yaml --keys ./keys --to oci:./release",
+        "mosinit publish out/manifest.yaml --keys ./keys --to oci:./release",
         publish,
         (
             positional("manifest", "the manifest as a person wrote it", type=Path, metavar="MANIFEST"),
@@ -466,16 +487,18 @@ VERBS = (
         (
             folder("--dir", "what is made, secrets too: on a live machine a folder in memory, such as one "
                    "below /run", "STATE", required=True),
-            folder("--organisation", "make a request: what `mosinit keys export` wrote", "ORG"),
+            folder("--organisation", "make a request to the organisation whose public parts `mosinit keys "
+                   "export` wrote there", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
             epoch_option("the machine's epoch", "the organisation's"),
-            folder("--event-log", "the firmware's event log (default: the kernel's copy)", "FILE",
-                   default=Path("/sys/kernel/security/tpm0/binary_bios_measurements")),
-            Option("--tpm", "the TPM (default: device:/dev/tpmrm0)",
+            folder("--event-log", "the firmware's event log (default: the kernel's copy, "
+                   "/sys/kernel/security/tpm0/binary_bios_measurements)", "FILE"),
+            Option("--tpm", "the TPM: device:FILE, or swtpm:path=SOCKET for a swtpm whose control socket is "
+                   "SOCKET.ctrl (default: device:/dev/tpmrm0)",
                    {"metavar": "TCTI", "default": "device:/dev/tpmrm0"}),
             folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
                    "CONSENT"),
-            folder("--auths", "with --again: what `mosinit enroll --open-recovery` showed", "FILE"),
+            folder("--auths", "with --again: what `mosinit enroll --open-recovery` wrote by --out", "FILE"),
         ),
         secrets=True,
     ),
@@ -502,7 +525,7 @@ VERBS = (
     Verb(
         "uki sign",
         "signs a UKI that mkosi or ukify made of our initrd, its kernel and its command line",
-        "mosinit uki sign uki.efi --initrd out/live.cpio.zst --keys ./keys --out mosinit.efi",
+        "mosinit uki sign out/mkosi/mosinit.efi --initrd out/live.cpio.zst --keys ./keys --out mosinit.efi",
         uki_sign,
         (
             positional("unsigned", "the UKI, without a signature", type=Path, metavar="UKI"),
@@ -532,7 +555,7 @@ VERBS = (
     Verb(
         "install",
         "on a live machine that is provisioned: installs a release on its disk",
-        "mosinit install --disk /dev/disk/by-id/nvme-disk --dir state --plan",
+        "mosinit install --disk /dev/disk/by-id/nvme-disk --dir /run/provision --plan",
         install,
         (
             Option("source", "the release (default: the one on the medium)",
@@ -606,7 +629,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser(table: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
     """Build the parser from the table."""
-    overview = "\n".join(f"  {verb.words:<10} {verb.summary}\n{'':<15}{verb.example}" for verb in table)
+    overview = "\n".join(f"  {verb.words:<11} {verb.summary}\n{'':<16}{verb.example}" for verb in table)
     root = Parser(
         prog="mosinit",
         usage="mosinit VERB ...",
@@ -628,7 +651,7 @@ def parser(table: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
 
 
 def _add_group(verbs: Any, group: str, table: Sequence[Verb]) -> Any:
-    lines = "\n".join(f"  {verb.words:<10} {verb.summary}" for verb in _verbs_of(group, table))
+    lines = "\n".join(f"  {verb.words:<11} {verb.summary}" for verb in _verbs_of(group, table))
     words = _words(GROUPS[group], f"verbs:\n{lines}")
     inner = verbs.add_parser(group, prog=f"mosinit {group}", usage=f"mosinit {group} VERB ...", **words)
     inner.set_defaults(group=group)
@@ -674,7 +697,15 @@ def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
         tools.run_inside(host, arguments)
     if verb.secrets:
         host.hide_memory()
-    return verb.run(host, values)
+    try:
+        return verb.run(host, values)
+    except ModuleNotFoundError as error:
+        if verb.tools or (error.name or "mosinit").partition(".")[0] == "mosinit":
+            raise
+        raise Failure(
+            f"Python's {error.name} is missing here: run this on a machine that mosinit started, whose "
+            "hostfs has it"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) -> int:
@@ -697,7 +728,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
         _print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.status
     except init.Refused as refused:
-        return _refused(host, explain.refusal(refused), as_json)
+        return _refused(host, refused, as_json)
     except Failure as failure:
         host.say(f"error: {failure}")
         return failure.status
@@ -731,11 +762,14 @@ def _os_error(error: OSError) -> str:
     return f"cannot use {error.filename}: {error.strerror}; {remedies[error.errno]}"
 
 
-def _refused(host: Host, refusal: Mapping[str, str], as_json: bool) -> int:
+def _refused(host: Host, refused: init.Refused, as_json: bool) -> int:
     """Say what was refused and what to do."""
+    refusal = explain.refusal(refused)
     host.say(f"refused: {refusal['failed']}: expected {refusal['expected']}, seen {refusal['seen']}")
     if refusal["remedy"]:
-        host.say(f"{refusal['title']}: {refusal['remedy']}")
+        # A title is about a boot, as the table's remedy is.
+        what = "what to do" if explain.advice(refused) else refusal["title"]
+        host.say(f"{what}: {refusal['remedy']}")
     if as_json:
         _print(json.dumps(refusal, indent=1))
     return REFUSED

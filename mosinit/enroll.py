@@ -27,11 +27,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import exchange, images, init, records
+from mosinit import exchange, explain, images, init, records
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset, check_out, choose_epoch
 
 _AGAIN = "make a new request on the machine"
+_EXPORT = f"give the machine what `mosinit keys export` writes of this keyset, and {_AGAIN}"
+# What the table says is for who stands before a machine.
+_REMEDIES = {
+    "RECORD-PRODUCT": f"name the keyset of the request's product by --keys, or {_EXPORT}",
+    "TPM-SEAL": _EXPORT,
+    "TPM-INDEX": _EXPORT,
+}
 
 
 class Approvals(NamedTuple):
@@ -77,14 +84,14 @@ def enroll(
     untrusted = exchange.parse_request(exchange.read_file(request, exchange.DOCUMENT_BYTES), request.name)
     approvals = approvals or platform_approvals()
     epoch = choose_epoch(epoch, keyset.epoch)
-    wanted = verify_request(untrusted, keyset, epoch)
+    with explain.advising(_REMEDIES):
+        wanted = verify_request(untrusted, keyset, epoch)
     _check_recovery(keyset, wanted)
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     known = read_machines(machines)
     earlier = check_filed(known, wanted, again)
-    _show(host, keyset, wanted, platform, earlier)
-    if again:
-        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
+    _show(host, keyset, wanted, platform)
+    _show_earlier(host, wanted.serial, earlier, again)
     certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
@@ -102,17 +109,24 @@ def enroll(
     }  # fmt: skip
 
 
-def _show(
-    host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object], earlier: list[str]
-) -> None:
+def _show(host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object]) -> None:
     """Say what will be signed, before it is."""
     host.say(f"machine {wanted.serial}, product {keyset.product}, epoch {wanted.epoch}")
     host.say(f"  storage key {wanted.storage_key.hex()}")
     host.say(f"  PCR 7 {wanted.pcr7.hex()}: Secure Boot with exactly this keyset")
     for name, value in platform.items():
         host.say(f"    {name} {value}")
-    for serial in earlier:
-        host.say(f"  this TPM was enrolled before, as {serial}")
+
+
+def _show_earlier(host: Host, serial: str, earlier: list[str], again: str | None) -> None:
+    """Say what is filed of the machine already."""
+    for known in earlier:
+        if known != serial:
+            host.say(f"  this TPM was enrolled before, as {known}")
+        elif known != again:
+            host.say(f"  machine {serial} is filed already, with this very record: it is answered once more")
+    if again:
+        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
 
 
 def platform_approvals() -> Approvals:
@@ -142,7 +156,9 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
     if untrusted.product != keyset.product:
         raise init.Refused("RECORD-PRODUCT", expected=keyset.product, seen=untrusted.product)
     if untrusted.epoch != epoch:
-        raise init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
+        later = f"if the machine is to be of that epoch, say --epoch {untrusted.epoch}"
+        refused = init.Refused("EPOCH", expected=f"epoch {epoch} (--epoch)", seen=f"epoch {untrusted.epoch}")
+        raise explain.advised(refused, later if untrusted.epoch > epoch else _EXPORT)
     key, record, digest = _verify_csr(untrusted.csr)
     policy = init.policy_keys(*(keyset.public_path(role).read_bytes() for role in ("pcr", "platform")))
     try:
@@ -305,6 +321,8 @@ def _write(host: Host, path: Path, content: bytes) -> None:
 
 def open_recovery(path: Path, keyset: Keyset) -> exchange.Recovery:
     """Decrypt a filed recovery record. Nothing else shows what is in one."""
+    if not path.is_file():
+        raise Failure(f"{path} is no file: {_name_record(keyset)}")
     return open_cms(keyset, exchange.read_file(path, 16384), str(path))
 
 
@@ -323,8 +341,15 @@ def open_cms(keyset: Keyset, untrusted: bytes, name: str) -> exchange.Recovery:
     try:
         clear = keyset.signer("recovery").open_cms(untrusted)
     except Failure as error:
-        raise Failure(f"cannot open {name}: it is not one for this keyset's recovery key") from error
+        raise Failure(
+            f"cannot open {name}: it is no recovery record for this keyset's recovery key: "
+            f"{_name_record(keyset)}"
+        ) from error
     return exchange.parse_recovery(clear, name)
+
+
+def _name_record(keyset: Keyset) -> str:
+    return f"name {keyset.folder}/machines/SERIAL/recovery.cms, and the keyset that enrolled the machine"
 
 
 def consent(

@@ -1,9 +1,14 @@
-"""What a check means and what to do about it, and how a boot report reads: all from the core's one table."""
+"""What a check means and what to do about it, and how a boot report reads: all from the core's one table.
+
+The table's remedies are for who stands before a machine that does not boot. A verb in which the same check
+means another thing says what to do there: `advised`, `advising`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mosinit import init
 from mosinit.host import Failure, Usage
@@ -58,6 +63,29 @@ def _cell(words: str) -> str:
     return words.replace("|", "\\|").replace("\n", " ")
 
 
+def advised(refused: init.Refused, remedy: str) -> init.Refused:
+    """Give a refusal the remedy of what the person is doing, unless it has one: the innermost counts."""
+    if not advice(refused):
+        refused.add_note(remedy)
+    return refused
+
+
+def advice(refused: init.Refused) -> str:
+    """Return what to do in place of the table's remedy, empty if that holds."""
+    return next(iter(getattr(refused, "__notes__", ())), "")
+
+
+@contextlib.contextmanager
+def advising(remedies: Mapping[str, str]) -> Iterator[None]:
+    """Give what is refused in the block, the core's functions included, these remedies by check."""
+    try:
+        yield
+    except init.Refused as refused:
+        if refused.check in remedies:
+            advised(refused, remedies[refused.check])
+        raise
+
+
 def refusal(refused: init.Refused) -> dict[str, str]:
     """Return a refusal as plain data, with its title and remedy."""
     known = init.CHECKS.get(refused.check)
@@ -67,7 +95,7 @@ def refusal(refused: init.Refused) -> dict[str, str]:
         "expected": refused.expected,
         "seen": refused.seen,
         "title": known.title if known else "",
-        "remedy": known.remedy if known else "",
+        "remedy": advice(refused) or (known.remedy if known else ""),
     }
 
 

@@ -516,8 +516,7 @@ def table(parts: Iterable[Part], packed: int) -> str:
 def build(
     host: Host, kernel: KernelTree, keyset: Keyset, out: Path, *, mode: str, epoch: int, cmdline: str
 ) -> Initrd:
-    """Build the initrd for one kernel, organisation and mode."""
-
+    """Build the initrd for one kernel, organisation and mode; MODE.policy.json stays beside it."""
     db = [keyset.certificate(role) for role in ("uki", "layer")]
     policy = encode_policy(
         mode=mode,
@@ -530,11 +529,13 @@ def build(
         modules=plan_modules(kernel.modules, mode),
         revoked=revoked(keyset),
     )
+    kept = out.with_name(f"{mode}.policy.json")
+    with host.replacing(kept) as path:
+        path.write_bytes(policy)
     with host.scratch(out) as folder:
-        (folder / "policy.json").write_bytes(policy)
         shown = host.run(
             [CHECKOUT / "build-initrd.sh",
-             "--kernel-modules", kernel.modules, "--policy", folder / "policy.json",
+             "--kernel-modules", kernel.modules, "--policy", kept,
              "--organisation", keyset.folder, "--out", out],
             timeout=900,
             env=closed_environment(TMPDIR=folder),

@@ -63,7 +63,9 @@ def running(paths: Paths) -> Running:
         uki_id = str(report["uki_id"]).encode()
         policy = init.parse_policy((paths.left / "policy.json").read_bytes(), uki_id, organisation)
     except OSError as error:
-        raise Failure("this system was not started by mosinit: there is nothing to tell") from error
+        raise Failure(
+            "this system was not started by mosinit: do this on one that was, by a medium or from its disk"
+        ) from error
     return Running(report, policy)
 
 

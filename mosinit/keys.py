@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mosinit import init
+from mosinit import explain, init
 from mosinit.host import Failure, Host, Usage, closed_environment
 
 SCHEMA = 1
@@ -247,15 +247,16 @@ def raise_epoch(host: Host, folder: Path, epoch: int) -> Keyset:
     return open_keyset(host, folder)
 
 
-def choose_epoch(asked: int | None, lowest: int) -> int:
+def choose_epoch(asked: int | None, lowest: int, remedy: str = "") -> int:
     """Return the epoch that was asked for, the organisation's lowest safe one if none was.
 
-    Raises `Refused` for one below that.
+    Raises `Refused` for one below that, with the remedy of who did not ask by --epoch.
     """
     epoch = lowest if asked is None else asked
     if epoch < lowest:
         expected = f"epoch {lowest} or later: the organisation calls what is below unsafe"
-        raise init.Refused("EPOCH", expected=expected, seen=f"epoch {epoch}")
+        remedy = remedy or f"leave --epoch away, or say --epoch {lowest} or more"
+        raise explain.advised(init.Refused("EPOCH", expected=expected, seen=f"epoch {epoch}"), remedy)
     return epoch
 
 
@@ -311,6 +312,11 @@ def open_organisation(folder: Path) -> Organisation:
 
     Private keys are not read. Raises `Failure` if a part is missing or damaged.
     """
+    if not (folder / "keyset.json").exists():
+        raise Failure(
+            f"{folder} holds no public parts of a keyset (it has no keyset.json): name what `mosinit keys "
+            "export` wrote"
+        )
     name, product, epoch = _read_description(folder / "keyset.json")
     bare = [f"{role}.pub" for role, kind in ROLES.items() if kind.public]
     files = {"keyset.json": _encode_description(name, product, epoch)}
@@ -357,6 +363,7 @@ def _one_block(content: bytes) -> bytes:
 def export(host: Host, folder: Path, out: Path) -> Organisation:
     """Write the public parts of a keyset to a new folder, complete or not at all."""
     check_out(out, folder)
+    _read_description(folder / "keyset.json")  # says what to do where there is no keyset
     organisation = open_organisation(folder)
     if os.path.lexists(out):
         raise Failure(f"{out} exists already: choose another folder")

@@ -30,7 +30,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-from mosinit import exchange, init, keys, records
+from mosinit import eventlog, exchange, explain, init, keys, records
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.tpm import DEVICE, Tpm, WrongAuth, open_tpm
 
@@ -43,6 +43,21 @@ FLAGS = {
 }
 # TPM2_Clear switched off alone is harmless: a TPM that is provisioned once more has it so from before.
 PASSWORDS = init.PROVISIONED & ~init.Permanent.CLEAR_DISABLED
+
+_CLEAR = "clear the TPM in the firmware's setup"
+_AGAIN = (
+    "let the organisation consent (`mosinit enroll --consent SERIAL`, `--open-recovery`) and say --again "
+    f"CONSENT --auths FILE, or {_CLEAR}"
+)
+_CONSENT = (
+    "name what `mosinit enroll --consent SERIAL` and `--open-recovery` wrote of this machine's last "
+    "provisioning, by the keyset that --organisation came from"
+)
+# Without passwords nobody can have set one aside but whoever made it: no machine of ours depends on it.
+_FOREIGN_INDEX = (
+    "it is of another organisation's request that was not finished, or of another program: remove it "
+    f"(`tpm2_nvundefine -C o {init.EPOCH_INDEX:#x}`), or {_CLEAR}"
+)
 
 
 @dataclass(frozen=True)
@@ -106,13 +121,14 @@ def request(host: Host, options: Options) -> dict[str, object]:
     policy, epoch = policy_keys(organisation), keys.choose_epoch(options.epoch, organisation.epoch)
     log = read_event_log(options.event_log)
     if os.path.lexists(options.folder):
-        return _made_before(options, organisation, policy)
+        return _made_before(options, organisation, policy, log)
     options.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     secrets = make_secrets(host)
     with open_tpm(options.tcti) as machine:
         if options.consent and options.auths:
             start_over(machine, organisation, policy, options)
         inspect(machine, policy, epoch)
+        _check_event_log(machine, log, options.event_log)
         _remove_planted(host, machine)
         made = make_objects(machine, policy, epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
@@ -129,12 +145,13 @@ def request(host: Host, options: Options) -> dict[str, object]:
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
-    return _asked(options.folder, organisation.product, made.sudi)
+    return _asked(options, organisation.product, made.sudi)
 
 
-def _asked(folder: Path, product: str, sudi: bytes) -> dict[str, object]:
+def _asked(options: Options, product: str, sudi: bytes) -> dict[str, object]:
+    folder, tpm = options.folder, "" if options.tcti == DEVICE else f" --tpm {options.tcti}"
     serial = records.serial_of(records.parse_point(sudi, records.SUDI_HEAD))
-    take = f"mosinit provision --dir {folder} --answer ANSWER"
+    take = f"mosinit provision --dir {folder} --answer ANSWER{tpm}"
     return {
         "request": folder / "request.json",
         "product": product,
@@ -152,16 +169,35 @@ def policy_keys(organisation: keys.Organisation) -> init.PolicyKeys:
 
 
 def read_event_log(path: Path) -> bytes:
-    """Read the firmware's event log."""
+    """Read the firmware's event log; the organisation reads it again, but then the TPM was written to."""
     if not path.exists():
         raise Failure(
-            f"there is no event log at {path}: mount securityfs, or name one by --event-log; firmware "
-            "that keeps none cannot be approved"
+            f"there is no event log at {path}: switch the TPM on in the firmware's setup, mount securityfs, "
+            "or name one by --event-log; firmware that keeps none cannot be approved"
         )
     log = exchange.read_file(path, exchange.LOG_BYTES)
     if not log:
         raise Failure(f"the event log {path} is empty: restart the machine through its firmware")
+    try:
+        eventlog.parse_event_log(log)
+    except ValueError as error:
+        raise Failure(
+            f"{path} is no event log of a firmware ({error}): leave --event-log away for the kernel's copy, "
+            "or name a copy of that"
+        ) from error
     return log
+
+
+def _check_event_log(machine: Tpm, log: bytes, path: Path) -> None:
+    """Refuse an event log of another machine or start: the organisation would."""
+    with init.asking_tpm("PCR 7"):
+        seen = init.read_pcr(machine, init.PLATFORM_STATE[0])
+    said = eventlog.replay(eventlog.parse_event_log(log), init.PLATFORM_STATE[0])
+    if said != seen:
+        raise Failure(
+            f"the event log {path} gives PCR 7 {said.hex()}, the TPM has {seen.hex()}: name the log of this "
+            "machine, since it was started last"
+        )
 
 
 def make_secrets(host: Host) -> Secrets:
@@ -180,9 +216,10 @@ def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
     flags = _check_usable(machine)
     if flags & PASSWORDS:
         expected = "a TPM that nobody provisioned (or --again with the organisation's consent)"
-        raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
+        raise explain.advised(init.Refused("TPM-STATE", expected=expected, seen=words_of(flags)), _AGAIN)
     machine.find_storage_key()
-    _check_epoch(machine, policy, epoch)
+    with explain.advising({"TPM-INDEX": _FOREIGN_INDEX}):
+        _check_epoch(machine, policy, epoch, "say")
 
 
 def _check_usable(machine: Tpm) -> init.Permanent:
@@ -190,7 +227,8 @@ def _check_usable(machine: Tpm) -> init.Permanent:
     flags, startup = machine.flags()
     if startup & 6 != 6:
         expected = "the hierarchies of owner and endorsement to be enabled"
-        raise init.Refused("TPM-STATE", expected=expected, seen=f"hierarchies {startup & 7:#x}")
+        refused = init.Refused("TPM-STATE", expected=expected, seen=f"hierarchies {startup & 7:#x}")
+        raise explain.advised(refused, "restart; or switch the hierarchies on in the firmware's setup")
     if flags & init.Permanent.IN_LOCKOUT:
         raise init.Refused("TPM-LOCKOUT", expected="a TPM that is not locked out", seen="locked out")
     return flags
@@ -212,14 +250,18 @@ def _check_no_policy(machine: Tpm) -> None:
         raise init.Refused("TPM-STATE", expected=expected, seen=f"one of {', '.join(planted)}")
 
 
-def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
-    """Refuse a TPM whose epoch is later already, or whose epoch index is somebody else's."""
+def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int, remedy: str) -> None:
+    """Refuse a TPM whose epoch is later already, or whose epoch index is somebody else's.
+
+    The remedy ends in the option for another epoch.
+    """
     if machine.find_epoch_index(policy) == policy.epoch_index:
         with init.asking_tpm("the epoch index"):
             bits = init.read_epoch(machine)
         if bits & ~init.epoch_bits(epoch):
-            expected = f"a TPM at epoch {epoch} or before (--epoch)"
-            raise init.Refused("EPOCH", expected=expected, seen=f"epoch {bits.bit_length()}")
+            expected, seen = f"a TPM at epoch {epoch} or before (--epoch)", bits.bit_length()
+            refused = init.Refused("EPOCH", expected=expected, seen=f"epoch {seen}")
+            raise explain.advised(refused, f"{remedy} --epoch {seen} or later: a TPM's epoch never falls")
 
 
 def words_of(flags: init.Permanent) -> str:
@@ -319,24 +361,34 @@ def encrypt_recovery(
 
 
 def _made_before(
-    options: Options, organisation: keys.Organisation, policy: init.PolicyKeys
+    options: Options, organisation: keys.Organisation, policy: init.PolicyKeys, log: bytes
 ) -> dict[str, object]:
-    """Tell again of the request that an earlier run left, if it is for this TPM and organisation."""
+    """Tell again of the request that an earlier run left, if it was made of the same.
+
+    With --again that run came behind its beginning: nothing of before is left to undo.
+    """
     folder = options.folder
     state, other = read_state(folder), f"{folder} is from another run"
-    if options.consent:
-        raise Failure(f"{folder} exists already: name another --dir to provision the machine again")
     if (folder / "seal.json").exists() or (folder / "closing").exists():
-        raise Failure(f"{folder} has its answer already: name another --dir for another machine")
+        raise Failure(
+            f"{folder} has its answer already: take that to its end by --answer, or name another --dir"
+        )
     epoch = keys.choose_epoch(options.epoch, organisation.epoch)
     if keys.open_organisation(folder / "organisation").files != organisation.files:
         raise Failure(f"{other}, for another organisation: remove it, or name another --dir")
-    with open_tpm(options.tcti) as machine:
-        inspect(machine, policy, epoch)
+    if _read_request(folder).event_log != log:
+        raise Failure(f"{other}, with another event log: remove it, or name another --dir")
+    with open_tpm(options.tcti) as machine, explain.advising({"TPM-INDEX": _FOREIGN_INDEX}):
         seen = machine.find_storage_key(), machine.find_epoch_index(policy)
-    if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
-        raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
-    return _asked(folder, organisation.product, state.sudi)
+        if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
+            raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
+        inspect(machine, policy, epoch)
+    return _asked(options, organisation.product, state.sudi)
+
+
+def _read_request(folder: Path) -> exchange.Request:
+    path = folder / "request.json"
+    return exchange.parse_request(exchange.read_file(path, exchange.DOCUMENT_BYTES), str(path))
 
 
 def read_state(folder: Path) -> State:
@@ -376,6 +428,16 @@ def start_over(
         raise Failure(f"{auths} is open to others: chmod 600 {auths}")
     recovery = exchange.parse_recovery(exchange.read_file(auths, exchange.DOCUMENT_BYTES), str(auths))
     agreed = exchange.parse_consent(exchange.read_file(consent, exchange.DOCUMENT_BYTES), str(consent))
+    epoch = keys.choose_epoch(options.epoch, organisation.epoch)
+    with explain.advising(dict.fromkeys(("RECORD-SIGNATURE", "TPM-IDENTITY"), _CONSENT)):
+        _check_consent(organisation, agreed, recovery)
+        _undo(machine, recovery, policy, epoch)
+
+
+def _check_consent(
+    organisation: keys.Organisation, agreed: exchange.Consent, recovery: exchange.Recovery
+) -> None:
+    """Refuse a consent that the organisation did not sign, or that is for another machine."""
     try:
         init.verify_signature(organisation.certificate("sudi-ca"), agreed.signature, agreed.statement)
     except init.Refused as error:
@@ -385,7 +447,6 @@ def start_over(
     if agreed.statement != wanted or recovery.product != organisation.product:
         seen = agreed.statement.decode()[:200]
         raise init.Refused("TPM-IDENTITY", expected=f"a consent for {wanted.decode()}", seen=seen)
-    _undo(machine, recovery, policy, keys.choose_epoch(options.epoch, organisation.epoch))
 
 
 def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, epoch: int) -> None:
@@ -406,7 +467,7 @@ def _undo(machine: Tpm, recovery: exchange.Recovery, policy: init.PolicyKeys, ep
         )
     try:
         # An index of this organisation stays: its epoch must not fall.
-        _check_epoch(machine, policy, epoch)
+        _check_epoch(machine, policy, epoch, "say")
     except init.Refused as refused:
         if refused.check != "TPM-INDEX":
             raise
@@ -425,9 +486,10 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
     state, organisation = read_state(folder), keys.open_organisation(folder / "organisation")
     policy = policy_keys(organisation)
     taken = exchange.parse_answer(exchange.read_file(answer, exchange.DOCUMENT_BYTES), str(answer))
-    record = verify_answer(folder, state, organisation, policy, taken)
-    with open_tpm(tcti) as machine:
-        _check_same_tpm(machine, state, policy, taken)
+    with explain.advising(_other_answer(folder)):
+        record = verify_answer(folder, state, organisation, policy, taken)
+    with open_tpm(tcti) as machine, explain.advising(_other_tpm(folder)):
+        _check_same_tpm(machine, folder, state, policy, taken)
         if not (folder / "seal.json").exists() or (folder / "auths.json").exists():
             auths = _read_auths(folder)
             _begin_closing(host, folder, machine)
@@ -447,6 +509,37 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
         "epoch": state.epoch,
         "seal": folder / "seal.json",
         "certificate": folder / "sudi.pem",
+        "next": f"`mosinit install --disk DEV --dir {folder}`; keep {folder} until that is done, then erase "
+        "it: it holds the secrets of the disk, and what the machine needs is on the disk then",
+    }
+
+
+def _other_answer(folder: Path) -> dict[str, str]:
+    """Return what to do about an answer that is not the one to the request in `folder`, by check."""
+    checks = (
+        "RECORD-FORMAT",
+        "RECORD-PRODUCT",
+        "RECORD-SIGNATURE",
+        "TPM-IDENTITY",
+        "TPM-APPROVAL",
+        "EPOCH-ORDER",
+    )
+    remedy = (
+        f"take the answer that `mosinit enroll` wrote to {folder / 'request.json'}, or let it answer again"
+    )
+    return dict.fromkeys(checks, remedy)
+
+
+def _other_tpm(folder: Path) -> dict[str, str]:
+    """Return what to do about a TPM that is not as the request in `folder` left it, by check."""
+    anew = f"remove {folder} and make a new request"
+    cleared = f"if this is the machine of the request in {folder}, its TPM was cleared since: {anew}"
+    return {
+        "TPM-IDENTITY": f"{cleared}; if not, take the answer there",
+        "TPM-CLEARED": f"{cleared}; if not, take the answer there",
+        "TPM-SRK": f"{_CLEAR}, {anew}",
+        "TPM-INDEX": f"somebody changed the TPM since the request: {_CLEAR}, {anew}",
+        "TPM-POLICY": f"bring Secure Boot in the firmware back to what it was for the request, or {anew}",
     }
 
 
@@ -512,7 +605,9 @@ def verify_approvals(
             ) from error
 
 
-def _check_same_tpm(machine: Tpm, state: State, policy: init.PolicyKeys, answer: exchange.Answer) -> None:
+def _check_same_tpm(
+    machine: Tpm, folder: Path, state: State, policy: init.PolicyKeys, answer: exchange.Answer
+) -> None:
     """See that this is the TPM as the request left it, in a firmware that the answer approves."""
     with init.asking_tpm("the storage root key"):
         seen = init.read_storage_key(machine)
@@ -526,7 +621,7 @@ def _check_same_tpm(machine: Tpm, state: State, policy: init.PolicyKeys, answer:
         raise init.Refused(
             "TPM-INDEX", expected=state.epoch_index.hex(), seen=index.hex() if index else "none"
         )
-    _check_epoch(machine, policy, state.epoch)
+    _check_epoch(machine, policy, state.epoch, f"remove {folder} and make a new request with")
     if pcr7.hex() not in answer.approvals:
         approved = ", ".join(answer.approvals)
         raise init.Refused("TPM-POLICY", expected=f"an approved PCR 7: {approved[:300]}", seen=pcr7.hex())

@@ -25,12 +25,13 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, initrd, kept, registry, trees
+from mosinit import explain, images, init, initrd, kept, registry, trees
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset, check_out, choose_epoch, trust
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
+_TWO_READINGS = re.compile(r"MANIFEST-FORMAT: .* a value of one reading only .*: '(.*)'", re.DOTALL)
 TARGET_ANNOTATION = "io.mosinit.target"
 _SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
 _SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
@@ -134,9 +135,18 @@ def read_written(manifest: Path) -> init.Contents:
             raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
         return init.parse_manifest(manifest.read_bytes(), WRITTEN)
     except init.Refused as error:
-        raise init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}") from error
+        named = init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}")
+        if found := _TWO_READINGS.fullmatch(str(error)):
+            explain.advised(named, _one_reading(found[1]))
+        raise named from error
     except OSError as error:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
+
+
+def _one_reading(word: str) -> str:
+    """Say how a word is written that versions of YAML read differently."""
+    first = str(int(word)) if re.fullmatch("0[0-9]+", word) else "true or false"
+    return f"write {first}, a number in digits without a zero in front, or '{word}' in quotes if it is text"
 
 
 def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:
@@ -188,9 +198,10 @@ def check_signer(keyset: Keyset, contents: init.Contents) -> init.Policy:
     """
     if contents.product != keyset.product:
         raise Failure(
-            f"the manifest is for product {contents.product}, the keyset for {keyset.product}: take its own"
+            f"the manifest is for product {contents.product}, the keyset for {keyset.product}: write that "
+            "into the manifest, or name the other's keyset by --keys"
         )
-    choose_epoch(contents.epoch, keyset.epoch)
+    choose_epoch(contents.epoch, keyset.epoch, f"write `epoch: {keyset.epoch}` into the manifest")
     organisation = {"manifest-ca.pem": _pem(keyset, "manifest-ca")}
     policy = trust(keyset.product, organisation, initrd.revoked(keyset))
     init.verify_certificate(_pem(keyset, "product"), policy)

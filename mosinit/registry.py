@@ -34,6 +34,8 @@ _REFERENCE = re.compile(
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 
+_LOWERED = re.compile(r"(?<=docker://)[^:@]*(:[0-9]+/[^:@]*)?")  # host and name, not the tag
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -67,7 +69,9 @@ def parse_reference(text: str) -> Reference:
     if not found:
         # Somebody may have written a password where other tools take one.
         shown = re.sub(r"//.*@", "//…@", text)
-        raise Usage(f"{shown[:300]!r} names no image in a registry: write docker://HOST[:PORT]/NAME:TAG")
+        small = _REFERENCE.fullmatch(_lowered(text))
+        right = _lower_case(text) if small else "write docker://HOST[:PORT]/NAME:TAG"
+        raise Usage(f"{shown[:300]!r} names no image in a registry: {right}")
     host, name = found["host"] or "", found["name"]
     # The first word is a host only if no user of Docker's own registry could have that name.
     if (port := re.search(r":(\d+)$", host)) and not 0 < int(port[1]) < 65536:
@@ -75,8 +79,16 @@ def parse_reference(text: str) -> Reference:
     if host and not set(host) & set(".:[") and host != "localhost":
         host, name = "", f"{host}/{name}"
         if not _REFERENCE.fullmatch(f"docker://x.y/{name}"):
-            raise Usage(f"{text[:300]!r} names no image in a registry: names are lower-case")
+            raise Usage(f"{text[:300]!r} names no image in a registry: {_lower_case(text)}")
     return Reference(host or DOCKER_HUB, name, found["tag"] or "", found["digest"] or "")
+
+
+def _lowered(text: str) -> str:
+    return _LOWERED.sub(lambda part: part[0].lower(), text, count=1)
+
+
+def _lower_case(text: str) -> str:
+    return f"names of repositories are lower-case: write {_lowered(text)[:300]}"
 
 
 # --- Who we are there, and whom we trust --------------------------------------------------------------

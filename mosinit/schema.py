@@ -1,7 +1,7 @@
 """The `schema` verb: a JSON schema (draft 2020-12) of the manifest that a person writes, for editors.
 
-It says what the core's field tables say, as far as JSON schema can: that labels exist and names are unique
-is the core's alone, and the core decides. A test holds the two against each other.
+It says what the core's field tables say, as far as JSON schema can: that labels exist, that names are unique
+and how a number is spelled is the core's alone, and the core decides. A test compares the two.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def _list(items: Schema, limit: int, description: str) -> Schema:
 
 
 def _whole(low: int, high: int, description: str) -> Schema:
-    return _says(description, type="integer", minimum=low, maximum=high)
+    # 042 is 34 or 42, whoever reads it: a schema sees the number alone.
+    said = f"{description}; in digits, without a zero in front"
+    return _says(said, type="integer", minimum=low, maximum=high)
 
 
 def _text(pattern: re.Pattern[str], description: str) -> Schema:

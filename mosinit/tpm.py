@@ -28,7 +28,7 @@ from tpm2_pytss.types import (
     TPMT_PUBLIC,
 )
 
-from mosinit import init
+from mosinit import explain, init
 from mosinit.exchange import Seal
 from mosinit.host import Failure, Usage
 from mosinit.records import SUDI_HEAD, parse_point
@@ -46,6 +46,10 @@ RC_AUTH = (0x8E, 0xA2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH (part 2, 6.6.3), of 
 RC_FORMAT_ONE = 0xBF  # what is left of such a code without the session's number
 _REMOVE_SRK = (
     f"remove it (`tpm2_evictcontrol -C o -c {init.SRK:#x}`), or clear the TPM in the firmware's setup"
+)
+_NAME_ONE = (
+    f"name the TPM by --tpm: {DEVICE} where the firmware has one that is switched on, or swtpm:path=SOCKET "
+    "for a running swtpm whose control socket is SOCKET.ctrl"
 )
 HIERARCHIES: Mapping[str, tuple[init.Permanent, ESYS_TR]] = {
     "lockout": (init.Permanent.LOCKOUT_AUTH, ESYS_TR.LOCKOUT),
@@ -87,12 +91,13 @@ def open_tpm(words: str) -> Iterator[Tpm]:
     name, _, place = words.partition(":")
     if not name.isalnum() or not place:
         raise Usage(f"{words!r} is no TCTI: name one such as {DEVICE}")
-    if name == "device" and not os.path.exists(place):
-        raise init.Refused("TPM-ABSENT", expected="a TPM 2.0", seen=f"no {place}")
-    try:
-        way = TCTILdr(name, place)
-    except TSS2_Exception as error:
-        raise init.Refused("TPM-ABSENT", expected=f"a TPM 2.0 at {words}", seen=str(error)) from error
+    with explain.advising({"TPM-ABSENT": _NAME_ONE}):
+        if name == "device" and not os.path.exists(place):
+            raise init.Refused("TPM-ABSENT", expected="a TPM 2.0", seen=f"no {place}")
+        try:
+            way = TCTILdr(name, place)
+        except TSS2_Exception as error:
+            raise init.Refused("TPM-ABSENT", expected=f"a TPM 2.0 at {words}", seen=str(error)) from error
     with contextlib.closing(way), asking("a TPM 2.0"), contextlib.closing(ESAPI(way)) as esapi:
         yield Tpm(way, esapi)
 

@@ -191,6 +191,10 @@ def take_apart(data: bytes, name: str) -> Content:
         sections = {section: image.section(data, section) for section in CONTENT}
     except ValueError as error:
         raise Failure(f"{name} is not a UKI: {error}") from error
+    if image.signed_size:
+        raise Failure(
+            f"{name} is signed already: name the UKI that mkosi or ukify made, without a signature"
+        )
     missing = [section for section, content in sections.items() if not content]
     if missing:
         raise Failure(f"{name} is not a UKI: it has no section {', '.join(missing)}")
@@ -209,7 +213,7 @@ def _finish(host: Host, content: Content, keyset: Keyset, out: Path) -> Uki:
         unsigned = folder.absolute() / "unsigned.efi"
         _assemble(host, content.sections(), unsigned)
         if epoch is not None:
-            keys.choose_epoch(epoch, keyset.epoch)
+            keys.choose_epoch(epoch, keyset.epoch, "take the initrd of a new `mosinit build`")
             measured = unsigned.read_bytes()
             approval = approvals.approve_uki(keyset, measured, epoch)
             _assemble(host, {**content.sections(), approvals.APPROVAL: approval}, unsigned)

@@ -173,13 +173,8 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
         terminal.need()
         host.say("this terminal is the machine's console; Ctrl-] stops the machine")
     _check_folder(options.folder)
-    options.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((options.folder / "lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Failure(f"a machine runs in {options.folder}: stop it or take another folder") from error
+        stack.enter_context(_taken(options.folder))
         for report in (options.folder / "report.json", options.report):
             if report is not None and report.is_file():
                 report.unlink()  # what it says is of another boot
@@ -193,6 +188,37 @@ def _prepared(host: Host, options: BootOptions) -> Iterator[_Session]:
             ]
         log = stack.enter_context(contextlib.closing(Log(options.folder / "console.log")))
         yield _Session(host, options, disks, log)
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """Make the folder of a machine and keep others out of it; of a command that is refused before there is a
+    machine nothing stays.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    before = set() if missing else set(os.listdir(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"a machine runs in {folder}: stop it or take another folder") from error
+        try:
+            yield
+        except BaseException:
+            if not (folder / VARIABLES).exists():
+                _leave_nothing(folder, before, missing)
+            raise
+
+
+def _leave_nothing(folder: Path, before: set[str], missing: list[Path]) -> None:
+    """Remove what is new in a folder, and the folders that were missing."""
+    for name in set(os.listdir(folder)) - before:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for place in missing:
+        with contextlib.suppress(OSError):  # somebody put something there meanwhile
+            place.rmdir()
 
 
 def _check_folder(folder: Path) -> None:

@@ -247,6 +247,11 @@ class Wire:
         return f"cannot use {self.name}: {words.format(host=self.host)}"
 
     def _unknown(self) -> Failure:
+        if self.login is None:
+            return self.fault(
+                "{host} wants a login, and there is none for it: give one by --login FILE (USER:PASSWORD in "
+                "it), MOSINIT_REGISTRY_LOGIN or `podman login {host}`"
+            )
         return self.fault(
             "{host} does not accept the login: check --login, MOSINIT_REGISTRY_LOGIN or `podman login`"
         )
@@ -254,7 +259,7 @@ class Wire:
     def _check(self, answer: http.client.HTTPResponse) -> None:
         """Raise what the status of an answer means, unless it is that of a success."""
         status = answer.status
-        if status == 401:
+        if status == 401 or (status == 403 and self.login is None):
             raise self._unknown()
         if status == 403:
             raise Denied(

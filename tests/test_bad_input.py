@@ -198,7 +198,7 @@ CASES: list[tuple[str, int, str]] = [
         "bytes long: fetch the image again",
     ),
     ("publish notag.yaml --keys keys --to oci:new", 1, "has 0 images tagged none: name one of (no tag)"),
-    ("publish good.yaml --keys other --to oci:new", 1, "take its own"),
+    ("publish good.yaml --keys other --to oci:new", 1, "name the other's keyset by --keys"),
     ("publish good.yaml --keys keys --to new", 2, "cannot publish to new"),
     ("publish good.yaml --keys keys --to oci:", 2, "cannot publish to oci:"),
     ("publish good.yaml --keys keys --to oci:file", 1, "file exists and is no OCI image layout"),

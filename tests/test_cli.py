@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +87,12 @@ def test_examples_are_valid(verb: cli.Verb) -> None:
         ("build --keys k --out o --epoch one", "a whole number from 1 to 64 is expected, not 'one'"),
         ("explain", "one id"),
         ("explain SB-OFF --all", "one id"),
+        ("install", "name the disk to install on: --disk"),
+        ("install --answers a --disk d", "--disk does not go with --answers, which says all"),
+        ("install --answers a --erase s", "--erase does not go with --answers"),
+        ("install --answers a --state 5", "--state does not go with --answers"),
+        ("install --answers a --plan", "--plan does not go with --answers"),
+        ("explain SB-OFF --markdown", "--markdown goes with --all"),
         ("explain SB-OF", "did you mean SB-OFF"),
         ("explain ???", "--all"),
     ],
@@ -239,6 +247,20 @@ def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (shown["title"], shown["remedy"]) == init.CHECKS["SB-OFF"]
 
 
+def test_a_refusal_has_the_remedy_of_what_is_being_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """The innermost words count, and the table's where nobody has others."""
+
+    def run(host: Host, values: argparse.Namespace) -> cli.Result:
+        with explain.advising({"SB-OFF": "outer", "SB-DB": "outer"}), explain.advising({"SB-OFF": "inner"}):
+            raise init.Refused("SB-OFF", expected="on", seen="off")
+
+    assert cli.main(["go", "--json"], table(run)) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out)["remedy"] == "inner"
+    assert err.endswith("mosinit: what to do: inner\n")
+    assert init.CHECKS["SB-OFF"].title not in err
+
+
 def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main(["go"], raising(ZeroDivisionError()))
@@ -305,6 +327,46 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
         child.stdout.close()
         err = child.stderr.read()
     assert (child.returncode, err) == (1, "")
+
+
+def test_options_that_would_not_count_are_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is to believe that they did."""
+    monkeypatch.chdir(tmp_path)
+    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    for words, says in (
+        ("build --keys k --out o --manifest m --sequence 7", "--sequence goes without --manifest"),
+        ("publish m --keys k --to docker://r.example/A:1", "lower-case"),
+    ):
+        assert cli.main(words.split(), verbs) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["install --disk /dev/none --dir s --plan", "install --answers a", "status", "boot-good"]
+)
+def test_a_verb_of_machines_elsewhere_is_no_traceback(words: str) -> None:
+    """On a computer whose Python has no packages; in a hostfs they are."""
+    done = mosinit(*words.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert re.search(
+        "error: Python's [a-z0-9_]+ is missing here: .* a machine that mosinit started", done.stderr
+    )
+
+
+@pytest.mark.parametrize("program", ["nosuchprogram", "./nosuchprogram", "/"])
+def test_a_program_that_is_not_there_is_told(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    assert cli.main(["tools", "run", program, "--version"], verbs) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists" in said
+    )
+    assert said.count("\n") == 1
 
 
 # --- The test verb -----------------------------------------------------------------------------------

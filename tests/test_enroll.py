@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, provision, records
+from mosinit import cli, enroll, exchange, explain, init, keys, provision, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
 from tests.eventlogs import encode_event, measured
@@ -83,7 +84,9 @@ def test_machines_lie_in_the_keyset_unless_told(site: Site) -> None:
 def test_the_same_request_twice_is_answered_twice(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     serial = site.enroll()["serial"]
     assert site.enroll()["enrolled_before"] == [serial]
-    assert f"this TPM was enrolled before, as {serial}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"machine {serial} is filed already, with this very record: it is answered once more" in said
+    assert "enrolled before" not in said
 
 
 def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
@@ -137,7 +140,10 @@ def test_another_record_of_a_filed_tpm_must_be_said(
     assert not site.answer.exists()
     assert [path.name for path in site.machines.iterdir()] == [serial]
     told = enroll.enroll(*args, again=serial)
-    assert f"enrolled again in place of {serial}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"enrolled again in place of {serial}" in said
+    assert ("this TPM was enrolled before, as" in said) == foreign
+    assert "filed already" not in said
     assert told["enrolled_before"] == [serial]
     assert (told["serial"] == serial) != foreign
     kept = site.machines / (serial if foreign else f"{serial}-1")
@@ -151,10 +157,12 @@ def test_an_organisation_at_a_later_epoch_takes_no_machine_below(site: Site) -> 
     """Without anybody naming an epoch: the documented commands."""
     keyset = replace(site.keyset, epoch=5)
     args = (site.host, site.state / "request.json", keyset, site.answer, site.machines)
-    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1"):
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5.*seen epoch 1") as caught:
         enroll.enroll(*args)
-    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1"):
+    assert re.search("`mosinit keys export`.* new request", explain.refusal(caught.value)["remedy"])
+    with pytest.raises(init.Refused, match=r"EPOCH.*epoch 5 or later.*seen epoch 1") as caught:
         enroll.enroll(*args, epoch=1)
+    assert "leave --epoch away" in explain.refusal(caught.value)["remedy"]
     assert not site.answer.exists()
 
 
@@ -181,7 +189,7 @@ def test_the_recovery_record_opens(site: Site) -> None:
     opened = enroll.open_recovery(site.machines / serial / "recovery.cms", site.keyset)
     assert opened.recovery_key == (site.state / "recovery.key").read_text()
     assert {name: word.decode() for name, word in opened.auths.items()} == json.loads(site.saved_auths())
-    with pytest.raises(Failure, match="not one for this keyset's recovery key"):
+    with pytest.raises(Failure, match="no recovery record for this keyset's recovery key"):
         enroll.open_recovery(site.machines / serial / "recovery.cms", site.other)
     assert exchange.parse_recovery(exchange.encode_recovery(opened), "again") == opened
 
@@ -298,6 +306,23 @@ def test_a_request_that_is_not_right_leaves_nothing(
         enroll_changed(site, **change(site))
     assert not site.answer.exists()
     assert not site.machines.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"product": "11111111-2222-4333-8444-555555555555"}, "by --keys, or .*`mosinit keys export`"),
+        ({"epoch": 2}, "say --epoch 2"),
+        ({"sealed": bytes(200)}, "`mosinit keys export` .*new request"),
+        ({"epoch_index": bytes(40)}, "`mosinit keys export` .*new request"),
+    ],
+)
+def test_a_refused_request_has_a_remedy_for_who_enrolls(
+    site: Site, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(init.Refused) as caught:
+        enroll_changed(site, **changes)
+    assert re.search(says, explain.refusal(caught.value)["remedy"])
 
 
 def test_no_device_is_replaced(site: Site) -> None:
@@ -438,13 +463,15 @@ def test_the_command(
         ("enroll --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --consent x --keys KEYS --out a", 2, "name one thing"),
         ("enroll state/request.json --keys KEYS", 2, "--out names where"),
-        ("enroll --open-recovery f --keys KEYS --out a", 1, "cannot use f"),
+        ("enroll --open-recovery f --keys KEYS --out a", 1, "name KEYS/machines/SERIAL/recovery.cms"),
         ("enroll --open-recovery f --keys KEYS --out KEYS/uki.key", 2, "nothing else goes"),
         ("enroll --consent 0 --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
         ("enroll state/request.json --keys KEYS --out KEYS/platform.key", 2, "nothing else goes"),
         ("enroll state/request.json --keys KEYS --out m/a --machines .", 2, "name a file for the answer"),
         ("enroll state/request.json --keys KEYS --out a --machines .", 2, "nothing else goes"),
-        ("enroll --again 0 --consent 0 --keys KEYS --out a", 2, "--again SERIAL goes with"),
+        ("enroll --again 0 --consent 0 --keys KEYS --out a", 2, "--again goes with a REQUEST"),
+        ("enroll --epoch 1 --consent 0 --keys KEYS --out a", 2, "--epoch goes with a REQUEST"),
+        ("enroll --epoch 1 --open-recovery f --keys KEYS", 2, "--epoch goes with a REQUEST"),
         ("enroll none.json --keys KEYS --out a", 1, "cannot use none.json"),
         ("enroll state --keys KEYS --out a", 1, "state is no file"),
         ("enroll state/machine.json --keys KEYS --out a", 1, "machine.json is no request"),
@@ -453,7 +480,14 @@ def test_the_command(
         ("enroll state/request.json --keys KEYS --out none/a --machines m", 2, "name a file for the answer"),
         ("enroll state/request.json --keys KEYS --out a --epoch 2", 3, "refused: EPOCH"),
         ("enroll --consent 0 --keys KEYS --out a", 1, "no machine 0 is filed"),
-        ("enroll --open-recovery state/config.key --keys KEYS", 1, "cannot open state/config.key"),
+        (
+            "enroll --open-recovery state/config.key --keys KEYS",
+            1,
+            "cannot open state/config.key: it is no recovery record for this keyset's recovery key: name "
+            "KEYS/machines/SERIAL/recovery.cms, and the keyset that enrolled the machine",
+        ),
+        ("enroll --open-recovery none --keys KEYS", 1, "name KEYS/machines/SERIAL/recovery.cms"),
+        ("enroll --open-recovery state --keys KEYS", 1, "name KEYS/machines/SERIAL/recovery.cms"),
     ],
 )
 def test_bad_input(
@@ -462,6 +496,6 @@ def test_bad_input(
 ) -> None:  # fmt: skip
     assert run(site, words, monkeypatch) == status
     said = capsys.readouterr()
-    assert says in said.err
+    assert says.replace("KEYS", str(site.keyset.folder)) in said.err
     assert "Traceback" not in said.err
     assert {path.name for path in site.folder.iterdir()} <= {"state"}

@@ -17,12 +17,14 @@ import pytest
 
 from mosinit import init, initrd, keys, luks
 from mosinit.host import Failure, Host
+from mosinit.hostfs import KernelTree
 from tests import volumes
 
 Need = Callable[..., None]
 
 TREE = Path(__file__).resolve().parent.parent
 VERSION = "6.12.0-test"
+MKOSI = TREE / "docs/mkosi.md"
 ALLOWED = Path(__file__).with_name("initrd-allowed.txt")
 SIGNED = b"module" + initrd.MODULE_SIGNATURE
 TOOLS = ("cpio", "zstd", "unshare", "/usr/lib/python3/dist-packages/elftools")
@@ -447,6 +449,25 @@ def test_a_policy_for_another_kernel_is_refused(built: Built, tmp_path: Path) ->
     )
     assert done.returncode == 1 and "not of the kernel" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+
+
+def test_a_build_leaves_what_makes_its_initrd_again(
+    tmp_path: Path, host: Host, keyset: keys.Keyset, need: Need
+) -> None:
+    """By the words of docs/mkosi.md."""
+    need(*TOOLS)
+    (words,) = re.findall(r"tools run (./build-initrd\.sh .*?)\n```", MKOSI.read_text(), re.DOTALL)
+    tree = make_tree(tmp_path)
+    (tmp_path / "out/kernel").mkdir(parents=True)
+    tree.rename(tmp_path / "out/kernel" / VERSION)
+    (tmp_path / "keys").symlink_to(keyset.folder)
+    modules = tmp_path / "out/kernel" / VERSION
+    kernel = KernelTree(VERSION, modules / "vmlinuz", modules)
+    out = tmp_path / "out/live.cpio.zst"
+    initrd.build(host, kernel, keyset, out, mode="live", epoch=1, cmdline="--")
+    script = words.replace("./build-initrd.sh", str(TREE / "build-initrd.sh"))
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out/initrd.cpio.zst").read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_export_replaces_nothing(made: Path, host: Host, tmp_path: Path) -> None
         ("sudi-ca.pem", None, "lacks sudi-ca.pem: make it again by `mosinit keys export`"),
         ("recovery.pem", b"garbage", "recovery.pem"),
         ("pcr.pub", b"garbage", "pcr.pub: not exactly one block of PEM"),
-        ("keyset.json", None, "is no keyset"),
+        ("keyset.json", None, "holds no public parts of a keyset"),
     ],
 )
 def test_a_damaged_organisation_is_told(copy: Path, name: str, content: bytes | None, says: str) -> None:

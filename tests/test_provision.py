@@ -22,10 +22,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, provision, records
+from mosinit import cli, enroll, exchange, explain, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
+from tests.eventlogs import encode_event, encode_log, measured
 from tests.provisioned import PASSWORDS, Site
 from tests.tpms import Breaking, TpmMachine
 
@@ -110,6 +111,13 @@ def test_the_core_opens_the_secret_before_the_fence_alone(done: Site) -> None:
     init.fence(booted[0])
     with pytest.raises(init.Refused, match="TPM-APPROVAL"):
         open_config(done, booted, done.state)
+
+
+def test_the_end_says_what_comes_next(done: Site) -> None:
+    """What to keep, until when, and what to erase."""
+    told = str(done.finish()["next"])
+    assert f"`mosinit install --disk DEV --dir {done.state}`" in told
+    assert re.search(r"keep .*state until .*then erase it", told)
 
 
 def test_files_are_private_and_passwords_are_gone(done: Site) -> None:
@@ -301,6 +309,29 @@ def later_epoch(site: Site) -> None:
     site.request(state=site.folder / "other", epoch=2)
 
 
+def remedy(refused: BaseException) -> str:
+    assert isinstance(refused, init.Refused)
+    return explain.refusal(refused)["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (disable, "switch the hierarchies on in the firmware's setup"),
+        (set_owner, "--again .*or clear the TPM in the firmware's setup"),
+        (foreign_index, "another organisation's request .*tpm2_nvundefine -C o 0x1845050"),
+        (later_epoch, "--epoch 2 or later"),
+    ],
+)
+def test_a_refused_request_has_a_remedy_for_who_provisions(
+    site: Site, spoil: Callable[[Site], None], says: str
+) -> None:
+    spoil(site)
+    with pytest.raises(init.Refused) as caught:
+        site.request()
+    assert re.search(says, remedy(caught.value))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -342,8 +373,9 @@ def test_the_epoch_is_the_organisation_s(site: Site) -> None:
 
 def test_an_absent_tpm_is_refused(site: Site) -> None:
     for tcti in ("device:/dev/none", "swtpm:path=/none"):
-        with pytest.raises(init.Refused, match="TPM-ABSENT"):
+        with pytest.raises(init.Refused, match="TPM-ABSENT") as caught:
             site.request(tcti=tcti)
+        assert re.search("--tpm: .*swtpm:path=SOCKET.* SOCKET.ctrl", remedy(caught.value))
     for tcti in ("nonsense", ":", "a b:c"):
         with pytest.raises(Usage, match="is no TCTI"):
             site.request(tcti=tcti)
@@ -363,6 +395,43 @@ def test_the_event_log_must_be_there(site: Site) -> None:
             site.request()
     finally:
         site.log.write_bytes(content)
+
+
+def replace_log(site: Site, content: bytes) -> Path:
+    """Return another event log beside the machine's."""
+    path = site.folder / "other-log"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("content", [b"garbage", bytes(1000), b"{}"])
+def test_what_is_no_event_log_is_refused_before_the_tpm_is_touched(site: Site, content: bytes) -> None:
+    log = replace_log(site, content)
+    with Breaking(site.tpm) as way, pytest.raises(Failure, match="other-log is no event log.*--event-log"):
+        provision.request(site.host, replace(site.options(tcti=way.tcti), event_log=log))
+    assert way.seen == []
+    assert not site.state.exists()
+
+
+def test_the_event_log_of_another_start_is_refused_before_anything_is_written(site: Site) -> None:
+    log = replace_log(site, encode_log([measured(7, 4, bytes(4))]))
+    with Breaking(site.tpm) as way, pytest.raises(Failure, match="other-log gives PCR 7 .* the TPM has"):
+        provision.request(site.host, replace(site.options(tcti=way.tcti), event_log=log))
+    assert writes(way.seen) == []
+    assert not site.state.exists()
+
+
+def test_a_second_run_with_another_event_log_is_told(site: Site) -> None:
+    site.request()
+    content = (site.state / "request.json").read_bytes()
+    more = encode_event(measured(4, 1, b"more"), ("sha1", "sha256"))
+    log = replace_log(site, site.log.read_bytes() + more)
+    with pytest.raises(Failure, match="state is from another run, with another event log: remove it"):
+        provision.request(site.host, replace(site.options(), event_log=log))
+    assert (site.state / "request.json").read_bytes() == content
+    (site.state / "request.json").write_text("{}")
+    with pytest.raises(Failure, match="is no request"):
+        site.request()
 
 
 # --- Policies that others planted ---------------------------------------------------------------------
@@ -408,6 +477,9 @@ def test_policies_that_others_planted_are_removed(
 
 def test_a_request_is_told_again(site: Site) -> None:
     first = site.request()
+    assert f"`mosinit provision --dir {site.state} --answer ANSWER --tpm {site.tpm.tcti}`" in str(
+        first["next"]
+    )
     content = (site.state / "request.json").read_bytes()
     assert site.request() == first
     assert (site.state / "request.json").read_bytes() == content
@@ -707,6 +779,38 @@ def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None],
     assert not site.flags() & PASSWORDS
 
 
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_machine, "the answer that `mosinit enroll` wrote to"),
+        (foreign_approval, "the answer that `mosinit enroll` wrote to"),
+        (broken_order, "the answer that `mosinit enroll` wrote to"),
+        (other_ca, "the answer that `mosinit enroll` wrote to"),
+        (other_firmware, "what it was for the request, or .*new request"),
+        (other_tpm, "remove .*new request"),
+        (lost_index, "remove .*new request"),
+        (raised_epoch, "remove .*new request with --epoch 2"),
+    ],
+)
+def test_a_wrong_answer_has_a_remedy_for_who_provisions(
+    site: Site, spoil: Callable[[Site], None], says: str
+) -> None:
+    site.request()
+    spoil(site)
+    with pytest.raises(init.Refused) as caught:
+        site.finish()
+    assert re.search(says, remedy(caught.value))
+
+
+def test_a_tpm_that_was_cleared_afterwards_has_a_remedy(site: Site) -> None:
+    site.provision()
+    site.tpm.clear()
+    site.start()
+    with pytest.raises(init.Refused, match="TPM-IDENTITY") as caught:
+        site.finish()
+    assert re.search("remove .*new request", remedy(caught.value))
+
+
 def test_lost_passwords_are_told(site: Site) -> None:
     site.request()
     site.enroll()
@@ -765,6 +869,31 @@ def test_to_begin_anew_may_be_interrupted_at_any_command(site: Site) -> None:
         assert not site.flags() & PASSWORDS
 
 
+def test_to_begin_anew_is_told_again(site: Site) -> None:
+    """The same command, for who did not see the end of the first."""
+    site.consent(site.provision())
+    second = site.folder / "second"
+    first = site.request(state=second, again=True)
+    content = (second / "request.json").read_bytes()
+    with Breaking(site.tpm) as way:
+        site.request(tcti=way.tcti, state=second, again=True)
+    assert writes(way.seen) == []
+    assert site.request(state=second, again=True) == first
+    assert (second / "request.json").read_bytes() == content
+    site.enroll(second)
+    site.finish(state=second)
+    for state in (site.state, second):
+        with pytest.raises(Failure, match="has its answer already: .* another --dir"):
+            site.request(state=state, again=True)
+
+
+def test_a_request_that_another_one_overtook_is_told(site: Site) -> None:
+    site.request(state=site.folder / "first")
+    site.consent(site.provision())
+    with pytest.raises(Failure, match="for another TPM or epoch"):
+        site.request(state=site.folder / "first", again=True)
+
+
 def other_consent(site: Site, serial: str) -> None:
     other = site.other
     consent = exchange.parse_consent((site.folder / "consent.json").read_bytes(), "consent")
@@ -818,9 +947,11 @@ def test_without_consent_and_passwords_nothing_begins_anew(
     serial = site.provision()
     site.consent(serial)
     spoil(site, serial)
-    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says):
+    with Breaking(site.tpm) as way, pytest.raises((Failure, init.Refused), match=says) as caught:
         site.request(tcti=way.tcti, state=site.folder / "second", again=True)
     assert writes(way.seen) == []
+    if isinstance(caught.value, init.Refused):
+        assert "`mosinit enroll --consent SERIAL`" in remedy(caught.value)
 
 
 def test_the_epoch_does_not_fall_when_a_machine_begins_anew(site: Site) -> None:
@@ -923,10 +1054,15 @@ def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Pa
     [
         ("provision --dir s", "--organisation ORG .* or --answer"),
         ("provision --dir s --organisation o --answer a", "--organisation ORG .* or --answer"),
-        ("provision --dir s --answer a --again c", "go with --organisation"),
+        ("provision --dir s --answer a --again c", "--again goes with --organisation"),
+        ("provision --dir s --answer a --auths c", "--auths goes with --organisation"),
+        ("provision --dir s --answer a --epoch 2", "--epoch goes with --organisation"),
+        ("provision --dir s --answer a --event-log l", "--event-log goes with --organisation"),
+        ("provision --dir s --organisation o --again c", "--again and --auths go together"),
+        ("provision --dir s --organisation o --auths c", "--again and --auths go together"),
         ("provision --organisation o", "required: --dir"),
         ("provision --dir s --organisation . --epoch 65", "from 1 to 64"),
-        ("provision --dir s --organisation none", "is no keyset"),
+        ("provision --dir s --organisation none", "none holds no public parts .*`mosinit keys export`"),
         ("provision --dir none --answer a", "is not what `mosinit provision"),
     ],
 )

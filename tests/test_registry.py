@@ -315,6 +315,20 @@ def test_a_wrong_password_is_one_line_and_changes_nothing(
     assert not any(status < 400 for _, path, status in real.requests() if path != "/v2/")
 
 
+def test_who_gave_no_login_is_told_how(
+    command: Command, real: registries.Real, source: images.Layout
+) -> None:
+    command.words = command.words[:4]
+    status, said = command(f"docker://{real.address}/acme/release:1")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "wants a login, and there is none" in said
+    assert (
+        f"--login FILE (USER:PASSWORD in it), MOSINIT_REGISTRY_LOGIN or `podman login {real.address}`"
+        in said
+    )
+    assert not any(status < 400 for _, path, status in real.requests() if path != "/v2/")
+
+
 # --- Faults -------------------------------------------------------------------------------------------
 
 Misbehave = Callable[[registries.Handler], None]
@@ -698,6 +712,12 @@ def test_references(text: str, means: str) -> None:
 )  # fmt: skip
 def test_what_is_no_reference(text: str) -> None:
     with pytest.raises(Usage):
+        registry.parse_reference(text)
+
+
+@pytest.mark.parametrize("text", ["docker://r.example/Acme/release:1", "docker://Acme/release"])
+def test_capital_letters_in_a_name_are_told(text: str) -> None:
+    with pytest.raises(Usage, match=r"names of repositories are lower-case: write .*/acme/release"):
         registry.parse_reference(text)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mosinit import cli, init, publish, schema
 
@@ -154,6 +155,22 @@ def test_one_change_is_judged_alike(path: tuple[str | int, ...]) -> None:
         strict = not CORE_ALONE & set(path) and path[:1] != ("storage",)
         agree = by_core(document) == validator.is_valid(document)
         assert agree or not (strict or by_core(document)), value
+
+
+@pytest.mark.parametrize("word", ["042", "0x2a", "0o52", "4_2", "+42", "42.0", "'42'", "1:30", "1e1"])
+@pytest.mark.parametrize("key", ["sequence", "epoch"])
+def test_numbers_are_written_in_one_way(word: str, key: str) -> None:
+    """A schema sees what an editor has read, as a number or as text: it says in words which form counts."""
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema.manifest())
+    text = "\n".join(f"{name}: {json.dumps(value)}" for name, value in {**FULL, key: 42}.items())
+    assert f"{key}: 42\n" in f"{text}\n"
+    init.parse_manifest(text.encode(), published=False)
+    spelled = text.replace(f"{key}: 42", f"{key}: {word}")
+    with pytest.raises(init.Refused, match=f"MANIFEST-FORMAT.*{key}"):
+        init.parse_manifest(spelled.encode(), published=False)
+    stated: Any = schema.manifest()["properties"]
+    if validator.is_valid(yaml.safe_load(spelled)):
+        assert stated[key]["description"].endswith("; in digits, without a zero in front")
 
 
 def test_addresses_have_one_form_for_both() -> None:

@@ -296,6 +296,17 @@ def test_mkosi_makes_the_same_uki_without_a_key(
     assert signed.path.read_bytes() == live.path.read_bytes()
 
 
+def test_a_signed_uki_is_not_signed_again(
+    host: Host, tmp_path: Path, keyset: keys.Keyset, live: uki.Uki, run: uki.Uki
+) -> None:
+    """That of run mode has one more section, of which nobody is to be told first."""
+    for made in (live, run):
+        initrd_of = tmp_path / f"{made.path.stem}.initrd"
+        with pytest.raises(Failure, match="is signed already: name the UKI that mkosi or ukify made"):
+            uki.sign(host, made.path, initrd_of, keyset, tmp_path / "signed.efi")
+    assert not (tmp_path / "signed.efi").exists()
+
+
 def test_an_unknown_section_is_not_signed(
     host: Host, tmp_path: Path, content: uki.Content, keyset: keys.Keyset
 ) -> None:

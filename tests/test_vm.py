@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,36 @@ def test_a_folder_with_something_else_is_not_filled(host: Host, tmp_path: Path) 
     with pytest.raises(Failure, match="holds no machine"):
         vm.boot(host, wanted)
     assert os.listdir(wanted.folder) == ["letter"]
+
+
+def test_a_refused_command_leaves_no_machine(host: Host, tmp_path: Path) -> None:
+    """A disk without an ESP has no certificates to enrol."""
+    wanted = boot_of(tmp_path)
+    for folder in (wanted.folder, tmp_path / "some/new/folder"):
+        with pytest.raises(Failure, match="keys"):
+            vm.boot(host, replace(wanted, folder=folder))
+    assert os.listdir(tmp_path) == ["disk.raw"]
+    wanted.folder.mkdir()
+    for left in ([], ["lock"]):
+        for name in left:
+            (wanted.folder / name).touch()
+        with pytest.raises(Failure, match="keys"):
+            vm.boot(host, wanted)
+        assert os.listdir(wanted.folder) == left
+
+
+def test_a_machine_stays_whatever_comes_then(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    with pytest.raises(Failure, match="later"), vm._taken(folder):
+        (folder / machine.VARIABLES).touch()
+        raise Failure("later")
+    assert set(os.listdir(folder)) == {machine.VARIABLES, "lock"}
+    with pytest.raises(Failure, match="a machine runs in"), vm._taken(folder), vm._taken(folder):
+        pass
+    (folder / machine.VARIABLES).unlink()
+    with pytest.raises(Failure, match="a machine runs in"), vm._taken(folder), vm._taken(folder):
+        pass
+    assert os.listdir(folder) == ["lock"]
 
 
 def test_a_report_of_an_earlier_boot_does_not_stay(host: Host, tmp_path: Path) -> None:
