@@ -127,11 +127,29 @@ def read_written(manifest: Path) -> init.Contents:
     try:
         if manifest.stat().st_size > init.MANIFEST_BYTES:
             raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
-        return init.parse_manifest(manifest.read_bytes(), published=False)
+        contents = init.parse_manifest(manifest.read_bytes(), published=False)
+        state_bytes(contents)
+        return contents
     except init.Refused as error:
         raise init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}") from error
     except OSError as error:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
+
+
+def state_bytes(contents: init.Contents) -> int:
+    """Return the size of the volume for /var that a manifest demands, 0 for none. Raises `Failure`.
+
+    Its label is reserved: the bring-up mounts the volume, keeps it, and knows no other owner than root.
+    """
+    for volume in contents.storage:
+        if volume.label == init.STATE:
+            if not volume.persistent or volume.nsgroup:
+                raise Failure(
+                    f"storage {init.STATE} is /var, which is root's and is kept: say persistent: true and "
+                    "no nsgroup, or give it another label"
+                )
+            return volume.size
+    return 0
 
 
 def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:

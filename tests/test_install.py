@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from mosinit import generations, init, install, keys, layout, luks
-from mosinit.host import Failure, Host, Usage
+from mosinit.host import Failure, Host
 from tests import installation
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
@@ -226,12 +226,6 @@ def test_an_installed_system_installs_nothing(made: Setting, disk: Path, tmp_pat
         install.plan(Host(), installation.options(made, disk, left=left))
     with pytest.raises(Failure, match="was not started by mosinit"):
         install.plan(Host(), installation.options(made, disk, left=tmp_path / "none"))
-
-
-@pytest.mark.parametrize("source", ["docker://registry/name", "oci:", "release", ""])
-def test_sources_that_are_none(source: str) -> None:
-    with pytest.raises(Usage, match="oci:DIR"):
-        install.open_source(source)
 
 
 # --- What is found when it is read back ------------------------------------------------------------------
