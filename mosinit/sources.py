@@ -124,11 +124,13 @@ class Registry:
         place = connection.reference
         self.name = f"docker://{place.host}/{place.name}@{index.digest}"
         self.connection = connection
-        self.machine = RegistryStore(connection, index, data)
+        store = RegistryStore(connection, index, data)
+        self.machine: init.Machine = store
+        self._manifests = store.manifests
 
     def blob(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes: a manifest's from memory, others as they come."""
-        if blob.digest in self.machine.manifests:
+        if blob.digest in self._manifests:
             yield init.read_blob(self.machine, blob.digest, blob.size, "IMAGE-DIGEST")
         else:
             yield from self.connection.stream(images.Descriptor("", blob.digest, blob.size))
@@ -140,7 +142,7 @@ class Registry:
     def check(self, host: Host, blobs: Sequence[Blob]) -> None:
         """Ask the registry for every blob that was not read yet."""
         for blob in blobs:
-            known = blob.digest in self.machine.manifests
+            known = blob.digest in self._manifests
             if not known and not self.connection.has(images.Descriptor("", blob.digest, blob.size)):
                 seen = f"a registry without it ({self.connection.reference.host})"
                 raise init.Refused("STORE-BLOB", expected=f"blob {blob.digest}", seen=seen)
