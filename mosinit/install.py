@@ -538,6 +538,8 @@ def let_start(host: Installer, planned: layout.Plan) -> None:
     """Give the boot loader the name by which firmware finds it: from here the disk starts a machine."""
     with host.mounted(layout.device(planned, planned.named("esp")), "vfat") as folder:
         (folder / NOT_YET).rename(folder / STARTED)
+        # The file first: until it is synced its new name is that of an empty file, which no firmware starts.
+        host.sync_file(folder / STARTED)
         host.sync_file((folder / STARTED).parent)
 
 
