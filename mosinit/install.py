@@ -303,9 +303,12 @@ def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Polic
     release = verify_release(host, open_source(options.source, options.access), policy)
     if (state := demanded_state(release.manifest.contents, options.state)) != options.state:
         planned = _lay_out(disk, options, state)
-    room = planned.named("machine-store").size * 9 // 10 - STORE_MARGIN
-    if release.size > room:
-        raise Failure(f"the release has {release.size >> 20} MiB, the store of {disk.path} {room >> 20} MiB")
+    store, needed = planned.named("machine-store").size, (release.size + STORE_MARGIN) * 10 // 9
+    if needed > store:
+        raise Failure(
+            f"the release takes a store of {(needed >> 20) + 1} MiB, and that of {disk.path} has "
+            f"{store >> 20} MiB: choose a larger one, or a larger disk"
+        )
     return planned, release, policy._replace(uki_id=release.uki_id)
 
 
@@ -351,7 +354,7 @@ def show_plan(host: Host, options: Options) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def alone(host: Host, lock: Path = LOCK) -> Iterator[None]:
+def alone(host: Host, lock: Path = LOCK, mapped: Path = Path("/dev/mapper")) -> Iterator[None]:
     """Be the only installation of this machine, with mounts that end with this process whatever ends it;
     what a killed one left open is closed. Raises `Failure`.
     """
@@ -361,9 +364,27 @@ def alone(host: Host, lock: Path = LOCK) -> Iterator[None]:
         except BlockingIOError as error:
             raise Failure(f"another installation runs ({lock}): wait for its end") from error
         host.unshare_mounts()
-        for left in Path("/dev/mapper").glob(f"{OPENED}*"):
-            host.patiently(lambda name=left.name: host.run(["cryptsetup", "close", name], timeout=60))  # type: ignore[misc]
+        left = sorted(path.name for path in mapped.glob(f"{OPENED}*"))
+        try:
+            host.patiently(lambda: _close(host, left))
+        except OSError as error:
+            raise Failure(
+                f"{left[0]}, which another installation left, cannot be closed ({error}): restart"
+            ) from error
         yield
+
+
+def _close(host: Host, left: list[str]) -> None:
+    """Remove devices, whichever can go first: some lie in file systems of others."""
+    failed = None
+    for name in tuple(left):
+        try:
+            host.dm(init.DmCommand.DEV_REMOVE, name)
+            left.remove(name)
+        except OSError as error:
+            failed = error
+    if failed:
+        raise failed
 
 
 def install(host: Installer, options: Options) -> dict[str, object]:
@@ -376,12 +397,7 @@ def install_provisioned(host: Installer, options: Options) -> dict[str, object]:
     """Install a release on a disk, for who is `alone`."""
     planned, release, policy = plan(host, options)
     provisioned = read_provisioned(options.provisioned, policy)
-    try:
-        return act(host, planned, release, policy, provisioned, options.loader)
-    except OSError as error:
-        raise Failure(
-            f"{planned.disk.path} is not installed ({error}): run this command again, or name another disk"
-        ) from error
+    return act(host, planned, release, policy, provisioned, options.loader)
 
 
 def act(
@@ -390,6 +406,24 @@ def act(
 ) -> dict[str, object]:  # fmt: skip
     """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
     begun = host.monotonic()
+    try:
+        commit = _act(host, planned, release, policy, provisioned, loader)
+    except OSError as error:
+        raise Failure(
+            f"{planned.disk.path} is not installed ({error}): run this command again, or name another disk"
+        ) from error
+    return {
+        **describe(planned, release), "generation": commit, "uki": release.uki_id,
+        "boot entry": add_boot_entry(host, planned),
+        "seconds": round(host.monotonic() - begun, 1),
+    }  # fmt: skip
+
+
+def _act(
+    host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
+    loader: Path,
+) -> str:  # fmt: skip
+    """Make a machine of the disk; return the generation."""
     host.say(f"partitions on {planned.disk.path}")
     layout.write(host, planned)
     layout.wait_for_devices(host, planned)
@@ -402,11 +436,7 @@ def act(
     read_back(host, planned, release, policy, provisioned, commit, loader)
     let_start(host, planned)
     layout.finish(host, planned)
-    return {
-        **describe(planned, release), "generation": commit, "uki": release.uki_id,
-        "boot entry": add_boot_entry(host, planned),
-        "seconds": round(host.monotonic() - begun, 1),
-    }  # fmt: skip
+    return commit
 
 
 # --- Volumes ---------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def options_of(host: Host, given: answers.Answers, path: Path) -> install.Option
 def wait_for_network(host: Host) -> None:
     """Wait until a network is there: this runs as soon as the system is up."""
     try:
-        host.run([WAIT_ONLINE, "--any", f"--timeout={NETWORK_SECONDS}"], timeout=NETWORK_SECONDS + 30)
+        words = ["--any", "--operational-state=routable", f"--timeout={NETWORK_SECONDS}"]
+        host.run([WAIT_ONLINE, *words], timeout=NETWORK_SECONDS + 30)
     except Failure as failure:
         raise Failure(
             f"no network after {NETWORK_SECONDS} s, and the release is in a registry: look at cable and "
