@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from mosinit import __version__, explain, init, tools
 from mosinit.host import Failure, Host, Usage
 
-DONE, FAILED, WRONG_USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+DONE, FAILED, WRONG_USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -779,4 +779,4 @@ def _print(text: str) -> None:
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    sys.exit(TERMINATED)
+    sys.exit(128 + signum)

@@ -262,9 +262,10 @@ def test_an_outcome_brings_its_status_and_its_report(capsys: pytest.CaptureFixtu
     assert "console: /x/console.log" in text
 
 
-def run_in_child(body: str) -> subprocess.Popen[str]:
+def run_in_child(body: str, before: str = "") -> subprocess.Popen[str]:
     program = f"""
-import sys, time
+import signal, sys, time
+{before}
 from mosinit import cli
 def run(host, values):
 {body}
@@ -275,13 +276,16 @@ sys.exit(cli.main(None, (cli.Verb("go", "goes", "mosinit go", run, tools=False),
         [sys.executable, "-c", program],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) -> None:
     body = """
     try:
@@ -296,6 +300,19 @@ def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) ->
         out, err = child.communicate(timeout=20)
     assert (child.returncode, out) == (status, "cleaned up\n")
     assert "Traceback" not in err
+
+
+def test_nohup_means_what_it_says() -> None:
+    body = """
+    print("started", flush=True); sys.stdin.readline(); print("goes on", flush=True)
+    return cli.Result(None, "done")
+"""
+    with run_in_child(body, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") as child:
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(signal.SIGHUP)
+        out, _ = child.communicate("\n", timeout=20)
+    assert (child.returncode, out) == (0, "goes on\ndone\n")
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
