@@ -44,12 +44,12 @@ LOCK = Path("/run/mosinit-install.lock")
 LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
 TRIES = 3
 SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
-# Beside the images: what ext4 keeps for itself, and room for the next release to come.
 # What a release says of itself, beside the signatures of layers.
 KINDS = (
     init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE, init.EPOCH_MEDIA_TYPE,
     init.EPOCH_SIGNATURE_MEDIA_TYPE,
 )  # fmt: skip
+# Beside the images: what ext4 keeps for itself, and room for the next release to come.
 STORE_MARGIN = 64 * init.MIB
 EXT4 = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "metadata_csum,64bit")
 
@@ -323,7 +323,7 @@ def demanded_state(contents: init.Contents, asked: int) -> int:
     if asked and asked < demanded:
         raise Failure(
             f"the release demands a state volume of {demanded >> 20} MiB, {asked >> 20} MiB were asked for: "
-            "ask for more, or for none"
+            "ask for more, or name no size"
         )
     return asked or demanded
 
