@@ -324,6 +324,24 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     assert (child.returncode, err) == (1, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["docker://127.0.0.1:1/acme:7", "--tls-ca", "/nonexistent"], 1, "cannot read /nonexistent"),
+        (["docker://127.0.0.1:1/acme:7", "--login", "/nonexistent"], 1, "write USER:PASSWORD into it"),
+        (["--state", "-1"], 2, "'-1' is no number of MiB"),
+        (["--store", "1G"], 2, "'1G' is no number of MiB"),
+        (["--scratch", "1234567890"], 2, "'1234567890' is no number of MiB"),
+    ],
+)
+def test_installing_with_words_that_are_wrong(words: list[str], status: int, message: str) -> None:
+    # In a process of its own: the verb keeps its memory from debuggers.
+    command = [sys.executable, "-m", "mosinit", "install", "--disk", "/dev/none", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert message in done.stderr
+
+
 # --- The test verb -----------------------------------------------------------------------------------
 
 
