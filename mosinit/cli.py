@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from mosinit import __version__, explain, init, tools
 from mosinit.host import Failure, Host, Usage
 
-DONE, FAILED, WRONG_USAGE, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+DONE, FAILED, WRONG_USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,9 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
-    for name in ("disk", "erase", "state", "plan"):
+    for name in ("disk", "erase", "state", "store", "scratch", "plan", "tls_ca", "login", "token_host"):
         if values.answers and getattr(values, name):
-            raise Usage(f"--{name} does not go with --answers, which says all")
+            raise Usage(f"--{name.replace('_', '-')} does not go with --answers, which says all")
     if not values.answers and not values.disk:
         raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     from mosinit import install as installing
@@ -229,7 +229,17 @@ def install(host: Host, values: argparse.Namespace) -> Result:
         from mosinit import unattended
 
         return outcome(unattended.run(installer, values.answers))
-    options = installing.Options(values.disk, values.dir, values.source, values.erase, values.state << 20)
+    access = None
+    if values.source.startswith("docker:"):
+        from mosinit import registry
+
+        access = registry.open_access(
+            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
+        )
+    options = installing.Options(
+        values.disk, values.dir, values.source, values.erase, values.state << 20,
+        store=values.store << 20, scratch=values.scratch << 20, access=access,
+    )  # fmt: skip
     if values.plan:
         return outcome(installing.show_plan(host, options))
     return outcome(installing.install(installer, options))
@@ -369,6 +379,27 @@ def seconds(words: str) -> float:
     return value
 
 
+def mebibytes(name: str, help: str) -> Option:
+    """Describe an option that takes a volume's size; 0 is what is usual."""
+
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of MiB")
+        return int(text)
+
+    return Option(name, f"MiB {help}", {"type": read, "default": 0, "metavar": "MIB"})
+
+
+REGISTRY_OPTIONS = (
+    folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
+    folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
+           "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
+    Option("--token-host", "one more server that may see the login: one that makes the registry's tokens",
+           {"action": "append", "default": [], "metavar": "HOST[:PORT]"}),
+    Option("--timeout", "seconds that a registry may stand still (default: 120)",
+           {"type": seconds, "metavar": "S", "default": 120.0}),
+)  # fmt: skip
+
 VERBS = (
     Verb(
         "demo",
@@ -468,14 +499,7 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             Option("--to", "the OCI layout to write, or the tag in a registry",
                    {"required": True, "metavar": "oci:DIR|docker://HOST[:PORT]/NAME:TAG"}),
-            folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
-            folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
-                   "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
-            Option("--token-host", "one more server that may see the login: one that makes the registry's "
-                   "tokens",
-                   {"action": "append", "default": [], "metavar": "HOST[:PORT]"}),
-            Option("--timeout", "seconds that a registry may stand still (default: 120)",
-                   {"type": seconds, "metavar": "S", "default": 120.0}),
+            *REGISTRY_OPTIONS,
         ),
         secrets=True,
     ),
@@ -558,19 +582,24 @@ VERBS = (
         "mosinit install --disk /dev/disk/by-id/nvme-disk --dir /run/provision --plan",
         install,
         (
-            Option("source", "the release (default: the one on the medium)",
+            Option("source", "the release: oci:DIR or docker://HOST[:PORT]/NAME:TAG (default: the "
+                   "medium's own)",
                    {"nargs": "?", "metavar": "SOURCE", "default": "oci:/atomfs-cache/mosinit"}),
             folder("--disk", "the disk: all of it becomes the machine's", "DEV"),
             folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE",
                    default=Path("state")),
             Option("--erase", "the serial of the disk, whose content may then be lost",
                    {"metavar": "SERIAL"}),
-            Option("--state", "MiB of a volume that keeps /var (default: none, /var is new at each boot)",
-                   {"type": int, "metavar": "MIB", "default": 0}),
+            mebibytes("--state", "of a volume that keeps /var (default: what the release demands; "
+                      "without one, /var is new at each boot)"),
+            mebibytes("--store", "of the volume for releases (default: half of the disk)"),
+            mebibytes("--scratch", "of the volume for what is lost at each boot (default: a quarter)"),
             flag("--plan", "only show what would be done"),
             folder("--answers", "provision and install without a person, as this file says", "FILE"),
+            *REGISTRY_OPTIONS,
         ),
         tools=False,
+        secrets=True,
     ),
     Verb(
         "status",
@@ -719,6 +748,9 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
             # those.
             signal.signal(signal.SIGTERM, _terminated)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # So is one by a connection that breaks, unless `nohup` says that it does not matter.
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+                signal.signal(signal.SIGHUP, _terminated)
         values = parser(table).parse_args(words)
         as_json = getattr(values, "json", False)
         if not hasattr(values, "verb"):
@@ -781,4 +813,4 @@ def _print(text: str) -> None:
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    sys.exit(TERMINATED)
+    sys.exit(128 + signum)

@@ -4,6 +4,7 @@ this computer, in one go.
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mosinit import build, enroll, init, keys, layout, vm
+from mosinit import answers, build, enroll, init, keys, layout, vm
 from mosinit.host import Host
 
 INSTALL_SECONDS = 1800.0
@@ -45,6 +46,7 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
     options = vm.BootOptions(disk, folder / "vm", keys=keyset, report=folder / "reports/live-report.json")
     outcome = install(host, options, Path(str(built["medium"])))
     seconds["install"] = round(outcome.seconds, 1)
+    installed = outcome.system.get("installed")
     for number in (1, 2) if outcome.status == 0 else ():
         host.say(f"boot {number} of the installed machine, without the medium")
         options = replace(options, report=folder / f"reports/machine-{number}-report.json")
@@ -57,6 +59,7 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
         "report": outcome.report,
         "outcome": outcome.reason,
         "system": dict(outcome.system),
+        "installed": installed,
         "report file": str(options.report),
         "console": str(outcome.console),
         "seconds": {**seconds, **{name: round(mark, 1) for name, mark in outcome.marks.items()}},
@@ -64,8 +67,13 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
 
 
 def install(host: Host, options: vm.BootOptions, medium: Path) -> vm.Outcome:
-    """Boot the medium beside the machine's disk, and enroll the machine when it asks for it."""
+    """Boot the medium beside the machine's disk, and enroll the machine when it asks for it.
+
+    The answers come both ways, as a file and as a credential: what comes twice must agree.
+    """
     assert options.keys
+    credential = base64.b64encode(ANSWERS.encode()).decode()
+    smbios = (f"io.systemd.credential.binary:{answers.NAME}={credential}",)
     with host.scratch(near=options.disk) as folder:
         answered = add_answers(host, medium, folder / "medium.raw", ANSWERS)
         host.say("installing in a VM: OVMF with Secure Boot, a software TPM, an empty disk of 8 GiB")
@@ -77,17 +85,17 @@ def install(host: Host, options: vm.BootOptions, medium: Path) -> vm.Outcome:
                 until="installed",
                 timeout=INSTALL_SECONDS,
                 exchange=enroller(host, options.keys, folder),
-                hardware=replace(options.hardware, extra_disks=(options.disk,)),
+                hardware=replace(options.hardware, extra_disks=(options.disk,), smbios=smbios),
             ),
         )
 
 
-def add_answers(host: Host, medium: Path, target: Path, answers: str) -> Path:
+def add_answers(host: Host, medium: Path, target: Path, text: str) -> Path:
     """Copy a medium and put answers for an installation without a person on its ESP."""
     host.run(["cp", "--sparse=always", medium, target])
     esp = f"{target}@@{ESP_OFFSET}"
     host.run(["mmd", "-i", esp, "::mosinit"])
-    host.run(["mcopy", "-i", esp, "-", "::mosinit/answers.yaml"], stdin=answers.encode())
+    host.run(["mcopy", "-i", esp, "-", "::mosinit/answers.yaml"], stdin=text.encode())
     return target
 
 

@@ -1,39 +1,54 @@
 """The `install` verb: on the booted live medium, a provisioned machine gets its disk.
 
-1. Look: the release is verified whole by the bring-up's own functions, the disk is looked at, a plan made.
+1. Look: the release is verified by the bring-up's own functions, the disk is looked at, a plan made.
 2. Act, on that disk alone: partitions, encrypted volumes, the release by digest, manifest.git, the tokens of
-   the seal. The boot loader comes last, so that half a machine does not start.
-3. Read all of it back as a boot would, and only then call the disk a machine's.
+   the seal, the UKI.
+3. Read all of it back as a boot would. Only then the boot loader gets the name by which firmware finds it,
+   in one rename, so that half a machine does not start; and the disk is called a machine's.
 
-Whatever fails before leaves a disk that the same command takes again.
+Whatever fails before leaves a disk that the same command takes again, and so does a power cut.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import hmac
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from mosinit import generations, init, installed, layout, luks, publish, state
+from mosinit import bootentry, generations, init, installed, layout, luks, publish, state
 from mosinit.generations import Elsewhere, SignedManifest
-from mosinit.host import Failure, Host, Usage
-from mosinit.images import CHUNK
+from mosinit.host import Failure, Host
+from mosinit.sources import Blob, Source, open_source, read_checked
+
+if TYPE_CHECKING:
+    from mosinit.registry import Access
 
 LEFT = Path(init.LEFT)
 MEDIUM_RELEASE = f"oci:{init.STORE}/{init.REPOSITORY}"
 # On the medium beside the release: signed by the uki key, sealed with the store.
 BOOT_LOADER = Path(init.STORE, "boot/systemd-bootx64.efi")
-LOADER_PLACES = ("EFI/systemd/systemd-bootx64.efi", "EFI/BOOT/BOOTX64.EFI")  # in the order they are written
+LOADER = "EFI/systemd/systemd-bootx64.efi"
+# What firmware starts by itself, and what that is called before: short names, each one entry of a folder.
+STARTED, NOT_YET = "EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/BOOTX64.NEW"
+OPENED = "mosinit-install-"  # how the devices are called that an installation opens
+LOCK = Path("/run/mosinit-install.lock")
 # No menu unless a key is held, no other systems, no keys to enrol.
 LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
 TRIES = 3
 SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
+# What a release says of itself, beside the signatures of layers.
+KINDS = (
+    init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE, init.EPOCH_MEDIA_TYPE,
+    init.EPOCH_SIGNATURE_MEDIA_TYPE,
+)  # fmt: skip
 # Beside the images: what ext4 keeps for itself, and room for the next release to come.
 STORE_MARGIN = 64 * init.MIB
 EXT4 = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "metadata_csum,64bit")
@@ -41,7 +56,9 @@ EXT4 = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "metadata_csum,64bit")
 
 @dataclass(frozen=True)
 class Options:
-    """What to install where. `state` is the size of the volume for /var in bytes, 0 for none."""
+    """What to install where. Sizes in bytes: `state` of the volume for /var, 0 for what the release demands;
+    store and scratch, 0 for half and a quarter of the disk. `access` is how registries are reached.
+    """
 
     disk: Path
     provisioned: Path
@@ -50,6 +67,9 @@ class Options:
     state: int = 0
     left: Path = LEFT
     loader: Path = BOOT_LOADER
+    store: int = 0
+    scratch: int = 0
+    access: Access | None = None
 
 
 @dataclass(frozen=True)
@@ -63,18 +83,10 @@ class Provisioned:
 
 
 @dataclass(frozen=True)
-class Blob:
-    """A blob of a release."""
-
-    digest: str
-    size: int
-
-
-@dataclass(frozen=True)
 class Release:
     """A verified release: where it lies, its manifest, all its blobs, and the UKI of run mode."""
 
-    folder: Path
+    source: Source
     manifest: init.Manifest
     signed: SignedManifest
     blobs: tuple[Blob, ...]
@@ -167,38 +179,26 @@ def check_tokens(provisioned: Provisioned, policy: init.Policy) -> None:
 # --- The release -----------------------------------------------------------------------------------------
 
 
-def open_source(source: str) -> Path:
-    """Return the folder of the OCI layout that a source names."""
-    kind, _, name = source.partition(":")
-    if kind != "oci" or not name:
-        raise Usage(f"cannot install from {source[:200]}: name a release as oci:DIR")
-    if not (Path(name) / "index.json").is_file():
-        raise Failure(f"{name} is no release (it has no index.json): name one that `mosinit publish` made")
-    return Path(name).absolute()
-
-
-def verify_release(host: Host, folder: Path, policy: init.Policy) -> Release:
-    """Return a release if a machine of that policy takes all of it, every byte. Raises `Refused`."""
-    machine = Elsewhere({f"{init.STORE}/{init.REPOSITORY}": folder})
+def verify_release(host: Host, source: Source, policy: init.Policy) -> Release:
+    """Return a release if a machine of that policy takes all of it. Raises `Refused`, `Failure`."""
+    machine = source.machine
     manifest = init.verify_release(machine, policy)
     order = publish.read_epoch_order(machine, policy)
     if order.epoch != manifest.contents.epoch:
         expected = f"epoch {manifest.contents.epoch}"
         raise init.Refused("EPOCH-ORDER", expected=expected, seen=f"epoch {order.epoch}")
     if manifest.contents.update_type != "complete":
-        raise Failure(f"{folder} is a partial release: install a complete one first")
+        raise Failure(f"{source.name} is a partial release: install a complete one first")
     _, bootkit = init.boot_targets(manifest.contents)
     signed = _signed_manifest(machine, manifest)
     _check_dates(signed.certificate, policy)
+    check_nothing_more(machine, manifest)
     blobs = list_blobs(machine)
     uki, uki_id = find_uki(machine, bootkit)
     for target in manifest.contents.targets:
         check_target(machine, target, blobs)
-    with host.progress("verifying the release", sum(blob.size for blob in blobs)) as advance:
-        for blob in blobs:
-            for chunk in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):
-                advance(len(chunk))
-    return Release(folder, manifest, signed, blobs, uki, uki_id)
+    source.check(host, blobs)
+    return Release(source, manifest, signed, blobs, uki, uki_id)
 
 
 def _signed_manifest(machine: init.Machine, manifest: init.Manifest) -> SignedManifest:
@@ -224,6 +224,32 @@ def _check_dates(certificate: bytes, policy: init.Policy) -> None:
                 f"the {name} certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and the clock "
                 f"says {now:%Y-%m-%d}: set the clock, or publish with a new certificate"
             )
+
+
+def check_nothing_more(machine: init.Machine, manifest: init.Manifest) -> None:
+    """See that a release lists what its manifest names and nothing else: the list itself is not signed, and
+    whoever keeps a release could fill the store, or this machine's memory.
+    """
+    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
+    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    _, listed = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    artefact = next(item for item in listed if item.artifact_type == init.RELEASE_ARTIFACT)
+    data = init.read_blob(machine, artefact.digest, artefact.size, "MANIFEST-ABSENT")
+    raw, parts = init.parse_descriptors(data, "layers", "MANIFEST-ABSENT")
+    config = init.parse_descriptor(raw.get("config"), "MANIFEST-ABSENT")
+    targets = manifest.contents.targets
+    named = {target.digest for target in targets} | {artefact.digest}
+    signatures = {digest for target in targets for digest in target.layer_signatures}
+    more = [item.digest for item in listed if item.digest not in named]
+    others = [part for part in parts if part.digest not in signatures]
+    kinds = [part.media_type for part in others]
+    more += [
+        part.digest for part in others if part.media_type not in KINDS or kinds.count(part.media_type) > 1
+    ]
+    more += [part.digest for part in (*parts, config) if part.size > 4 * init.MIB]
+    if more:
+        raise Failure(f"the release lists {more[0]}, which its manifest does not name: publish it again")
 
 
 def list_blobs(machine: init.Machine) -> tuple[Blob, ...]:
@@ -265,21 +291,6 @@ def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blo
             raise init.Refused("STORE-BLOB", expected=f"blob {digest}", seen="a release without it")
 
 
-def read_checked(path: str, blob: Blob) -> Iterator[bytes]:
-    """Yield a blob's bytes; raises `Refused` at the end unless they were exactly the right ones."""
-    digest, size = hashlib.sha256(), 0
-    with init.refusing("STORE-BLOB", f"blob {blob.digest}"), open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            if size > blob.size:
-                break
-            yield chunk
-    seen = f"sha256:{digest.hexdigest()}, {size} bytes"
-    if seen != (expected := f"{blob.digest}, {blob.size} bytes"):
-        raise init.Refused("IMAGE-DIGEST", expected=expected, seen=seen)
-
-
 # --- The verb --------------------------------------------------------------------------------------------
 
 
@@ -288,12 +299,33 @@ def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Polic
     policy = policy_of_live(options.left)
     disk = layout.inspect(host, options.disk)
     layout.check_usable(host, disk, options.erase)
-    planned = layout.make_plan(disk, options.state)
-    release = verify_release(host, open_source(options.source), policy)
-    room = planned.named("machine-store").size * 9 // 10 - STORE_MARGIN
-    if release.size > room:
-        raise Failure(f"the release has {release.size >> 20} MiB, the store of {disk.path} {room >> 20} MiB")
+    planned = _lay_out(disk, options, options.state)
+    release = verify_release(host, open_source(options.source, options.access), policy)
+    if (state := demanded_state(release.manifest.contents, options.state)) != options.state:
+        planned = _lay_out(disk, options, state)
+    store, needed = planned.named("machine-store").size, (release.size + STORE_MARGIN) * 10 // 9
+    if needed > store:
+        raise Failure(
+            f"the release takes a store of {(needed >> 20) + 1} MiB, and that of {disk.path} has "
+            f"{store >> 20} MiB: choose a larger one, or a larger disk"
+        )
     return planned, release, policy._replace(uki_id=release.uki_id)
+
+
+def _lay_out(disk: layout.Disk, options: Options, state: int) -> layout.Plan:
+    return layout.make_plan(disk, state, store=options.store, scratch=options.scratch)
+
+
+def demanded_state(contents: init.Contents, asked: int) -> int:
+    """Return the size of the volume for /var, never less than a release demands. Raises `Failure`."""
+    size = publish.state_bytes(contents)
+    demanded = max(-(-size // init.MIB) * init.MIB, layout.SMALLEST_VOLUME) if size else 0
+    if asked and asked < demanded:
+        raise Failure(
+            f"the release demands a state volume of {demanded >> 20} MiB, {asked >> 20} MiB were asked for: "
+            "ask for more, or name no size"
+        )
+    return asked or demanded
 
 
 def describe(planned: layout.Plan, release: Release) -> dict[str, object]:
@@ -307,6 +339,7 @@ def describe(planned: layout.Plan, release: Release) -> dict[str, object]:
         "lost": planned.lost or "nothing: the disk is empty",
         "product": contents.product,
         "sequence": contents.sequence,
+        "source": release.source.name,
         "targets": [target.service_name for target in contents.targets],
         "partitions": [
             {"name": part.name, "bytes": part.size, "holds": part.holds} for part in planned.partitions
@@ -320,8 +353,48 @@ def show_plan(host: Host, options: Options) -> dict[str, object]:
     return describe(planned, release)
 
 
+@contextlib.contextmanager
+def alone(host: Host, lock: Path = LOCK, mapped: Path = Path("/dev/mapper")) -> Iterator[None]:
+    """Be the only installation of this machine, with mounts that end with this process whatever ends it;
+    what a killed one left open is closed. Raises `Failure`.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"another installation runs ({lock}): wait for its end") from error
+        host.unshare_mounts()
+        left = sorted(path.name for path in mapped.glob(f"{OPENED}*"))
+        try:
+            host.patiently(lambda: _close(host, left))
+        except OSError as error:
+            raise Failure(
+                f"{left[0]}, which another installation left, cannot be closed ({error}): restart"
+            ) from error
+        yield
+
+
+def _close(host: Host, left: list[str]) -> None:
+    """Remove devices, whichever can go first: some lie in file systems of others."""
+    failed = None
+    for name in tuple(left):
+        try:
+            host.dm(init.DmCommand.DEV_REMOVE, name)
+            left.remove(name)
+        except OSError as error:
+            failed = error
+    if failed:
+        raise failed
+
+
 def install(host: Installer, options: Options) -> dict[str, object]:
     """Install a release on a disk; returns what was done. Raises `Failure`, `Refused`."""
+    with alone(host):
+        return install_provisioned(host, options)
+
+
+def install_provisioned(host: Installer, options: Options) -> dict[str, object]:
+    """Install a release on a disk, for who is `alone`."""
     planned, release, policy = plan(host, options)
     provisioned = read_provisioned(options.provisioned, policy)
     return act(host, planned, release, policy, provisioned, options.loader)
@@ -333,6 +406,24 @@ def act(
 ) -> dict[str, object]:  # fmt: skip
     """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
     begun = host.monotonic()
+    try:
+        commit = _act(host, planned, release, policy, provisioned, loader)
+    except OSError as error:
+        raise Failure(
+            f"{planned.disk.path} is not installed ({error}): run this command again, or name another disk"
+        ) from error
+    return {
+        **describe(planned, release), "generation": commit, "uki": release.uki_id,
+        "boot entry": add_boot_entry(host, planned),
+        "seconds": round(host.monotonic() - begun, 1),
+    }  # fmt: skip
+
+
+def _act(
+    host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
+    loader: Path,
+) -> str:  # fmt: skip
+    """Make a machine of the disk; return the generation."""
     host.say(f"partitions on {planned.disk.path}")
     layout.write(host, planned)
     layout.wait_for_devices(host, planned)
@@ -340,14 +431,12 @@ def act(
     fill_store(host, planned, release, provisioned)
     if planned.partitions[-1].name == init.STATE:
         fill_state(host, planned, provisioned)
-    fill_esp(host, planned, release, loader)
+    fill_esp(host, planned, release, provisioned, loader)
     host.say("reading everything back")
-    read_back(host, planned, release, policy, provisioned, commit)
+    read_back(host, planned, release, policy, provisioned, commit, loader)
+    let_start(host, planned)
     layout.finish(host, planned)
-    return {
-        **describe(planned, release), "generation": commit, "uki": release.uki_id,
-        "seconds": round(host.monotonic() - begun, 1),
-    }  # fmt: skip
+    return commit
 
 
 # --- Volumes ---------------------------------------------------------------------------------------------
@@ -373,7 +462,7 @@ def _volume(
     device = layout.device(planned, planned.named(name))
     kind = "config" if name == "machine-config" else "plain"
     with (
-        host.opened(device, kind, key_of(provisioned, planned, name), f"mosinit-install-{name}") as mapped,
+        host.opened(device, kind, key_of(provisioned, planned, name), f"{OPENED}{name}") as mapped,
         host.mounted(mapped, "ext4", read_only=read_only) as folder,
     ):
         yield folder
@@ -389,7 +478,7 @@ def _make_volume(host: Installer, planned: layout.Plan, provisioned: Provisioned
     host.format_volume(device, kind, part.uuid, key, provisioned.recovery)
     if kind == "config":
         luks.import_tokens(host, device, provisioned.tokens)
-    with host.opened(device, kind, key, f"mosinit-install-{name}") as mapped:
+    with host.opened(device, kind, key, f"{OPENED}{name}") as mapped:
         host.run([*EXT4, "-L", name, "-U", part.uuid, mapped], timeout=600)
 
 
@@ -421,12 +510,12 @@ def fill_store(host: Installer, planned: layout.Plan, release: Release, provisio
             for blob in release.blobs:
                 name = f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
                 with host.replacing(target / name) as fresh, fresh.open("wb") as file:
-                    for chunk in read_checked(str(release.folder / name), blob):
+                    for chunk in release.source.blob(blob):
                         file.write(chunk)
                         advance(len(chunk))
         for name in ("oci-layout", "index.json"):
             with host.replacing(target / name) as fresh:
-                fresh.write_bytes((release.folder / name).read_bytes())
+                fresh.write_bytes(release.source.document(name))
         sync_tree(host, folder)
 
 
@@ -451,28 +540,54 @@ def uki_place(sequence: int) -> str:
     return f"EFI/Linux/mosinit_{sequence}+{TRIES}.efi"
 
 
-def fill_esp(host: Installer, planned: layout.Plan, release: Release, loader: Path) -> None:
-    """Make the EFI system partition; what the firmware starts by itself is written last."""
+def fill_esp(
+    host: Installer, planned: layout.Plan, release: Release, provisioned: Provisioned, loader: Path
+) -> None:
+    """Make the EFI system partition, with a boot loader that no firmware finds yet."""
     part = planned.named("esp")
     device = layout.device(planned, part)
     host.say("esp: boot loader and UKI")
     host.run(["mkfs.vfat", "-F32", "-nESP", f"-i{part.uuid[:8]}", device], timeout=60)
     boot = loader.read_bytes()
-    with host.mounted(device, "vfat") as folder:
-        for place in (uki_place(release.manifest.contents.sequence), *LOADER_PLACES, "loader/loader.conf"):
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        uki = folder / uki_place(release.manifest.contents.sequence)
-        source = release.folder / "blobs/sha256" / release.uki.digest.removeprefix("sha256:")
-        with uki.open("wb") as file:
-            file.writelines(read_checked(str(source), release.uki))
-        host.sync_file(uki)
-        for place, content in (
-            ("loader/loader.conf", LOADER_CONF),
-            *((name, boot) for name in LOADER_PLACES),
-        ):
-            (folder / place).write_bytes(content)
-            host.sync_file(folder / place)
+    place = uki_place(release.manifest.contents.sequence)
+    files = {"loader/loader.conf": LOADER_CONF, LOADER: boot, NOT_YET: boot}
+    with (
+        _volume(host, planned, provisioned, "machine-store", read_only=True) as store,
+        host.mounted(device, "vfat") as folder,
+    ):
+        for name in (place, *files):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        stored = Elsewhere({init.STORE: store}).real_path(init.blob_path(release.uki.digest))
+        with (folder / place).open("wb") as file:
+            file.writelines(read_checked(stored, release.uki))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         sync_tree(host, folder)
+
+
+def let_start(host: Installer, planned: layout.Plan) -> None:
+    """Give the boot loader the name by which firmware finds it: from here the disk starts a machine."""
+    with host.mounted(layout.device(planned, planned.named("esp")), "vfat") as folder:
+        (folder / NOT_YET).rename(folder / STARTED)
+        # The file first: until it is synced its new name is that of an empty file, which no firmware starts.
+        host.sync_file(folder / STARTED)
+        host.sync_file((folder / STARTED).parent)
+
+
+def add_boot_entry(host: Host, planned: layout.Plan) -> str | None:
+    """Have the firmware start this disk first. Where it takes no entry it has to find the boot loader by
+    itself: that is said, and no failure.
+    """
+    esp, sector = planned.named("esp"), planned.disk.sector
+    entry = bootentry.Entry(esp.number, esp.start // sector, esp.size // sector, esp.uuid)
+    try:
+        return bootentry.register(host, entry)
+    except (OSError, Failure) as error:
+        host.say(
+            f"the firmware took no boot entry ({error}): if it does not start {planned.disk.path} by "
+            f"itself, choose {STARTED} on it in the firmware's setup"
+        )
+        return None
 
 
 # --- Reading back ----------------------------------------------------------------------------------------
@@ -480,7 +595,7 @@ def fill_esp(host: Installer, planned: layout.Plan, release: Release, loader: Pa
 
 def read_back(
     host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
-    commit: str,
+    commit: str, loader: Path,
 ) -> None:  # fmt: skip
     """See that a boot would take what is on the disk, by what the boot itself calls."""
     layout.check(host, planned)
@@ -501,10 +616,13 @@ def read_back(
             image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
             pairs = zip(image.layers, target.layer_signatures, strict=True)
             for index, (layer, signature) in enumerate(pairs):
-                host.check_layer(machine, f"mosinit-install-{target.service_name}-{index}", layer, signature)
+                host.check_layer(machine, f"{OPENED}{target.service_name}-{index}", layer, signature)
     with host.mounted(layout.device(planned, planned.named("esp")), "vfat", read_only=True) as folder:
         for _ in read_checked(str(folder / uki_place(release.manifest.contents.sequence)), release.uki):
             pass
+        for name in (LOADER, NOT_YET):
+            if (folder / name).read_bytes() != loader.read_bytes():
+                raise Failure(f"{planned.disk.path} does not keep what is written to it: use another disk")
 
 
 def _check_header(host: Host, planned: layout.Plan, policy: init.Policy, provisioned: Provisioned) -> None:

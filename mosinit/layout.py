@@ -18,10 +18,14 @@ from mosinit.host import Failure, Host
 GIB = 1 << 30
 SMALLEST = 8 * GIB
 ESP_BYTES, CONFIG_BYTES = 512 * init.MIB, 128 * init.MIB
-SMALLEST_STATE = 64 * init.MIB
+SMALLEST_VOLUME = 64 * init.MIB
 # A disk has this id while it is being installed: whoever finds it may begin anew without asking.
 UNFINISHED = "5a3d1b0e-6f0c-4d7a-9c55-d0b3a1f7e2c4"
 EDGES = init.MIB  # of a disk, where tables and superblocks lie
+# Written before anything else, where no partition table reaches and no partition lies: so a disk whose table
+# a power cut tore is known as one that was being installed.
+MARK = f"mosinit is installing on this disk {UNFINISHED}\n".encode().ljust(4096, b"\0")
+MARK_OFFSET = EDGES // 2
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,41 @@ class Plan:
         return next(part for part in self.partitions if part.name == name)
 
 
-def make_plan(disk: Disk, state: int = 0, new_uuid: Callable[[], str] = lambda: str(uuid.uuid4())) -> Plan:
-    """Lay out a disk; with `state`, bytes of a volume for what must survive. Raises `Failure`."""
+def make_plan(
+    disk: Disk, state: int = 0, new_uuid: Callable[[], str] = lambda: str(uuid.uuid4()), *,
+    store: int = 0, scratch: int = 0,
+) -> Plan:  # fmt: skip
+    """Lay out a disk. Raises `Failure`.
+
+    `state` is bytes of a volume for what must survive, 0 for none; store and scratch have half and a quarter
+    of what is left, or so many bytes.
+    """
     if disk.size < SMALLEST:
         raise Failure(
             f"{disk.path} has {disk.size >> 20} MiB: a machine needs a disk of {SMALLEST >> 20} MiB"
         )
     # The last MiB holds the second partition table.
     rest = disk.size // init.MIB * init.MIB - 2 * init.MIB - ESP_BYTES - CONFIG_BYTES
-    store, scratch = _whole(rest // 2), _whole(rest // 4)
-    if state and not SMALLEST_STATE <= state <= rest - store - scratch:
-        most = (rest - store - scratch) >> 20
-        raise Failure(f"a state volume on {disk.path} can have {SMALLEST_STATE >> 20} to {most} MiB")
+    asked = {init.STATE: state, "store": store, "scratch": scratch}
+    sizes = {**asked, "store": store or rest // 2, "scratch": scratch or rest // 4}
+    for name in sorted(sizes, key=lambda name: not asked[name]):
+        most = rest - sum(_whole(size) for other, size in sizes.items() if other != name)
+        if sizes[name] and not SMALLEST_VOLUME <= sizes[name] <= most:
+            others = " and ".join(f"{sizes[other] >> 20} MiB of {other}" for other in sizes if other != name)
+            raise Failure(
+                f"a {name} volume on {disk.path} can have {SMALLEST_VOLUME >> 20} to {max(0, most) >> 20} "
+                f"MiB beside {others}: choose other sizes"
+            )
     rows = [
         ("esp", init.ESP_TYPE, ESP_BYTES, "boot loader and UKIs, FAT32"),
         ("machine-config", init.CONFIG_TYPE, CONFIG_BYTES, "/config, encrypted with integrity"),
-        ("machine-store", init.STORE_TYPE, store, "/atomfs-cache, encrypted"),
-        ("machine-scratch", init.SCRATCH_TYPE, scratch, "/scratch-writes, encrypted anew at each boot"),
+        ("machine-store", init.STORE_TYPE, _whole(sizes["store"]), "/atomfs-cache, encrypted"),
+        (
+            "machine-scratch",
+            init.SCRATCH_TYPE,
+            _whole(sizes["scratch"]),
+            "/scratch-writes, encrypted anew at each boot",
+        ),
     ]
     if state:
         rows.append((init.STATE, init.LINUX_TYPE, _whole(state), "/var, encrypted"))
@@ -161,7 +183,9 @@ def _content(host: Host, fd: int, size: int, sector: int) -> tuple[str, bool]:
         parts = init.parse_gpt(header, entries, sector, size // sector)
     except init.Refused:
         tail = host.read_at(fd, size - EDGES, EDGES)
-        return ("" if not any(head) and not any(tail) else "data without a valid partition table"), False
+        marked = head[MARK_OFFSET : MARK_OFFSET + len(MARK)] == MARK
+        empty = not any(head) and not any(tail)
+        return ("" if empty else "data without a valid partition table"), marked
     unfinished = init.format_guid(header[56:72]) == UNFINISHED  # UEFI specification 5.3.2
     sizes = ", ".join(f"{part.size >> 20} MiB" for part in parts)
     return f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table", unfinished
@@ -182,9 +206,8 @@ def check_usable(host: Host, disk: Disk, erase: str | None = None) -> None:
     try:
         os.close(os.open(disk.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        raise Failure(
-            f"{disk.path} is in use ({error.strerror}): name another disk, or stop its user"
-        ) from error
+        using = users(disk) or error.strerror
+        raise Failure(f"{disk.path} is in use ({using}): name another disk, or stop its user") from error
     if erase is not None and erase != disk.serial:
         raise Failure(f"{disk.path} has the serial {disk.serial!r}, not {erase!r}: nothing was erased")
     if disk.content and not disk.unfinished and erase is None:
@@ -192,6 +215,24 @@ def check_usable(host: Host, disk: Disk, erase: str | None = None) -> None:
             f"{disk.path} ({disk.model or 'no model'}) holds {disk.content}: to lose all of it, say "
             f"--erase {disk.serial}"
         )
+
+
+def users(disk: Disk) -> str:
+    """Say who uses a disk or its partitions, as far as the kernel tells."""
+    folder = Path("/sys/block") / disk.name
+    found = []
+    for part in [folder, *sorted(path.parent for path in folder.glob("*/partition"))]:
+        number, name = _first(part / "dev"), f"/dev/{part.name}"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            words = line.split(" ")
+            if words[2] == number:
+                found.append(f"{name} is mounted at {words[4]}")
+        for line in Path("/proc/swaps").read_text().splitlines()[1:]:
+            if line.split()[0] == name:
+                found.append(f"{name} is swap space")
+        held = [_first(holder / "dm/name") or holder.name for holder in sorted(part.glob("holders/*"))]
+        found += [f"{name} belongs to {holder}" for holder in held]
+    return ", ".join(found)[:300]
 
 
 def boot_medium(host: Host, disk: Disk) -> str:
@@ -219,8 +260,12 @@ def write(host: Host, plan: Plan) -> None:
     disk = plan.disk
     fd = os.open(disk.path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
     try:
-        for offset in (0, disk.size - EDGES):
-            os.pwrite(fd, bytes(EDGES), offset)
+        os.pwrite(fd, MARK, MARK_OFFSET)
+        os.fsync(fd)
+        os.pwrite(fd, bytes(MARK_OFFSET), 0)
+        behind = MARK_OFFSET + len(MARK)
+        os.pwrite(fd, bytes(EDGES - behind), behind)
+        os.pwrite(fd, bytes(EDGES), disk.size - EDGES)
         for part in plan.partitions:
             # Nothing that an earlier owner left may look like a volume of ours.
             for offset in (part.start, part.start + part.size - EDGES):
@@ -240,6 +285,10 @@ def finish(host: Host, plan: Plan) -> None:
     words = ["--quiet", "--lock=yes", "--no-reread", "--disk-id", str(plan.disk.path), plan.identity]
     host.run(["sfdisk", *words], timeout=120)
     host.sync_file(plan.disk.path)
+    with open(plan.disk.path, "r+b", buffering=0) as file:
+        file.seek(MARK_OFFSET)
+        file.write(bytes(len(MARK)))
+        os.fsync(file.fileno())
     check(host, plan)
     wait_for_devices(host, plan)
 

@@ -133,7 +133,9 @@ def read_written(manifest: Path) -> init.Contents:
     try:
         if manifest.stat().st_size > init.MANIFEST_BYTES:
             raise Failure(f"{manifest} is larger than {init.MANIFEST_BYTES} bytes, which no manifest is")
-        return init.parse_manifest(manifest.read_bytes(), WRITTEN)
+        contents = init.parse_manifest(manifest.read_bytes(), WRITTEN)
+        state_bytes(contents)
+        return contents
     except init.Refused as error:
         named = init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}")
         if found := _TWO_READINGS.fullmatch(str(error)):
@@ -147,6 +149,22 @@ def _one_reading(word: str) -> str:
     """Say how a word is written that versions of YAML read differently."""
     first = str(int(word)) if re.fullmatch("0[0-9]+", word) else "true or false"
     return f"write {first}, a number in digits without a zero in front, or '{word}' in quotes if it is text"
+
+
+def state_bytes(contents: init.Contents) -> int:
+    """Return the size of the volume for /var that a manifest demands, 0 for none. Raises `Failure`.
+
+    Its label is reserved: the bring-up mounts the volume, keeps it, and knows no other owner than root.
+    """
+    for volume in contents.storage:
+        if volume.label == init.STATE:
+            if not volume.persistent or volume.nsgroup:
+                raise Failure(
+                    f"storage {init.STATE} is /var, which is root's and is kept: say persistent: true and "
+                    "no nsgroup, or give it another label"
+                )
+            return volume.size
+    return 0
 
 
 def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:

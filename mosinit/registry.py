@@ -261,20 +261,29 @@ class Connection:
             raise self.wrong()
         return data
 
-    def download(self, blob: images.Descriptor, target: Path, advance: Callable[[int], None]) -> None:
-        """Fetch a blob into a new file; it has the digest and size that its descriptor says."""
+    def document(self, digest: str, limit: int) -> bytes:
+        """Return a small blob of at most `limit` bytes, whose digest the caller compares."""
+        with self.wire.ask("GET", self.path(f"blobs/{digest}")) as answer:
+            return self.wire.document(answer, limit)
+
+    def stream(self, blob: images.Descriptor) -> Iterator[bytes]:
+        """Yield a blob as it comes; raises at the end unless it was what its descriptor says."""
         hasher, size = hashlib.sha256(), 0
-        with (
-            self.wire.ask("GET", self.path(f"blobs/{blob.digest}"), longest=wire.LONGEST_SECONDS) as answer,
-            target.open("xb") as file,
-        ):
+        path = self.path(f"blobs/{blob.digest}")
+        with self.wire.ask("GET", path, longest=wire.LONGEST_SECONDS) as answer:
             for chunk in self.wire.read(answer, blob.size):
                 hasher.update(chunk)
                 size += len(chunk)
-                file.write(chunk)
-                advance(len(chunk))
+                yield chunk
         if (f"sha256:{hasher.hexdigest()}", size) != (blob.digest, blob.size):
             raise self.wrong()
+
+    def download(self, blob: images.Descriptor, target: Path, advance: Callable[[int], None]) -> None:
+        """Fetch a blob into a new file; it has the digest and size that its descriptor says."""
+        with target.open("xb") as file:
+            for chunk in self.stream(blob):
+                file.write(chunk)
+                advance(len(chunk))
 
     def has(self, blob: images.Descriptor) -> bool:
         """Say whether the registry has a blob."""

@@ -1,87 +1,41 @@
-"""Provisioning and installing without a person: answers on the medium, and a port to whoever enrolls.
+"""Provisioning and installing without a person: answers (see `answers`), and a port to whoever enrolls.
 
-    /mosinit/answers.yaml on the medium's EFI system partition, which anybody may write:
-
-    version: 1
-    disk: /dev/disk/by-id/virtio-machine    # the disk to install on
-    erase: SERIAL                           # optional: the disk whose content may be lost
-    state: 512                              # optional: MiB of a volume for /var
-
-They choose, and weaken nothing: what is installed is verified as ever. The request goes out as one line of
-JSON, and the organisation's answer is the one line that comes back.
+The request goes out as one line of JSON, and the organisation's answer is the one line that comes back.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import select
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import init, install, provision
-from mosinit.host import Failure
+from mosinit import answers, init, install, provision
+from mosinit.host import Failure, Host
 
 PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
-REPORT_PORT = Path("/dev/virtio-ports/org.mosinit.report")
 STATE = Path("/run/mosinit-provision")
 ANSWER_BYTES = 4 << 20
 ANSWER_SECONDS = 3600.0  # somebody may have to look at the request
-FIELDS = {"version", "disk", "erase", "state"}
+NETWORK_SECONDS = 120
+WAIT_ONLINE = "/usr/lib/systemd/systemd-networkd-wait-online"
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What the answers say; `state` in bytes."""
-
-    disk: Path
-    erase: str | None
-    state: int
-
-
-def read_answers(path: Path) -> Answers:
-    """Read answers. Raises `Failure` that names what is wrong."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(4097)
-    except OSError as error:
-        raise Failure(f"cannot read the answers {path}: {error.strerror}") from error
-    if len(data) > 4096:
-        raise Failure(f"{path} is larger than 4096 bytes, which no answers are")
-    try:
-        node = init.parse_yaml(data)
-    except init.Refused as refused:
-        raise Failure(f"{path}: expected {refused.expected}, seen {refused.seen}") from refused
-    words = node.value if isinstance(node.value, dict) else {}
-    values: Mapping[str, object] = {str(key): each.value for key, each in words.items()}
-    odd = sorted(set(values) - FIELDS) or sorted({"version", "disk"} - set(values))
-    if odd or values["version"] != 1:
-        raise Failure(f"{path}: {odd[0] if odd else 'version'} is missing, unknown or wrong")
-    disk, erase, state = values["disk"], values.get("erase"), values.get("state", 0)
-    if not isinstance(disk, str) or not re.fullmatch(r"/dev/[A-Za-z0-9._:/+-]{1,200}", disk):
-        raise Failure(f"{path}: disk is no path below /dev")
-    if erase is not None and type(erase) not in (str, int):
-        raise Failure(f"{path}: erase is no serial")
-    if type(state) is not int or not 0 <= state < 1 << 30:
-        raise Failure(f"{path}: state is no number of MiB")
-    return Answers(Path(disk), None if erase is None else str(erase), state << 20)
-
-
-def run(host: install.Installer, answers: Path) -> dict[str, object]:
+def run(host: install.Installer, path: Path) -> dict[str, object]:
     """Provision this machine and install on its disk; says how it went on the report port, too."""
     try:
-        done = _run(host, read_answers(answers))
+        with install.alone(host):
+            done = _run(host, path)
     except (Failure, init.Refused, OSError) as error:
-        _tell({"target": "installed", "error": str(error)[:1000]})
+        answers.tell({"target": "installed", "error": str(error)[:1000]})
         raise
-    _tell({"target": "installed", "installed": json.loads(json.dumps(done, default=str))})
+    answers.tell({"target": "installed", "installed": json.loads(json.dumps(done, default=str))})
     return done
 
 
-def _run(host: install.Installer, answers: Answers) -> dict[str, object]:
-    options = install.Options(answers.disk, STATE, erase=answers.erase, state=answers.state)
+def _run(host: install.Installer, path: Path) -> dict[str, object]:
+    given = answers.read_answers(path)
+    options = options_of(host, given, path)
     # All that can be refused is refused before the TPM is touched.
     install.show_plan(host, options)
     if not (STATE / "seal.json").exists():
@@ -90,7 +44,36 @@ def _run(host: install.Installer, answers: Answers) -> dict[str, object]:
         reply = exchange(PORT, Path(str(asked["request"])).read_bytes())
         (STATE / "answer.json").write_bytes(reply)
         provision.finish(host, STATE, STATE / "answer.json")
-    return install.install(host, options)
+    places = path.with_name("places.json")
+    found = json.loads(places.read_bytes()) if places.exists() else [str(path)]
+    return {**install.install_provisioned(host, options), "answers": found}
+
+
+def options_of(host: Host, given: answers.Answers, path: Path) -> install.Options:
+    """Return what to install where, once what that takes is there."""
+    source, access = given.source or install.MEDIUM_RELEASE, None
+    if source.startswith("docker:"):
+        from mosinit import registry
+
+        authority = path.with_name("registry-ca.pem")
+        access = registry.open_access(authority if authority.exists() else None, None, 120.0, source, [])
+        wait_for_network(host)
+    return install.Options(
+        given.disk, STATE, source=source, erase=given.erase, state=given.state, store=given.store,
+        scratch=given.scratch, access=access,
+    )  # fmt: skip
+
+
+def wait_for_network(host: Host) -> None:
+    """Wait until a network is there: this runs as soon as the system is up."""
+    try:
+        words = ["--any", "--operational-state=routable", f"--timeout={NETWORK_SECONDS}"]
+        host.run([WAIT_ONLINE, *words], timeout=NETWORK_SECONDS + 30)
+    except Failure as failure:
+        raise Failure(
+            f"no network after {NETWORK_SECONDS} s, and the release is in a registry: look at cable and "
+            f"DHCP ({failure})"
+        ) from failure
 
 
 def exchange(port: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> bytes:
@@ -112,10 +95,3 @@ def exchange(port: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> byt
         return reply
     finally:
         os.close(fd)
-
-
-def _tell(words: Mapping[str, object]) -> None:
-    """Send one line to whoever runs this virtual machine, if anybody does."""
-    if REPORT_PORT.exists():
-        with REPORT_PORT.open("wb", buffering=0) as port:
-            port.write(json.dumps(words).encode() + b"\n")

@@ -53,8 +53,9 @@ def setting(host: Host, folder: Path, sequence: int = 7) -> Setting:
     return Setting(keyset, release, left, folder / "loader.efi", make_provisioned(keyset))
 
 
-def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int) -> Path:
-    """Publish hostfs and bootkit."""
+def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int, *, storage: str = "") -> Path:
+    """Publish hostfs and bootkit; `storage` is lines of the manifest."""
+    folder.mkdir(exist_ok=True)
     tree = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
     plain(host, folder / "hostfs", tree, tar=tree)
     (folder / "modules").mkdir()
@@ -68,7 +69,7 @@ def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int) -
         for name in ("hostfs", "bootkit")
     )
     text = f"version: 1\nproduct: {keyset.product}\nsequence: {sequence}\nepoch: 1\nupdate_type: complete\n"
-    (folder / "manifest.yaml").write_text(f"{text}targets:\n{rows}")
+    (folder / "manifest.yaml").write_text(f"{text}{storage}targets:\n{rows}")
     publish.publish(host, folder / "manifest.yaml", keyset, f"oci:{folder / 'release'}")
     return folder / "release"
 
@@ -135,6 +136,26 @@ class NativeInstaller(install.Installer):
         self.steps: list[str] = []
         self.failing = ""
         self.layers: list[str] = []
+        self.variables: dict[str, bytes] = {}
+
+    # The firmware of whoever runs the tests is theirs.
+
+    def names(self, path: str) -> list[str]:
+        """List a folder, or the variables."""
+        if path == init.EFIVARS:
+            return [f"{name}-{init.EFI_GLOBAL}" for name in self.variables]
+        return super().names(path)
+
+    def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
+        """Return a variable of the specification's own."""
+        return (7, self.variables[name]) if guid == init.EFI_GLOBAL and name in self.variables else None
+
+    def efi_write(self, name: str, guid: str, value: bytes) -> None:
+        """Set or delete a variable."""
+        assert guid == init.EFI_GLOBAL
+        self.variables.pop(name, None)
+        if value:
+            self.variables[name] = value
 
     def say(self, text: str) -> None:
         """Note the step, and fail where the test says so."""
@@ -173,10 +194,13 @@ class NativeInstaller(install.Installer):
             return
         with self.scratch() as folder:
             self.run(["mcopy", "-s", "-n", "-i", device, "::", folder])
+            before = {path for path in folder.rglob("*") if path.is_file()}
             yield folder
             if not read_only:
                 paths = sorted(path for path in folder.iterdir())
                 self.run(["mcopy", "-s", "-o", "-i", device, *paths, "::"])
+                for path in before - set(folder.rglob("*")):
+                    self.run(["mdel", "-i", device, f"::{path.relative_to(folder)}"])
 
     def check_layer(self, machine: init.Machine, name: str, layer: init.Layer, signature: str) -> None:
         """Note which layers would be checked."""

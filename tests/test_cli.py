@@ -284,9 +284,10 @@ def test_an_outcome_brings_its_status_and_its_report(capsys: pytest.CaptureFixtu
     assert "console: /x/console.log" in text
 
 
-def run_in_child(body: str) -> subprocess.Popen[str]:
+def run_in_child(body: str, before: str = "") -> subprocess.Popen[str]:
     program = f"""
-import sys, time
+import signal, sys, time
+{before}
 from mosinit import cli
 def run(host, values):
 {body}
@@ -297,13 +298,16 @@ sys.exit(cli.main(None, (cli.Verb("go", "goes", "mosinit go", run, tools=False),
         [sys.executable, "-c", program],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) -> None:
     body = """
     try:
@@ -318,6 +322,19 @@ def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) ->
         out, err = child.communicate(timeout=20)
     assert (child.returncode, out) == (status, "cleaned up\n")
     assert "Traceback" not in err
+
+
+def test_nohup_means_what_it_says() -> None:
+    body = """
+    print("started", flush=True); sys.stdin.readline(); print("goes on", flush=True)
+    return cli.Result(None, "done")
+"""
+    with run_in_child(body, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") as child:
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(signal.SIGHUP)
+        out, _ = child.communicate("\n", timeout=20)
+    assert (child.returncode, out) == (0, "goes on\ndone\n")
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
@@ -367,6 +384,24 @@ def test_a_program_that_is_not_there_is_told(program: str, capsys: pytest.Captur
         f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists" in said
     )
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["docker://127.0.0.1:1/acme:7", "--tls-ca", "/nonexistent"], 1, "cannot read /nonexistent"),
+        (["docker://127.0.0.1:1/acme:7", "--login", "/nonexistent"], 1, "write USER:PASSWORD into it"),
+        (["--state", "-1"], 2, "'-1' is no number of MiB"),
+        (["--store", "1G"], 2, "'1G' is no number of MiB"),
+        (["--scratch", "1234567890"], 2, "'1234567890' is no number of MiB"),
+    ],
+)
+def test_installing_with_words_that_are_wrong(words: list[str], status: int, message: str) -> None:
+    # In a process of its own: the verb keeps its memory from debuggers.
+    command = [sys.executable, "-m", "mosinit", "install", "--disk", "/dev/none", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert message in done.stderr
 
 
 # --- The test verb -----------------------------------------------------------------------------------

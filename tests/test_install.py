@@ -5,6 +5,7 @@ where the kernel has no device-mapper.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import generations, init, install, keys, layout, luks
-from mosinit.host import Failure, Host, Usage
+from mosinit import bootentry, generations, init, install, keys, layout, luks
+from mosinit.host import Failure, Host
 from tests import installation
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
@@ -114,7 +115,7 @@ def test_each_volume_opens_with_its_key_and_the_recovery_key(made: Setting, disk
 def test_what_fails_can_be_run_again(made: Setting, disk: Path, step: str) -> None:
     host = NativeInstaller()
     host.failing = step
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(Failure, match="is not installed .*Input/output error.*: run this command again"):
         installation.run(host, made, disk)
     assert not [line for line in Path("/proc/mounts").read_text().splitlines() if str(disk) in line]
     attached = subprocess.run(
@@ -141,6 +142,151 @@ def test_a_plan_changes_nothing(made: Setting, disk: Path, memory: Path) -> None
     assert shown["lost"] == "nothing: the disk is empty"
     assert json.dumps([str(part["name"]) for part in shown["partitions"]])  # type: ignore[attr-defined]
     assert (memory / "disk").stat().st_blocks == 0
+
+
+# --- What is chosen, and what a release demands -----------------------------------------------------------
+
+
+def partitions(done: dict[str, object]) -> dict[str, int]:
+    parts: list[dict[str, object]] = done["partitions"]  # type: ignore[assignment]
+    return {str(part["name"]).removeprefix("machine-"): int(str(part["bytes"])) >> 20 for part in parts}
+
+
+def test_sizes_are_chosen(made: Setting, disk: Path) -> None:
+    sizes = {"store": 1 << 30, "scratch": 64 << 20, "state": 2 << 30}
+    done = installation.run(NativeInstaller(), made, disk, **sizes)
+    expected = {"esp": 512, "config": 128, "store": 1024, "scratch": 64, "state": 2048}
+    assert partitions(done) == expected
+    assert [each["bytes"] >> 20 for each in table(disk)] == list(expected.values())
+
+
+def table(disk: Path) -> list[dict[str, int]]:
+    words = ["lsblk", "--json", "--bytes", "--output", "SIZE", str(disk)]
+    listed = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["blockdevices"]
+    return [{"bytes": int(part["size"])} for part in listed[0].get("children", listed[1:])]
+
+
+def test_a_store_in_which_the_release_has_no_room(made: Setting, disk: Path) -> None:
+    with pytest.raises(Failure, match="takes a store of 74 MiB, and that of /dev/loop.* has 64 MiB"):
+        installation.run(NativeInstaller(), made, disk, store=64 << 20)
+    assert layout.inspect(Host(), disk).content == ""
+
+
+@pytest.fixture(scope="module")
+def demanding(made: Setting, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A release that demands a volume for /var."""
+    storage = "storage:\n  - {label: state, persistent: true, size: 102401K}\n"
+    folder = tmp_path_factory.mktemp("demanding")
+    release = installation.make_release(Host(), folder, made.keyset, 8, storage=storage)
+    return dataclasses.replace(made, release=release)
+
+
+@pytest.mark.parametrize(("asked", "size"), [(0, 101), (101, 101), (200, 200)])
+def test_a_state_volume_that_the_release_demands(
+    demanding: Setting, disk: Path, asked: int, size: int
+) -> None:
+    shown = install.show_plan(Host(), installation.options(demanding, disk, state=asked << 20))
+    assert partitions(shown)["state"] == size
+    if not asked:
+        done = installation.run(NativeInstaller(), demanding, disk)
+        assert partitions(done)["state"] == table(disk)[-1]["bytes"] >> 20 == size
+
+
+def test_less_state_than_the_release_demands(demanding: Setting, disk: Path) -> None:
+    with pytest.raises(Failure, match="demands a state volume of 101 MiB, 100 MiB were asked for"):
+        installation.run(NativeInstaller(), demanding, disk, state=100 << 20)
+    with pytest.raises(Failure, match="a state volume on .* can have 64 to 64 MiB"):
+        installation.run(NativeInstaller(), demanding, disk, store=7422 << 20, scratch=64 << 20)
+    assert layout.inspect(Host(), disk).content == ""
+
+
+@pytest.mark.parametrize("more", ["persistent: false", "persistent: true, nsgroup: web"])
+def test_a_state_volume_that_nobody_could_keep(made: Setting, tmp_path: Path, more: str) -> None:
+    storage = f"storage:\n  - {{label: state, {more}, size: 100M}}\n"
+    with pytest.raises(Failure, match="storage state is /var"):
+        installation.make_release(Host(), tmp_path / "release", made.keyset, 8, storage=storage)
+
+
+# --- The firmware ----------------------------------------------------------------------------------------
+
+
+def test_the_firmware_gets_an_entry_once(made: Setting, disk: Path) -> None:
+    host = NativeInstaller()
+    for erase in (None, disk.name):
+        done = installation.run(host, made, disk, erase=erase)
+        assert done["boot entry"] == "Boot0000"
+        with disk.open("rb") as file:
+            head = file.read(1024 + 16384)
+        esp = init.parse_gpt(head[512:1024], head[1024:], 512, 8 * GIB // 512)[0]
+        expected = bootentry.Entry(1, 2048, layout.ESP_BYTES // 512, esp.uuid)
+        assert host.variables == {"Boot0000": bootentry.encode(expected), "BootOrder": b"\0\0"}
+
+
+class Full(NativeInstaller):
+    """Firmware whose memory for variables is full."""
+
+    def efi_write(self, name: str, guid: str, value: bytes) -> None:
+        """Refuse."""
+        raise OSError(28, "No space left on device")
+
+
+def test_firmware_that_takes_no_entry_is_told_of(made: Setting, disk: Path) -> None:
+    host = Full()
+    done = installation.run(host, made, disk)
+    assert done["boot entry"] is None
+    (words,) = (step for step in host.steps if step.startswith("the firmware took no boot entry"))
+    assert "No space left" in words
+    assert "EFI/BOOT/BOOTX64.EFI" in words
+    assert "\n" not in words
+    assert not layout.inspect(host, disk).unfinished
+
+
+# --- Nobody else -----------------------------------------------------------------------------------------
+
+
+def test_two_installations_at_a_time(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Failure, match="another installation runs"), install.alone(Host(), lock):
+            raise AssertionError("not alone")
+
+
+class Leftover(Host):
+    """A host on which an installation was killed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[object] = []
+
+    def unshare_mounts(self) -> None:
+        """Note it."""
+        self.done.append("unshare")
+
+    def sleep(self, seconds: float) -> None:
+        """Not here."""
+
+    def dm(
+        self, command: init.DmCommand, name: str, flags: int = 0, table: tuple[int, str, str] | None = None
+    ) -> str:
+        """Remove a device, unless its file system is still used by another."""
+        self.done.append((command.name, name))
+        if name.endswith("store") and ("DEV_REMOVE", "mosinit-install-zot-0") not in self.done:
+            raise OSError(16, "Device or resource busy")
+        return ""
+
+
+def test_what_a_killed_installation_left_open_is_closed(tmp_path: Path) -> None:
+    for name in ("control", "mosinit-store", "mosinit-install-machine-store", "mosinit-install-zot-0"):
+        (tmp_path / name).touch()
+    host = Leftover()
+    with install.alone(host, tmp_path / "lock", tmp_path):
+        assert host.done == [
+            "unshare",
+            ("DEV_REMOVE", "mosinit-install-machine-store"),
+            ("DEV_REMOVE", "mosinit-install-zot-0"),
+            ("DEV_REMOVE", "mosinit-install-machine-store"),
+        ]
 
 
 def test_other_disks_are_never_touched(made: Setting, disk: Path, memory: Path) -> None:
@@ -229,12 +375,6 @@ def test_an_installed_system_installs_nothing(made: Setting, disk: Path, tmp_pat
         install.plan(Host(), installation.options(made, disk, left=left))
     with pytest.raises(Failure, match="was not started by mosinit"):
         install.plan(Host(), installation.options(made, disk, left=tmp_path / "none"))
-
-
-@pytest.mark.parametrize("source", ["docker://registry/name", "oci:", "release", ""])
-def test_sources_that_are_none(source: str) -> None:
-    with pytest.raises(Usage, match="oci:DIR"):
-        install.open_source(source)
 
 
 # --- What is found when it is read back ------------------------------------------------------------------

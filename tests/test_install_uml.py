@@ -96,3 +96,29 @@ def test_a_boot_opens_what_was_installed(uml_installed: tuple[Path, Path, str], 
         "store lost+found mosinit",
         "state lost+found",
     ]
+
+
+LEFT_OPEN = """
+from pathlib import Path
+from mosinit import install, luks
+host, names = install.Installer(), []
+for number, kind in enumerate(("plain", "config")):
+    path, name = Path(f"/dev/ubd{'ab'[number]}"), f"mosinit-install-machine-{'store config'.split()[number]}"
+    luks.format_volume(host, path, kind, f"00000000-0000-4000-8000-00000000000{number}", bytes(32))
+    run("cryptsetup", "open", "--key-file", "-", path, name, data=bytes(32))
+names = sorted(path.name for path in Path("/dev/mapper").glob(f"{install.OPENED}*"))
+print(*names)
+install._close(host, names)
+print("left:", *names, run("dmsetup", "ls").decode().strip())
+"""
+
+
+def test_what_was_left_open_is_closed(need: Callable[..., None], memory: Path, tmp_path: Path) -> None:
+    need("linux.uml", "cryptsetup", "dmsetup")
+    disks = [memory / "store", memory / "config"]
+    for path in disks:
+        with path.open("wb") as file:
+            file.truncate(64 * init.MIB)
+    printed = uml.run(tmp_path, LEFT_OPEN, disks)
+    opened = " ".join(f"mosinit-install-machine-{name}" for name in ("config", "config_dif", "store"))
+    assert printed[-2:] == [opened, "left: No devices found"]

@@ -73,6 +73,43 @@ def test_a_state_volume_that_does_not_fit(state: int) -> None:
         layout.make_plan(DISK, state)
 
 
+def sizes_of(plan: layout.Plan) -> dict[str, int]:
+    return {part.name.removeprefix("machine-"): part.size >> 20 for part in plan.partitions}
+
+
+@pytest.mark.parametrize(
+    ("state", "store", "scratch", "expected"),
+    [
+        (0, 1000, 0, {"store": 1000, "scratch": 1887}),
+        (0, 0, 64, {"store": 3775, "scratch": 64}),
+        (3000, 2000, 1000, {"store": 2000, "scratch": 1000, "state": 3000}),
+        (0, 7486, 64, {"store": 7486, "scratch": 64}),
+        (64, 7422, 64, {"store": 7422, "scratch": 64, "state": 64}),
+    ],
+)
+def test_sizes_that_were_chosen(state: int, store: int, scratch: int, expected: dict[str, int]) -> None:
+    plan = layout.make_plan(DISK, state << 20, counted(), store=store << 20, scratch=scratch << 20)
+    assert sizes_of(plan) == {"esp": 512, "config": 128, **expected}
+    last = plan.partitions[-1]
+    assert last.start + last.size <= DISK.size - init.MIB
+
+
+@pytest.mark.parametrize(
+    ("state", "store", "scratch", "words"),
+    [
+        (0, 63, 0, "a store volume on /dev/none can have 64 to 5663 MiB beside 0 MiB of state and 1887 MiB"),
+        (0, 5664, 0, "a store volume on /dev/none can have 64 to 5663 MiB"),
+        (0, 0, 3776, "a scratch volume on /dev/none can have 64 to 3775 MiB"),
+        (0, 0, 63, "a scratch volume on /dev/none can have 64 to 3775 MiB"),
+        (0, 1 << 30, 1 << 30, "a store volume on /dev/none can have 64 to 0 MiB beside"),
+        (65, 7422, 64, "a state volume on /dev/none can have 64 to 64 MiB beside"),
+    ],
+)
+def test_sizes_that_do_not_fit(state: int, store: int, scratch: int, words: str) -> None:
+    with pytest.raises(Failure, match=words):
+        layout.make_plan(DISK, state << 20, store=store << 20, scratch=scratch << 20)
+
+
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_the_bring_up_reads_what_is_written(
     sector: int, host: Host, need: Callable[..., None], memory: Path
@@ -135,13 +172,46 @@ def test_a_disk_in_use(host: Host, need: Callable[..., None], memory: Path) -> N
         (memory / "mnt").mkdir()
         host.mount(str(part), str(memory / "mnt"), "ext4")
         try:
-            with pytest.raises(Failure, match="is in use"):
+            with pytest.raises(Failure, match=f"is in use \\({part} is mounted at {memory}/mnt\\)"):
                 layout.check_usable(host, layout.inspect(host, device), device.name)
             with pytest.raises(OSError, match="busy"):
                 layout.write(host, plan)
         finally:
             host.unmount(str(memory / "mnt"))
         layout.check_usable(host, layout.inspect(host, device))
+        with part.open("rb") as file:
+            fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_EXCL)
+        try:
+            with pytest.raises(Failure, match="is in use \\(Device or resource busy\\): name another disk"):
+                layout.check_usable(host, layout.inspect(host, device))
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("offset", [0, 512, 1024])
+def test_a_table_that_was_torn_is_known_as_ours(
+    host: Host, need: Callable[..., None], memory: Path, offset: int
+) -> None:
+    need("sfdisk", "losetup")
+    with loop(memory / "disk") as device:
+        plan = layout.make_plan(layout.inspect(host, device))
+        layout.write(host, plan)
+        tear(device, offset)
+        layout.check_usable(host, layout.inspect(host, device))
+        layout.write(host, plan)
+        layout.wait_for_devices(host, plan)
+        layout.finish(host, plan)
+        tear(device, offset)
+        # What was a machine's is lost only for who says so.
+        with pytest.raises(Failure, match=f"say --erase {device.name}"):
+            layout.check_usable(host, layout.inspect(host, device))
+
+
+def tear(device: Path, offset: int) -> None:
+    with device.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        file.write(b"torn".ljust(512, b"?"))
+        os.fsync(file.fileno())
 
 
 def test_a_disk_that_cannot_be_written(host: Host, need: Callable[..., None], memory: Path) -> None:

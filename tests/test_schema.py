@@ -164,10 +164,10 @@ def test_numbers_are_written_in_one_way(word: str, key: str) -> None:
     validator = pytest.importorskip("jsonschema").Draft202012Validator(schema.manifest())
     text = "\n".join(f"{name}: {json.dumps(value)}" for name, value in {**FULL, key: 42}.items())
     assert f"{key}: 42\n" in f"{text}\n"
-    init.parse_manifest(text.encode(), published=False)
+    init.parse_manifest(text.encode(), publish.WRITTEN)
     spelled = text.replace(f"{key}: 42", f"{key}: {word}")
     with pytest.raises(init.Refused, match=f"MANIFEST-FORMAT.*{key}"):
-        init.parse_manifest(spelled.encode(), published=False)
+        init.parse_manifest(spelled.encode(), publish.WRITTEN)
     stated: Any = schema.manifest()["properties"]
     if validator.is_valid(yaml.safe_load(spelled)):
         assert stated[key]["description"].endswith("; in digits, without a zero in front")

@@ -1,4 +1,4 @@
-"""Answers on a medium, which anybody may have written, and the port to whoever enrolls."""
+"""An installation without a person: the port to whoever enrolls, and what the answers lead to."""
 
 from __future__ import annotations
 
@@ -6,54 +6,15 @@ import json
 import os
 import threading
 import tty
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from mosinit import demo, unattended
-from mosinit.host import Failure
-
-
-def write(folder: Path, text: str | bytes) -> Path:
-    path = folder / "answers.yaml"
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
-def test_answers_choose_disk_and_sizes(tmp_path: Path) -> None:
-    path = write(tmp_path, 'version: 1\ndisk: /dev/disk/by-id/nvme-one\nerase: "0123"\nstate: 512\n')
-    assert unattended.read_answers(path) == unattended.Answers(
-        Path("/dev/disk/by-id/nvme-one"), "0123", 512 << 20
-    )
-    path = write(tmp_path, "version: 1\ndisk: /dev/vdb\n")
-    assert unattended.read_answers(path) == unattended.Answers(Path("/dev/vdb"), None, 0)
-
-
-def test_the_demo_s_answers_are_answers(tmp_path: Path) -> None:
-    assert unattended.read_answers(write(tmp_path, demo.ANSWERS)).state
-
-
-BAD = [
-    "", "[]", "version: 1\n", "disk: /dev/vdb\n", "version: 2\ndisk: /dev/vdb\n",
-    "version: 1\ndisk: vdb\n", "version: 1\ndisk: /etc/passwd\n", "version: 1\ndisk: 7\n",
-    "version: 1\ndisk: /dev/vdb\ndisk: /dev/vda\n", "version: 1\ndisk: /dev/vdb\nsource: oci:/tmp\n",
-    "version: 1\ndisk: /dev/vdb\nverify: false\n", "version: 1\ndisk: /dev/vdb\nstate: -1\n",
-    "version: 1\ndisk: /dev/vdb\nstate: 1G\n", "version: 1\ndisk: /dev/vdb\nstate: true\n",
-    "version: 1\ndisk: /dev/vdb\nerase: true\n", "version: 1\ndisk: /dev/vdb\nerase: [a]\n",
-    "version: 1\ndisk: \"/dev/vdb\\n\"\n", "version: 1\ndisk: &a /dev/vdb\n", "#" * 5000, b"\xff\0",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", BAD)
-def test_other_answers_are_refused_in_a_line(text: str | bytes, tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="answers.yaml") as failure:
-        unattended.read_answers(write(tmp_path, text))
-    assert "\n" not in str(failure.value)
-
-
-def test_answers_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="cannot read the answers"):
-        unattended.read_answers(tmp_path / "none")
+from mosinit import install, unattended
+from mosinit.answers import Answers
+from mosinit.host import Failure, Host
+from tests.registries import Authority
 
 
 def exchanged(reply: bytes, request: bytes, seconds: float = 10) -> tuple[bytes, bytes]:
@@ -87,3 +48,51 @@ def test_a_request_is_one_line_and_so_is_the_answer() -> None:
 def test_no_answer() -> None:
     with pytest.raises(Failure, match="no answer came"):
         exchanged(b"{", b"{}", seconds=0.2)
+
+
+class Networked(Host):
+    """A host whose network comes, or does not."""
+
+    def __init__(self, *, comes: bool = True) -> None:
+        super().__init__()
+        self.comes = comes
+        self.asked: list[str] = []
+
+    def run(self, command: Sequence[str | os.PathLike[str]], **more: object) -> bytes:
+        """Wait for the network."""
+        self.asked.append(str(command[0]))
+        if not self.comes:
+            raise Failure("timed out")
+        return b""
+
+
+def test_the_medium_s_release_needs_no_network(tmp_path: Path) -> None:
+    host = Networked()
+    given = Answers(Path("/dev/vdb"), "serial", "", 1, 2, 3)
+    options = unattended.options_of(host, given, tmp_path / "answers.yaml")
+    assert (options.disk, options.erase, options.source) == (given.disk, "serial", install.MEDIUM_RELEASE)
+    assert (options.state, options.store, options.scratch, options.access) == (1, 2, 3, None)
+    assert host.asked == []
+
+
+def test_a_registry_is_reached_by_the_authority_beside_the_answers(tmp_path: Path) -> None:
+    host = Networked()
+    given = Answers(Path("/dev/vdb"), source="docker://registry.example/acme:7")
+    path = tmp_path / "answers.yaml"
+    plain = unattended.options_of(host, given, path).access
+    assert plain is not None
+    assert plain.tls_ca is None
+    authority = Authority(tmp_path).path.rename(tmp_path / "registry-ca.pem")
+    options = unattended.options_of(host, given, path)
+    assert options.access is not None
+    assert (options.source, options.access.tls_ca) == (given.source, authority)
+    assert host.asked == [unattended.WAIT_ONLINE] * 2
+    authority.write_text("nothing")
+    with pytest.raises(Failure, match="no certificate"):
+        unattended.options_of(host, given, path)
+
+
+def test_no_network(tmp_path: Path) -> None:
+    given = Answers(Path("/dev/vdb"), source="docker://registry.example/acme:7")
+    with pytest.raises(Failure, match="look at cable and DHCP"):
+        unattended.options_of(Networked(comes=False), given, tmp_path / "answers.yaml")

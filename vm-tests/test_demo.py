@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mosinit import init, keys, tools
+from mosinit import bootentry, init, keys, layout, tools
+from mosinit.machine import VARIABLES
 
 pytestmark = pytest.mark.cold
 
@@ -49,6 +51,28 @@ def test_a_debian_hostfs_reaches_multi_user(first: tuple[Path, dict[str, Any]]) 
 def test_no_unit_failed_and_the_kernels_modules_are_there(first: tuple[Path, dict[str, Any]]) -> None:
     _, result = first
     assert result["system"] == {"failed_units": [], "modules": True}
+
+
+def test_the_answers_came_both_ways(first: tuple[Path, dict[str, Any]]) -> None:
+    _, result = first
+    assert result["installed"]["answers"] == ["the medium", "SMBIOS"]
+
+
+def test_the_firmware_has_an_entry_of_the_machine(first: tuple[Path, dict[str, Any]]) -> None:
+    """It is there after two boots, and leads to the disk's own EFI system partition."""
+    folder, result = first
+    store = pytest.importorskip("virt.firmware.varstore.edk2")
+    variables = store.Edk2VarStore(str(folder / "vm" / VARIABLES)).get_varlist()
+    name = result["installed"]["boot entry"]
+    number = int(name.removeprefix("Boot"), 16)
+    assert number in struct.unpack(f"<{len(variables['BootOrder'].data) // 2}H", variables["BootOrder"].data)
+    with (folder / "disk.raw").open("rb") as file:
+        head = file.read(1024 + 16384)
+    esp = init.parse_gpt(head[512:1024], head[1024:], 512, layout.SMALLEST // 512)[0]
+    expected = bootentry.Entry(1, esp.start // 512, esp.size // 512, esp.uuid)
+    assert bootentry.parse(bytes(variables[name].data)) == expected
+    console = Path(result["console"]).read_text(errors="replace")
+    assert f'BdsDxe: starting {name} "mosinit" from HD(1,GPT,{esp.uuid.upper()},' in console
 
 
 def test_private_keys_are_for_their_owner_alone(first: tuple[Path, dict[str, Any]]) -> None:
