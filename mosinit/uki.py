@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
 
 # Complete: nothing is added from outside, and what is appended behind `--` can only become ignored argv.
+# systemd would lay what is below /var/lib/extensions and /var/lib/confexts over /usr and /etc, unsigned.
+EXTENSIONS = ("systemd-sysext.service", "systemd-sysext.socket", "systemd-confext.service")
 CMDLINE = (
     "console=tty0 console=ttyS0,115200 panic=10 oops=panic lockdown=confidentiality init_on_free=1 "
-    "systemd.import_credentials=no systemd.gpt_auto=no --"
+    "systemd.import_credentials=no systemd.gpt_auto=no "
+    f"{' '.join(f'systemd.mask={unit}' for unit in EXTENSIONS)} --"
 )
 
 # The sections of ours and those that the stub brings; a UKI of run mode has its approval too.

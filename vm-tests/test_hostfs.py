@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import hostfs, images, tools
+from mosinit import hostfs, images, tools, uki
 from mosinit.host import Host
 
 
@@ -48,7 +48,14 @@ def test_a_machine_finds_its_mount_points(members: dict[str, tarfile.TarInfo]) -
 def test_nobody_can_log_in(members: dict[str, tarfile.TarInfo]) -> None:
     for unit in ("getty@", "serial-getty@", "console-getty", "autovt@", "debug-shell", "rescue"):
         assert members[f"/etc/systemd/system/{unit}.service"].linkname == "/dev/null"
-    assert members["/etc/systemd/system/systemd-firstboot.service"].linkname == "/dev/null"
+    # A user manager would start for whoever /var/lib/systemd/linger names, and read units in its home.
+    for unit in ("systemd-firstboot", "user@"):
+        assert members[f"/etc/systemd/system/{unit}.service"].linkname == "/dev/null"
+
+
+def test_nothing_in_var_replaces_usr_or_etc(members: dict[str, tarfile.TarInfo]) -> None:
+    for unit in uki.EXTENSIONS:
+        assert members[f"/etc/systemd/system/{unit}"].linkname == "/dev/null"
 
 
 def test_hostfs_carries_no_kernel_and_no_documents(members: dict[str, tarfile.TarInfo]) -> None:
