@@ -36,6 +36,7 @@ KINDS = {
 }  # fmt: skip
 UUIDS = {name: str(uuid.uuid5(uuid.NAMESPACE_DNS, name)) for name in KINDS}
 SIZES = {"config": 64 * MIB, "store": 320 * MIB, "scratch": 256 * MIB, "state": 64 * MIB}
+ROOM = 16 * MIB
 RECOVERY = b"the recovery key of a test"
 FOREIGN = bytes(32)  # somebody else's secret of a config volume
 
@@ -212,7 +213,9 @@ class Installed:
             files = disk.esp_files(self.uki.path, world.keyset, work)
             del files[disk.UKI_PLACE]
             files[self.uki_place] = self.uki.path
+            files["room"] = bytes(ROOM)  # for what tests put there
             esp = disk.make_esp(host, files, work / "esp", hashlib.sha256(b"esp").hexdigest())
+            host.run(["mdel", "-i", esp, "::room"])
             rows, sizes = (
                 ["label: gpt", "unit: sectors", "first-lba: 2048"],
                 {"esp": esp.stat().st_size, **SIZES},
@@ -317,6 +320,8 @@ def put_files(host: Host, disk: Path, files: Mapping[str, bytes]) -> None:
         subprocess.run(["mmd", "-D", "s", "-i", image, f"::{folder}"], check=False, capture_output=True)
     for place, content in files.items():
         host.run(["mcopy", "-o", "-i", image, "-", f"::{place}"], stdin=content)
+        # mcopy says nothing of a disk that is full.
+        assert host.run(["mtype", "-i", image, f"::{place}"]) == content, place
 
 
 def place(machine: Installed, name: str) -> tuple[int, int]:
