@@ -25,6 +25,9 @@ KERNEL = b"Linux version "
 PANIC = b"Kernel panic - not syncing"
 NOT_STARTED = b"BdsDxe: failed to "
 NOTHING_BOOTABLE = b"BdsDxe: No bootable option or device was found"
+# systemd-boot says why it goes back to the firmware, and edk2 may then crash and stand still.
+LOADER_ERROR = b": Error loading "
+FIRMWARE_CRASH = b"!!!! X64 Exception Type"
 UNTRUSTED = "no certificate of this machine's db verifies it; a machine for other keys needs a new folder"
 
 Until = Literal["start", "pivoted", "multi-user", "installed"]
@@ -76,6 +79,10 @@ class Watch:
         if NOT_STARTED in untrusted:
             denied = b"Access Denied" in untrusted
             self.complaint = text[:200] + (f" ({UNTRUSTED})" if denied else "")
+        if LOADER_ERROR in untrusted:
+            self.complaint = text[:200]
+        if FIRMWARE_CRASH in untrusted:
+            return Verdict(1, self._with_complaint("the firmware crashed"))
         if NOTHING_BOOTABLE in untrusted:
             return Verdict(1, self.complaint or "the firmware found nothing to boot")
         return None

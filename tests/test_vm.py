@@ -251,6 +251,15 @@ def test_firmware_that_finds_nothing_says_why() -> None:
     assert settled.reason.startswith("BdsDxe: failed to load Boot0001: Access Denied (no certificate")
 
 
+def test_a_firmware_that_crashes_is_not_waited_for() -> None:
+    error = rb"../src/boot/boot.c:2576@image_start: Error loading \vmlinuz: Access denied"
+    crash = b"\x1b[0m!!!! X64 Exception Type - 0D(#GP - General Protection)  CPU Apic ID - 00000000 !!!!"
+    settled = Boot().sees(b"BdsDxe: starting Boot0001", b"\x1b[1m" + error, crash)
+    assert settled == (1, f"the firmware crashed ({error.decode()})")
+    # A started system may write what it likes.
+    assert Boot().sees(verdict.KERNEL, crash) is None
+
+
 def test_a_timeout_quotes_the_last_line() -> None:
     boot = Boot()
     boot.sees(b"\x1b[2Jwaiting for\x07 the disk", b"")

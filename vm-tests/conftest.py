@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from installed import Installed
 from world import GOOD_HOSTFS, World
 
 from mosinit.host import Host
@@ -32,3 +33,11 @@ def medium(world: World, release: Path) -> Path:
     target = world.medium(release)
     world.save(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def machine(world: World, release: Path) -> Installed:
+    """An installed machine, saved at the first line of its bring-up."""
+    made = Installed(world, world.folder / "installed", release).make()
+    made.save()
+    return made

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import pickle
 import shutil
 import subprocess
 import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from world import World, part_of
 
-from mosinit import approvals, disk, firmware, init, vm
+from mosinit import approvals, disk, firmware, init, luks, vm
+from mosinit.host import Host
 from mosinit.machine import VARIABLES, Hardware
+from mosinit.uki import Uki
 from tests import sealed, uml
 
 MIB = init.MIB
@@ -31,34 +36,49 @@ KINDS = {
 }  # fmt: skip
 UUIDS = {name: str(uuid.uuid5(uuid.NAMESPACE_DNS, name)) for name in KINDS}
 SIZES = {"config": 64 * MIB, "store": 320 * MIB, "scratch": 256 * MIB, "state": 64 * MIB}
+ROOM = 16 * MIB
 RECOVERY = b"the recovery key of a test"
+FOREIGN = bytes(32)  # somebody else's secret of a config volume
 
-# Runs in User Mode Linux: `work` holds what it needs, the disk is /dev/ubda.
+# Runs in User Mode Linux: `rows` says what to make on which device.
 FORMAT = """
 import pickle, uuid
 from pathlib import Path
 from mosinit import luks
 from mosinit.host import Host
-host, work = Host(), Path({work!r})
-numbers, secret, tokens, uuids = pickle.loads((work / "needed").read_bytes())
-tokens = init.Tokens(*tokens)
-def key(name):
-    return secret if name == "config" else bytes(init.derive_key(bytearray(secret), name, uuids[name]))
-for name in ("config", "store", "state"):
-    path, kind = Path(f"/dev/ubda{{numbers[name]}}"), "config" if name == "config" else "plain"
-    luks.format_volume(host, path, kind, str(uuid.uuid4()), key(name))
-    luks.add_recovery(host, path, key(name), {recovery!r})
+host = Host()
+for number, (device, kind, key, tokens, content) in enumerate(pickle.loads(Path({rows!r}).read_bytes())):
+    path, name = Path(device), f"volume{{number}}"
+    luks.format_volume(host, path, kind, str(uuid.uuid4()), key)
+    luks.add_recovery(host, path, key, {recovery!r})
     if kind == "config":
-        luks.import_tokens(host, path, tokens)
-    run("cryptsetup", "open", "--key-file", "-", path, name, data=key(name))
+        luks.import_tokens(host, path, init.Tokens(*tokens))
+    run("cryptsetup", "open", "--key-file", "-", path, name, data=key)
     run("mke2fs", "-q", "-t", "ext4", f"/dev/mapper/{{name}}")
     os.makedirs(f"/mnt/{{name}}")
     k.mount(f"/dev/mapper/{{name}}", f"/mnt/{{name}}", "ext4", init.MountFlag(0))
-    if (work / name).exists():
-        run("cp", "-a", f"{{work}}/{{name}}/.", f"/mnt/{{name}}")
+    if os.path.isdir(content):
+        run("cp", "-a", f"{{content}}/.", f"/mnt/{{name}}")
     k.unmount(f"/mnt/{{name}}")
     run("cryptsetup", "close", name)
 """
+
+
+class Row(NamedTuple):
+    """A volume to be made: its device in User Mode Linux, what it is, and the folder that goes into it."""
+
+    device: str
+    kind: str
+    key: bytes
+    tokens: tuple[object, ...]
+    content: str
+
+
+def make_volumes(work: Path, rows: Sequence[Row], disks: Sequence[Path]) -> None:
+    """Make encrypted volumes on disks of User Mode Linux."""
+    listed = work / "rows"
+    listed.write_bytes(pickle.dumps([tuple(row) for row in rows]))
+    uml.run(work, FORMAT.format(rows=str(listed), recovery=RECOVERY), disks)
 
 
 @dataclass
@@ -66,11 +86,20 @@ class Installed:
     """A machine: its disk, the folder with its TPM and its firmware's variables, what was sealed."""
 
     world: World
-    folder: Path
+    folder: Path  # that is to be made
     release: Path
     sequence: int = 7
+    given: Uki | None = None  # what it boots, if not the organisation's own
     material: sealed.Material = field(init=False)
     foreign: sealed.Seal = field(init=False)  # another secret, sealed to the same TPM under the same policy
+
+    @property
+    def uki(self) -> Uki:
+        return self.given or self.world.bootable.ukis["run"]
+
+    @property
+    def uki_place(self) -> str:
+        return f"EFI/Linux/mosinit_{self.sequence}.efi"
 
     @property
     def disk(self) -> Path:
@@ -80,29 +109,65 @@ class Installed:
     def state(self) -> Path:
         return self.folder / "state"
 
+    @property
+    def saved(self) -> Path:
+        return self.folder / "saved"
+
+    @property
+    def empty(self) -> Path:
+        return self.folder / "empty.raw"
+
     def make(self) -> Installed:
         """Provision the TPM, make the disk, and the firmware's variables."""
         self.folder.mkdir(parents=True)
         self.material = sealed.provision(self.folder / "tpm", self.world.keyset.folder)
         with sealed.copy_of(self.material, self.folder / "attacker") as tpm:
-            self.foreign = sealed.seal(tpm, bytes(32))
+            self.foreign = sealed.seal(tpm, FOREIGN)
         self.state.mkdir()
         certificates = firmware.certificates_of_keyset(self.world.keyset.folder)
         firmware.enroll(self.world.host, self.state / VARIABLES, certificates)
-        (self.state / "tpm").mkdir()
-        shutil.copy(self.folder / "tpm/tpm2-00.permall", self.state / "tpm")
+        put_tpm(self.folder / "tpm", self.state)
         self.write_disk(self.tokens())
         return self
 
-    def options(self, *, snapshot: bool = False) -> vm.BootOptions:
+    def save(self) -> None:
+        """Save it at the first line of its bring-up, with a second disk that is empty."""
+        self.empty.touch()
+        os.truncate(self.empty, self.disk.stat().st_size)
+        if not self.world.cold:
+            hardware = Hardware(snapshot=True, extra_disks=(self.empty,))
+            vm.save(self.world.host, self.options(hardware), self.saved)
+
+    def options(self, hardware: Hardware | None = None) -> vm.BootOptions:
         """Return how to boot it up to the end of the bring-up."""
-        hardware = Hardware(snapshot=snapshot)
-        return vm.BootOptions(self.disk, self.state, until="pivoted", timeout=240, hardware=hardware)
+        return boot_options(self.disk, self.state, hardware or Hardware())
+
+    def go_on(
+        self, folder: Path, change: Change | None = None, second: Callable[[Path], Path] | None = None
+    ) -> vm.Outcome:
+        """Let it go on with a changed copy of its disk; with --cold, from power-on.
+
+        `second` makes the second disk in `folder`, which is empty otherwise.
+        """
+        disk = self.copy_disk(folder, change)
+        extra = second(disk) if second else self.empty
+        options = boot_options(disk, folder / "state", Hardware(snapshot=True, extra_disks=(extra,)))
+        if self.world.cold:
+            shutil.copytree(self.state, options.folder)
+            return vm.boot(self.world.host, options)
+        return vm.restore(self.world.host, self.saved, options)
+
+    def copy_disk(self, folder: Path, change: Change | None = None) -> Path:
+        """Make a copy of its disk, changed."""
+        disk = folder / "disk.raw"
+        self.world.host.run(["cp", "--sparse=always", self.disk, disk])
+        if change:
+            change(self, disk)
+        return disk
 
     def put_uki(self, disk: Path, uki: Path) -> None:
         """Put another UKI in the place of the one on a copy of the disk."""
-        image = f"{disk}@@{MIB}"
-        self.world.host.run(["mcopy", "-o", "-i", image, uki, f"::EFI/Linux/mosinit_{self.sequence}.efi"])
+        put_files(self.world.host, disk, {self.uki_place: uki.read_bytes()})
 
     # --- What lies in config's header
 
@@ -145,10 +210,12 @@ class Installed:
         """Make the partitions and what is in them."""
         host, world = self.world.host, self.world
         with host.scratch(near=self.disk) as work:
-            files = disk.esp_files(world.bootable.ukis["run"].path, world.keyset, work)
+            files = disk.esp_files(self.uki.path, world.keyset, work)
             del files[disk.UKI_PLACE]
-            files[f"EFI/Linux/mosinit_{self.sequence}.efi"] = world.bootable.ukis["run"].path
+            files[self.uki_place] = self.uki.path
+            files["room"] = bytes(ROOM)  # for what tests put there
             esp = disk.make_esp(host, files, work / "esp", hashlib.sha256(b"esp").hexdigest())
+            host.run(["mdel", "-i", esp, "::room"])
             rows, sizes = (
                 ["label: gpt", "unit: sectors", "first-lba: 2048"],
                 {"esp": esp.stat().st_size, **SIZES},
@@ -168,10 +235,18 @@ class Installed:
                 file.write(esp.read_bytes())
             self.manifest_git(work / "config/manifest.git")
             shutil.copytree(self.release, work / "store/mosinit")
-            numbers = {name: number for number, name in enumerate(sizes, 1)}
-            needed = (numbers, self.material.secret, tuple(tokens), UUIDS)
-            (work / "needed").write_bytes(pickle.dumps(needed))
-            uml.run(work, FORMAT.format(work=str(work), recovery=RECOVERY), [self.disk])
+            make_volumes(work, list(self.rows(sizes, tokens, work)), [self.disk])
+
+    def rows(self, sizes: Mapping[str, int], tokens: init.Tokens, work: Path) -> Iterator[Row]:
+        """Yield the volumes of the disk, which lie on its partitions in the order of `sizes`."""
+        secret = self.material.secret
+        for number, name in enumerate(sizes, 1):
+            device, content = f"/dev/ubda{number}", str(work / name)
+            if name == "config":
+                yield Row(device, "config", secret, tuple(tokens), content)
+            elif name in ("store", "state"):
+                key = bytes(init.derive_key(bytearray(secret), name, UUIDS[name]))
+                yield Row(device, "plain", key, (), content)
 
     def manifest_git(self, folder: Path) -> None:
         """Make manifest.git with the one generation that runs the release."""
@@ -186,7 +261,7 @@ class Installed:
             "version: 1",
             f"product: {self.world.keyset.product}",
             f"sequence: {self.sequence}",
-            f'uki: "{self.world.bootable.ukis["run"].uki_id}"',
+            f'uki: "{self.uki.uki_id}"',
             "targets:",
             *rows,
         ]
@@ -218,3 +293,63 @@ class Installed:
         ):
             subprocess.run([*git, *words], check=True, cwd=work, capture_output=True)
         shutil.rmtree(work)
+
+
+# --- A machine and its disk, changed
+
+Change = Callable[[Installed, Path], object]
+
+
+def boot_options(disk: Path, state: Path, hardware: Hardware) -> vm.BootOptions:
+    """Return how to boot a machine up to the end of its bring-up."""
+    return vm.BootOptions(disk, state, until="pivoted", timeout=240, hardware=hardware)
+
+
+def put_tpm(source: Path, state: Path) -> None:
+    """Give a machine the TPM whose state lies in `source`."""
+    (state / "tpm").mkdir(exist_ok=True)
+    shutil.copy(source / "tpm2-00.permall", state / "tpm")
+
+
+def put_files(host: Host, disk: Path, files: Mapping[str, bytes]) -> None:
+    """Put files on the EFI system partition of a disk, in the place of those that are there."""
+    image = f"{disk}@@{MIB}"
+    folders = {str(parent) for place in files for parent in PurePath(place).parents} - {"."}
+    for folder in sorted(folders):
+        # -D s: one that is there is skipped.
+        subprocess.run(["mmd", "-D", "s", "-i", image, f"::{folder}"], check=False, capture_output=True)
+    for place, content in files.items():
+        host.run(["mcopy", "-o", "-i", image, "-", f"::{place}"], stdin=content)
+        # mcopy says nothing of a disk that is full.
+        assert host.run(["mtype", "-i", image, f"::{place}"]) == content, place
+
+
+def place(machine: Installed, name: str) -> tuple[int, int]:
+    """Return begin and size of a partition."""
+    with machine.disk.open("rb") as file:
+        head = file.read(1024 + 16384)
+    parts = init.parse_gpt(head[512:1024], head[1024:], 512, machine.disk.stat().st_size // 512)
+    return next((part.start, part.size) for part in parts if part.uuid == UUIDS[name])
+
+
+def with_tokens(replace: Callable[[Installed, init.Tokens], init.Tokens]) -> Change:
+    """Change tokens in config's header as cryptsetup does it."""
+
+    def change(machine: Installed, disk: Path) -> None:
+        host, wanted = machine.world.host, replace(machine, machine.tokens())
+        with_header(machine, disk, lambda path: luks.import_tokens(host, path, wanted))
+
+    return change
+
+
+def with_header(machine: Installed, disk: Path, change: Callable[[Path], object]) -> None:
+    """Take config's header out of the disk, change it, put it back."""
+    start, size = place(machine, "config")
+    file = disk.with_name("config")
+    with disk.open("r+b") as whole:
+        whole.seek(start)
+        file.write_bytes(whole.read(size))
+        change(file)
+        whole.seek(start)
+        whole.write(file.read_bytes())
+    file.unlink()

@@ -90,8 +90,10 @@ class World:
         keyset: keys.Keyset | None = None,
         epoch: int = 1,
         more: Mapping[str, Sequence[Layer]] | None = None,
+        sequence: int = 7,
+        bootkit: str = "out/bootkit",
     ) -> Path:
-        """Publish a manifest with this hostfs and the UKI's bootkit; `more` names `fs-only` targets."""
+        """Publish a manifest with this hostfs and a UKI's bootkit; `more` names `fs-only` targets."""
         keyset = keyset or self.keyset
         self.image(f"{name}-hostfs", *([hostfs] if isinstance(hostfs, dict) else hostfs))
         for service, layers in (more or {}).items():
@@ -99,12 +101,12 @@ class World:
         lines = [
             "version: 1",
             f"product: {keyset.product}",
-            "sequence: 7",
+            f"sequence: {sequence}",
             f"epoch: {epoch}",
             "update_type: complete",
         ]
         lines += ["targets:"]
-        targets = [("hostfs", "hostfs", f"{name}-hostfs"), ("bootkit", "bootkit", "out/bootkit")]
+        targets = [("hostfs", "hostfs", f"{name}-hostfs"), ("bootkit", "bootkit", bootkit)]
         targets += [(service, "fs-only", f"{name}-{service}") for service in more or {}]
         for service, kind, source in targets:
             lines += [
