@@ -193,8 +193,8 @@ GIT-REF: manifest.git has no branch main
     restore the config volume with `mosinit recover`
 GIT-OBJECT: an object of manifest.git is missing or damaged
     restore the config volume with `mosinit recover`
-GIT-PACKED: somebody's git packed manifest.git
-    unpack it (`git unpack-objects`) with `mosinit recover`
+GIT-PACKED: somebody's git packed objects or refs of manifest.git
+    unpack them (`git unpack-objects`, `git update-ref`) with `mosinit recover`
 MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
     add the missing target to the manifest, or remove the doubled one, and publish it again
 IMAGE-DIGEST: an image manifest is not the signed one
@@ -1987,7 +1987,7 @@ def read_git_tree(k: Machine, name: str) -> dict[str, str]:
 
 def read_generations(k: Machine, product: str) -> Iterator[Generation]:
     """Yield the generations that manifest.git has, newest first, along first parents."""
-    with refusing("GIT-REF", "the branch main"):
+    with refusing("GIT-PACKED" if k.exists(f"{MANIFEST_GIT}/packed-refs") else "GIT-REF", "the branch main"):
         untrusted = k.read(f"{MANIFEST_GIT}/refs/heads/main", 64)
     commit: str | None = untrusted.decode(errors="replace").rstrip("\n")
     for _ in range(MAX_GENERATIONS):

@@ -205,7 +205,7 @@ def test_packs_are_refused_as_that(repository: Repository) -> None:
 def test_packed_refs_are_refused(repository: Repository) -> None:
     repository.add(1, install_manifest(1))
     repository.git("pack-refs", "--all")
-    assert refused(repository.machine()) == "GIT-REF"
+    assert refused(repository.machine()) == "GIT-PACKED"
 
 
 def test_a_foreign_file_in_a_commit_is_refused(repository: Repository) -> None:
