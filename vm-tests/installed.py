@@ -89,6 +89,10 @@ class Installed:
     folder: Path  # that is to be made
     release: Path
     sequence: int = 7
+    older: Path | None = None  # the release of a generation before, with the same UKI
+    tries: str = ""  # what systemd-boot counts in the UKI's name: "+3"
+    sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))
+    smbios: tuple[str, ...] = ()
     given: Uki | None = None  # what it boots, if not the organisation's own
     material: sealed.Material = field(init=False)
     foreign: sealed.Seal = field(init=False)  # another secret, sealed to the same TPM under the same policy
@@ -99,7 +103,7 @@ class Installed:
 
     @property
     def uki_place(self) -> str:
-        return f"EFI/Linux/mosinit_{self.sequence}.efi"
+        return f"EFI/Linux/mosinit_{self.sequence}{self.tries}.efi"
 
     @property
     def disk(self) -> Path:
@@ -140,7 +144,7 @@ class Installed:
 
     def options(self, hardware: Hardware | None = None) -> vm.BootOptions:
         """Return how to boot it up to the end of the bring-up."""
-        return boot_options(self.disk, self.state, hardware or Hardware())
+        return boot_options(self.disk, self.state, hardware or Hardware(smbios=self.smbios))
 
     def go_on(
         self, folder: Path, change: Change | None = None, second: Callable[[Path], Path] | None = None
@@ -164,6 +168,14 @@ class Installed:
         if change:
             change(self, disk)
         return disk
+
+    def another(self, folder: Path, release: Path, older: Path | None = None, tries: str = "") -> Installed:
+        """Make a disk with other releases for this very machine."""
+        made = Installed(self.world, folder, release, self.sequence, older, tries, self.sizes, self.smbios)
+        made.material, made.foreign = self.material, self.foreign
+        shutil.copytree(self.state, made.state)
+        made.write_disk(made.tokens())
+        return made
 
     def put_uki(self, disk: Path, uki: Path) -> None:
         """Put another UKI in the place of the one on a copy of the disk."""
@@ -212,13 +224,14 @@ class Installed:
         with host.scratch(near=self.disk) as work:
             files = disk.esp_files(self.uki.path, world.keyset, work)
             del files[disk.UKI_PLACE]
-            files[self.uki_place] = self.uki.path
+            names = [self.uki_place, *([f"EFI/Linux/mosinit_{self.sequence - 1}.efi"] if self.older else [])]
+            files |= dict.fromkeys(names, self.uki.path)
             files["room"] = bytes(ROOM)  # for what tests put there
             esp = disk.make_esp(host, files, work / "esp", hashlib.sha256(b"esp").hexdigest())
             host.run(["mdel", "-i", esp, "::room"])
             rows, sizes = (
                 ["label: gpt", "unit: sectors", "first-lba: 2048"],
-                {"esp": esp.stat().st_size, **SIZES},
+                {"esp": esp.stat().st_size, **self.sizes},
             )
             start = MIB
             for name, size in sizes.items():
@@ -234,7 +247,8 @@ class Installed:
                 file.seek(MIB)
                 file.write(esp.read_bytes())
             self.manifest_git(work / "config/manifest.git")
-            shutil.copytree(self.release, work / "store/mosinit")
+            for each in filter(None, (self.older, self.release)):
+                shutil.copytree(each, work / "store/mosinit", dirs_exist_ok=True)
             make_volumes(work, list(self.rows(sizes, tokens, work)), [self.disk])
 
     def rows(self, sizes: Mapping[str, int], tokens: init.Tokens, work: Path) -> Iterator[Row]:
@@ -249,50 +263,48 @@ class Installed:
                 yield Row(device, "plain", key, (), content)
 
     def manifest_git(self, folder: Path) -> None:
-        """Make manifest.git with the one generation that runs the release."""
+        """Make manifest.git with the generation that runs the release, and with the one before."""
+        work = folder.with_name("tree")
+        words = ["-c", "gc.auto=0", "-c", "user.name=m", "-c", "user.email=m@localhost"]
+        git = ["git", *words, f"--git-dir={folder}", f"--work-tree={work}"]
+
+        def run(*words: str) -> None:
+            subprocess.run([*git, *words], check=True, cwd=work, capture_output=True)
+
+        work.mkdir(parents=True)
+        # Bare: where it was made is nothing to the machine, whose git would look for that folder.
+        subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", folder], check=True)
+        generations = [(self.sequence - 1, self.older), (self.sequence, self.release)]
+        for sequence, release in generations:
+            if release is not None:
+                shutil.rmtree(work)
+                work.mkdir()
+                for name, data in self.generation(sequence, release).items():
+                    (work / name).write_bytes(data)
+                run("add", "--all")
+                run("commit", "--quiet", "--message", "generation")
+        shutil.rmtree(work)
+
+    def generation(self, sequence: int, release: Path) -> dict[str, bytes]:
+        """Return the files of the generation that runs a release."""
         kinds = (init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
-        text, signature, certificate = (part_of(self.release, kind) for kind in kinds)
+        text, signature, certificate = (part_of(release, kind) for kind in kinds)
         sha256 = hashlib.sha256(text).hexdigest()
-        rows = [
-            f"  - {{service_name: {target.service_name}, manifest: {sha256}}}"
-            for target in init.parse_manifest(text).targets
-        ]
         lines = [
             "version: 1",
             f"product: {self.world.keyset.product}",
-            f"sequence: {self.sequence}",
+            f"sequence: {sequence}",
             f'uki: "{self.uki.uki_id}"',
             "targets:",
-            *rows,
         ]
-        tree = {
+        for target in init.parse_manifest(text).targets:
+            lines.append(f"  - {{service_name: {target.service_name}, manifest: {sha256}}}")
+        return {
             "manifest.yaml": ("\n".join(lines) + "\n").encode(),
             f"{sha256}.yaml": text,
             f"{sha256}.yaml.signed": signature,
             f"{sha256}.pem": certificate,
         }
-        work = folder.with_name("tree")
-        work.mkdir(parents=True)
-        for name, data in tree.items():
-            (work / name).write_bytes(data)
-        git = [
-            "git",
-            "-c",
-            "gc.auto=0",
-            "-c",
-            "user.name=m",
-            "-c",
-            "user.email=m@localhost",
-            f"--git-dir={folder}",
-            f"--work-tree={work}",
-        ]
-        for words in (
-            ["init", "--quiet", "--initial-branch=main"],
-            ["add", "--all"],
-            ["commit", "--quiet", "--message", "generation"],
-        ):
-            subprocess.run([*git, *words], check=True, cwd=work, capture_output=True)
-        shutil.rmtree(work)
 
 
 # --- A machine and its disk, changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 # linux/x86_64 system calls, and reboot(2)'s magic numbers
-READ, WRITE, OPEN, PAUSE, REBOOT = 0, 1, 2, 34, 169
+READ, WRITE, OPEN, PAUSE, EXIT, REBOOT = 0, 1, 2, 34, 60, 169
 RESTART = (0xFEE1DEAD, 0x28121969, 0x01234567)
 
 
@@ -17,12 +17,15 @@ def system_call(number: int, *arguments: int) -> bytes:
 
 
 def init_program(text: bytes, then: str, path: bytes = b"") -> bytes:
-    """Make a static ELF program that writes `text` and then restarts, hangs, or writes on for ever.
+    """Make a static ELF program that writes `text` and then restarts, hangs, ends, or writes on for ever.
 
     Before that it reads the beginning of the file `path`, if one is named, and ignores what comes of it.
     """
     base, header = 0x400000, 64 + 56
-    calls = {"restart": system_call(REBOOT, *RESTART), "hang": system_call(PAUSE), "flood": b""}
+    calls = {
+        "restart": system_call(REBOOT, *RESTART), "hang": system_call(PAUSE), "end": system_call(EXIT, 0),
+        "flood": b"",
+    }  # fmt: skip
 
     def code(place: int) -> bytes:
         words = system_call(WRITE, 1, place, len(text)) + calls[then]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from programs import init_program
 
-from mosinit import build, disk, init, keys, publish, vm
+from mosinit import build, disk, images, init, keys, publish, vm
 from mosinit.host import Host
 from mosinit.machine import Hardware
 
@@ -86,16 +86,21 @@ class World:
     def release(
         self,
         name: str,
-        hostfs: Files | Sequence[Layer],
+        hostfs: Files | Sequence[Layer] | None,
         keyset: keys.Keyset | None = None,
         epoch: int = 1,
         more: Mapping[str, Sequence[Layer]] | None = None,
         sequence: int = 7,
         bootkit: str = "out/bootkit",
     ) -> Path:
-        """Publish a manifest with this hostfs and a UKI's bootkit; `more` names `fs-only` targets."""
+        """Publish a manifest with this hostfs and a UKI's bootkit; `more` names `fs-only` targets.
+
+        Without a hostfs the image lies there already; it is a large one, whose layers are kept converted.
+        """
         keyset = keyset or self.keyset
-        self.image(f"{name}-hostfs", *([hostfs] if isinstance(hostfs, dict) else hostfs))
+        cache = images.open_cache(self.host) if hostfs is None else None
+        if hostfs is not None:
+            self.image(f"{name}-hostfs", *([hostfs] if isinstance(hostfs, dict) else hostfs))
         for service, layers in (more or {}).items():
             self.image(f"{name}-{service}", *layers)
         lines = [
@@ -117,7 +122,7 @@ class World:
             lines += ["    version: '1'"]
         written = self.folder / f"{name}.yaml"
         written.write_text("\n".join(lines) + "\n")
-        publish.publish(self.host, written, keyset, f"oci:{self.folder / name}")
+        publish.publish(self.host, written, keyset, f"oci:{self.folder / name}", cache=cache)
         return self.folder / name
 
     def medium(self, release: Path) -> Path:
