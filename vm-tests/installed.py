@@ -38,6 +38,14 @@ UUIDS = {name: str(uuid.uuid5(uuid.NAMESPACE_DNS, name)) for name in KINDS}
 SIZES = {"config": 64 * MIB, "store": 320 * MIB, "scratch": 256 * MIB, "state": 64 * MIB}
 ROOM = 16 * MIB
 RECOVERY = b"the recovery key of a test"
+# What the machine keeps, and what somebody left in its /var: systemd would lay it over /usr and /etc.
+KEPT = {"etc/machine-id": "5eed" * 8 + "\n", "etc/ssh/ssh_host_ed25519_key": "a private key\n"}
+LEFT_IN_VAR = {
+    "lib/extensions/evil/usr/evil": "evil\n",
+    "lib/extensions/evil/usr/lib/extension-release.d/extension-release.evil": "ID=_any\n",
+    "lib/confexts/evil/etc/evil": "evil\n",
+    "lib/confexts/evil/etc/extension-release.d/extension-release.evil": "ID=_any\n",
+}
 FOREIGN = bytes(32)  # somebody else's secret of a config volume
 
 # Runs in User Mode Linux: `rows` says what to make on which device.
@@ -247,6 +255,10 @@ class Installed:
                 file.seek(MIB)
                 file.write(esp.read_bytes())
             self.manifest_git(work / "config/manifest.git")
+            for folder, texts in ((work / "config/state", KEPT), (work / "state", LEFT_IN_VAR)):
+                for path, text in texts.items():
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / path).write_text(text)
             for each in filter(None, (self.older, self.release)):
                 shutil.copytree(each, work / "store/mosinit", dirs_exist_ok=True)
             make_volumes(work, list(self.rows(sizes, tokens, work)), [self.disk])

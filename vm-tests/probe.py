@@ -592,6 +592,26 @@ def the_id_of_the_machine() -> object:
     return Path("/etc/machine-id").read_text().strip()
 
 
+@probe
+def the_host_key_of_ssh() -> object:
+    path = Path("/etc/ssh/ssh_host_ed25519_key")
+    return [path.read_text(), stat.filemode(path.stat().st_mode)]
+
+
+@probe
+def extensions_that_systemd_finds() -> object:
+    return [
+        run(program, "list", "--no-legend").split()[:1] for program in ("systemd-sysext", "systemd-confext")
+    ]
+
+
+@probe
+def laid_over_usr_or_etc() -> object:
+    points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    evil = [str(path) for path in (Path("/usr/evil"), Path("/etc/evil")) if path.exists()]
+    return [point for point in points if point in ("/usr", "/etc")] + evil
+
+
 # --- What outlives this boot ------------------------------------------------------------------------------
 
 LEFT = ("/root/left", "/etc/left", "/usr/lib/left", "/var/lib/left", "/run/left", "/scratch-writes/left")

@@ -16,7 +16,7 @@ from typing import Any
 import probed
 import pytest
 from driven import SECONDS, Beside, Driven, running
-from installed import SIZES, UUIDS, Installed
+from installed import KEPT, SIZES, UUIDS, Installed
 from programs import init_program
 from world import GOOD_HOSTFS, HELLO, World
 
@@ -344,6 +344,17 @@ def third(second: object, base: Installed, debian: Installed) -> Told:
 def test_only_the_volume_state_outlives_a_boot(told: dict[str, Any], second: Told, third: Told) -> None:
     left = [each["left by an earlier boot"] for each in (told, second[0], third[0])]
     assert left == [[], ["/var/lib/left"], []]
+
+
+def test_each_boot_has_what_the_machine_keeps(told: dict[str, Any], second: Told) -> None:
+    for each in (told, second[0]):
+        assert each["the id of the machine"] + "\n" == KEPT["etc/machine-id"]
+        assert each["the host key of ssh"] == [KEPT["etc/ssh/ssh_host_ed25519_key"], "-rw-------"]
+
+
+def test_nothing_in_var_is_laid_over_usr_or_etc(told: dict[str, Any]) -> None:
+    assert told["extensions that systemd finds"] == [["evil"], ["evil"]]
+    assert told["laid over usr or etc"] == []
 
 
 def test_a_restart_in_an_orderly_way(second: Told) -> None:
