@@ -309,13 +309,22 @@ def test_an_approval_of_a_firmware_ends_with_its_epoch(material: Material, tpm: 
 def test_an_epoch_is_never_raised_above_what_the_firmware_is_approved_for(
     material: Material, tpm: Swtpm
 ) -> None:
-    """The next boot would find no approval that holds."""
+    """The next boot would find no approval that holds; and nothing opens with one that is older than the UKI,
+    which would keep the TPM from that UKI's epoch.
+    """
     k = start_up(tpm)
     storage_key = init.check_tpm(k, material.record, 3)
     tokens = material.tokens(None, material.platform(epoch=2))
-    init.raise_epoch(k, tokens, storage_key, material.keys, material.approval(3), 3)
+    before = init.read_epoch(k)
+    refused(
+        "TPM-APPROVAL",
+        lambda: init.raise_epoch(k, tokens, storage_key, material.keys, material.approval(3), 3),
+    )
+    assert init.read_epoch(k) == before
+    refused("TPM-APPROVAL", lambda: open_secret(k, material, 3, platform=tokens.approvals))
+    init.raise_epoch(k, tokens, storage_key, material.keys, material.approval(2), 3)
     assert init.read_epoch(k) == 0b11
-    assert open_secret(k, material, 3, platform=tokens.approvals) == material.secret
+    assert open_secret(k, material, 2, platform=tokens.approvals) == material.secret
 
 
 def test_a_revoked_uki_cannot_use_epochs_up(material: Material, tpm: Swtpm) -> None:

@@ -136,7 +136,7 @@ def test_a_release_from_debian_s_registry(
         done = installation.run(host, made, disk, source=source, access=entry)
         asked = real.requests()[pushed:]
         before = host.before[pushed:]
-        with pytest.raises(Failure, match="does not accept the login"):
+        with pytest.raises(Failure, match="wants a login, and there is none for it"):
             install.plan(Host(), installation.options(made, disk, source=source, erase=disk.name,
                                                       access=registry.Access(authority.path)))  # fmt: skip
     parts = parts_of(made.release)
