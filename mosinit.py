@@ -1256,7 +1256,7 @@ def _yaml_scalar(event: Any, path: str, line: int) -> str | int | bool:
         return int(text)
     # 1.10, 012, 1:30, no, ~: what these mean depends on who reads them.
     if (not text or _AMBIGUOUS.fullmatch(text)) and not _ONE_READING.fullmatch(text):
-        raise fault(Node(text, line), path, "a value of one reading only (put text into quotes)")
+        raise fault(Node(text, line), path, "a value of one reading only (numbers as 42, text in quotes)")
     return text
 
 

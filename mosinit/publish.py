@@ -25,13 +25,12 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import explain, images, init, initrd, kept, registry, trees
+from mosinit import images, init, initrd, kept, registry, trees
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.keys import Keyset, check_out, choose_epoch, trust
 
 TAG = "release"
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
-_TWO_READINGS = re.compile(r"MANIFEST-FORMAT: .* a value of one reading only .*: '(.*)'", re.DOTALL)
 TARGET_ANNOTATION = "io.mosinit.target"
 _SOURCE = re.compile(r"(oci:|docker-archive:|docker://)[!-~]{1,500}")
 _SOURCE_WORDS = "oci:DIR[:TAG], docker-archive:FILE or docker://…"
@@ -137,18 +136,9 @@ def read_written(manifest: Path) -> init.Contents:
         state_bytes(contents)
         return contents
     except init.Refused as error:
-        named = init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}")
-        if found := _TWO_READINGS.fullmatch(str(error)):
-            explain.advised(named, _one_reading(found[1]))
-        raise named from error
+        raise init.Refused(error.check, expected=error.expected, seen=f"{manifest}: {error.seen}") from error
     except OSError as error:
         raise Failure(f"cannot read {manifest}: {error.strerror}; name the manifest to publish") from error
-
-
-def _one_reading(word: str) -> str:
-    """Say how a word is written that versions of YAML read differently."""
-    first = str(int(word)) if re.fullmatch("0[0-9]+", word) else "true or false"
-    return f"write {first}, a number in digits without a zero in front, or '{word}' in quotes if it is text"
 
 
 def state_bytes(contents: init.Contents) -> int:

@@ -309,8 +309,8 @@ def test_an_approval_of_a_firmware_ends_with_its_epoch(material: Material, tpm: 
 def test_an_epoch_is_never_raised_above_what_the_firmware_is_approved_for(
     material: Material, tpm: Swtpm
 ) -> None:
-    """The next boot would find no approval that holds; and nothing opens with one that is older than the UKI,
-    which would keep the TPM from that UKI's epoch.
+    """The next boot would find no approval that holds. Nothing opens with one that is older than the UKI: it
+    would keep the TPM from that UKI's epoch.
     """
     k = start_up(tpm)
     storage_key = init.check_tpm(k, material.record, 3)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosinit import explain, images, init, keys, publish
+from mosinit import images, init, keys, publish
 from mosinit.host import Failure, Host, Usage
 from tests.test_images import PROGRAM, TAR, image, make_tar, plain
 
@@ -287,21 +287,14 @@ def test_a_fault_in_the_manifest_is_named_with_its_line(
         publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("epoch: 03", "write 3, a number in digits without a zero in front, or '03' in quotes"),
-        ("epoch: 0x3", "a number in digits without a zero in front, or '0x3' in quotes"),
-        ("epoch: yes", "true or false, a number in digits without a zero in front, or 'yes' in quotes"),
-    ],
-)
+@pytest.mark.parametrize("line", ["epoch: 03", "epoch: 0x3", "epoch: yes"])
 def test_a_word_with_two_readings_has_a_remedy(
-    line: str, says: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+    line: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
 ) -> None:
     written.write_text(written.read_text().replace("epoch: 3", line))
-    with pytest.raises(init.Refused, match="line 4") as caught:
+    with pytest.raises(init.Refused, match=r"line 4") as caught:
         publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
-    assert says in explain.refusal(caught.value)["remedy"]
+    assert caught.value.expected == "a value of one reading only (numbers as 42, text in quotes)"
 
 
 def test_a_certificate_of_another_ca_is_refused(
