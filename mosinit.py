@@ -117,9 +117,9 @@ TPM-INDEX: the TPM's epoch index is missing or is not the one that provisioning 
 TPM-SEAL: the sealed secret was not made by this TPM for this system
     seal the disk to this machine with the recovery key
 TPM-APPROVAL: an approval of this UKI or of this firmware's state is not valid
-    install the release again as it was published; approve the firmware's state with `mosinit approve`
+    install the release again as it was published; after a raised epoch enroll the machine again
 TPM-POLICY: the TPM does not open the disk: firmware, its keys or the boot loader changed without approval
-    undo the change, approve the new state (`mosinit approve`), or seal again with the recovery key
+    undo the change; if it is to stay, provision and install again (the recovery key opens the volumes)
 EPOCH: this system is older than what its publisher still calls safe
     boot or install a newer release
 EPOCH-ORDER: the order to raise the epoch is not valid
@@ -190,11 +190,11 @@ MANIFEST-SEQUENCE: a generation says something else than the install manifests t
 GENERATION: no generation of this machine belongs to the UKI that runs
     boot a UKI that was installed on this machine, or install the release again
 GIT-REF: manifest.git has no branch main
-    restore the config volume with `mosinit recover`
+    install this machine again
 GIT-OBJECT: an object of manifest.git is missing or damaged
-    restore the config volume with `mosinit recover`
+    install this machine again
 GIT-PACKED: somebody's git packed objects or refs of manifest.git
-    unpack them (`git unpack-objects`, `git update-ref`) with `mosinit recover`
+    open the config volume with the recovery key and unpack them (`git unpack-objects`, `git update-ref`)
 MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
     add the missing target to the manifest, or remove the doubled one, and publish it again
 IMAGE-DIGEST: an image manifest is not the signed one

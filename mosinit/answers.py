@@ -78,9 +78,12 @@ def parse_answers(data: bytes, place: str) -> Answers:
         raise Failure(f"{place}: expected {refused.expected}, seen {refused.seen}") from refused
     words = node.value if isinstance(node.value, dict) else {}
     values: Mapping[str, object] = {str(key): each.value for key, each in words.items()}
-    odd = sorted(set(values) - FIELDS) or sorted({"version", "disk"} - set(values))
-    if odd or values["version"] != 1:
-        raise Failure(f"{place}: {odd[0] if odd else 'version'} is missing, unknown or wrong")
+    if odd := sorted(set(values) - FIELDS):
+        raise Failure(f"{place}: {odd[0]} is no key of answers: they have {', '.join(sorted(FIELDS))}")
+    if missing := sorted({"version", "disk"} - set(values)):
+        raise Failure(f"{place}: {missing[0]} is missing: add it")
+    if values["version"] != 1:
+        raise Failure(f"{place}: another version: write `version: 1`, without quotes")
     disk, erase, source = values["disk"], values.get("erase"), values.get("source", "")
     if not isinstance(disk, str) or not re.fullmatch(r"/dev/[A-Za-z0-9._:/+-]{1,200}", disk):
         raise Failure(f"{place}: disk is no path below /dev")
@@ -91,7 +94,7 @@ def parse_answers(data: bytes, place: str) -> Answers:
     sizes = {name: values.get(name, 0) for name in SIZES}
     for name, size in sizes.items():
         if type(size) is not int or not 0 <= size < 1 << 30:
-            raise Failure(f"{place}: {name} is no number of MiB")
+            raise Failure(f"{place}: {name} is no number of MiB: write 512, without a unit")
     whole = {name: size << 20 for name, size in sizes.items() if isinstance(size, int)}
     return Answers(Path(disk), None if erase is None else str(erase), str(source), **whole)
 

@@ -58,6 +58,7 @@ class Verb:
     tools: bool = True
     checkout: bool = False
     secrets: bool = False  # holds keys or passwords
+    on_machines: bool = False  # where mosinit started the system, hostfs has all that it takes
 
 
 # --- The verbs' functions ----------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def build(host: Host, values: argparse.Namespace) -> Result:
 
     if values.manifest and values.sequence:
         raise Usage("--sequence goes without --manifest, which names its own")
-    options = {"sequence": values.sequence or 1, "manifest": values.manifest}
+    options = {"sequence": values.sequence or 1, "manifest": values.manifest, "profile": values.profile}
     return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
 
 
@@ -201,18 +202,26 @@ def uki_sign(host: Host, values: argparse.Namespace) -> Result:
 
 def vm_boot(host: Host, values: argparse.Namespace) -> Result:
     """Boot a disk image in a VM."""
-    from mosinit import vm
+    from mosinit import demo, vm
+    from mosinit.machine import Hardware
 
+    if values.enroll and not values.keys:
+        raise Usage("--enroll answers as the organisation: name its keyset by --keys")
     options = vm.BootOptions(
         disk=values.disk,
         folder=values.dir,
         keys=values.keys,
         report=values.report,
         until=values.until,
-        timeout=values.timeout,
+        timeout=values.timeout or (demo.INSTALL_SECONDS if values.until == "installed" else 300.0),
         interactive=values.interactive,
+        hardware=Hardware(extra_disks=tuple(values.extra_disk)),
     )
-    return outcome(vm.boot(host, options))
+    if not values.enroll:
+        return outcome(vm.boot(host, options))
+    with host.scratch() as work:
+        exchange = demo.enroller(host, values.keys, work)
+        return outcome(vm.boot(host, dataclasses.replace(options, exchange=exchange)))
 
 
 def install(host: Host, values: argparse.Namespace) -> Result:
@@ -477,6 +486,8 @@ VERBS = (
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
             epoch_option("what is below is unsafe", "the keyset's"),
             number("--sequence", "order of the default manifest of the product", init.MAX_SEQUENCE, None),
+            Option("--profile", "a profile of mkosi for hostfs: `demo` is root's at the console, for tests",
+                   {"metavar": "NAME"}),
         ),
         checkout=True,
         secrets=True,
@@ -525,6 +536,7 @@ VERBS = (
             folder("--auths", "with --again: what `mosinit enroll --open-recovery` wrote by --out", "FILE"),
         ),
         secrets=True,
+        on_machines=True,
     ),
     Verb(
         "enroll",
@@ -570,10 +582,13 @@ VERBS = (
             folder("--keys", "the keyset to enrol in a new machine's firmware (default: the medium's own)"),
             folder("--report", "also write the report here", "FILE"),
             Option("--until", "how far (default: multi-user)",
-                   {"choices": ("pivoted", "multi-user"), "default": "multi-user"}),
-            Option("--timeout", "seconds that the boot may take (default: 300)",
-                   {"type": seconds, "metavar": "S", "default": 300.0}),
+                   {"choices": ("pivoted", "multi-user", "installed"), "default": "multi-user"}),
+            Option("--timeout", "seconds that the boot may take (default: 300, an installation 1800)",
+                   {"type": seconds, "metavar": "S"}),
             flag("--interactive", "this terminal becomes the machine's console"),
+            Option("--extra-disk", "one more disk (virtio-extra1, virtio-extra2 … in /dev/disk/by-id); may "
+                   "be repeated", {"type": Path, "metavar": "FILE", "action": "append", "default": []}),
+            flag("--enroll", "enroll the machine by --keys when it asks for it"),
         ),
     ),
     Verb(
@@ -719,10 +734,11 @@ def run(host: Host, values: argparse.Namespace, arguments: list[str]) -> Result:
     verb: Verb = values.verb
     if verb.checkout:
         tools.checkout()
-    if verb.tools:
+    if verb.tools and not (verb.on_machines and tools.on_machine()):
         for name, value in vars(values).items():
-            if isinstance(value, Path):
-                tools.check_visible(value, name)
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    tools.check_visible(path, name)
         tools.run_inside(host, arguments)
     if verb.secrets:
         host.hide_memory()

@@ -6,6 +6,7 @@ First everything is looked at and a plan is made; only `write` changes anything,
 from __future__ import annotations
 
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable
@@ -134,13 +135,24 @@ def script(plan: Plan, identity: str) -> bytes:
 # --- Looking ------------------------------------------------------------------------------------------
 
 
+def _disks(folder: Path = Path("/dev/disk/by-id")) -> str:
+    """Return which disks there are, for a message: who installs may see this computer by no other way."""
+    try:
+        names = sorted(
+            name for name in os.listdir(folder) if not re.search(r"-part[0-9]+$|^dm-|^wwn-", name)
+        )
+    except OSError:
+        names = []
+    return ", ".join(f"{folder}/{name}" for name in names[:8]) or str(folder)
+
+
 def inspect(host: Host, path: Path) -> Disk:
     """Return what is known of a disk. Raises `Failure` for what is no whole disk."""
     real = Path(os.path.realpath(path))
     try:
         mode = real.stat().st_mode
     except OSError as error:
-        raise Failure(f"there is no disk {path}: name one of /dev/disk/by-id") from error
+        raise Failure(f"there is no disk {path}: name one of {_disks()}") from error
     folder = Path("/sys/block") / real.name
     if not stat.S_ISBLK(mode) or not folder.is_dir():
         raise Failure(f"{path} is no whole disk: name one of /dev/disk/by-id")

@@ -123,6 +123,11 @@ def inside() -> bool:
         return False
 
 
+def on_machine(left: Path = Path(init.LEFT)) -> bool:
+    """Say whether mosinit started this system: its hostfs has what the verbs of machines call."""
+    return (left / "policy.json").is_file()
+
+
 def run_inside(host: Host, arguments: list[str]) -> None:
     """Return if this process is inside the tools tree; otherwise enter it and start the command again.
 

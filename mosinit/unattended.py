@@ -39,6 +39,7 @@ def _run(host: install.Installer, path: Path) -> dict[str, object]:
     # All that can be refused is refused before the TPM is touched.
     install.show_plan(host, options)
     if not (STATE / "seal.json").exists():
+        check_port(PORT)
         host.say("provisioning: the request goes out")
         asked = provision.request(host, provision.Options(install.LEFT / "organisation", STATE))
         reply = exchange(PORT, Path(str(asked["request"])).read_bytes())
@@ -46,7 +47,17 @@ def _run(host: install.Installer, path: Path) -> dict[str, object]:
         provision.finish(host, STATE, STATE / "answer.json")
     places = path.with_name("places.json")
     found = json.loads(places.read_bytes()) if places.exists() else [str(path)]
-    return {**install.install_provisioned(host, options), "answers": found}
+    done = install.install_provisioned(host, options)
+    return {**done, "answers": found, "next": "remove the medium and restart"}
+
+
+def check_port(port: Path) -> None:
+    """See that somebody can answer, before the TPM is asked for anything. Raises `Failure`."""
+    if not port.exists():
+        raise Failure(
+            f"this machine has no port {port.name} to ask for its enrolment: give the virtual machine that "
+            "virtio port, or provision and install by hand"
+        )
 
 
 def options_of(host: Host, given: answers.Answers, path: Path) -> install.Options:

@@ -593,6 +593,20 @@ def the_id_of_the_machine() -> object:
 
 
 @probe
+def the_verb_provision() -> object:
+    words = [
+        "mosinit",
+        "provision",
+        "--organisation",
+        "/run/mosinit/organisation",
+        "--dir",
+        "/run/provision",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return [done.returncode, done.stderr]
+
+
+@probe
 def the_host_key_of_ssh() -> object:
     path = Path("/etc/ssh/ssh_host_ed25519_key")
     return [path.read_text(), stat.filemode(path.stat().st_mode)]

@@ -300,6 +300,12 @@ def test_credentials_of_the_hypervisor_have_no_effect(told: dict[str, Any]) -> N
     assert told["the id of the machine"] != 32 * "1"
 
 
+def test_provisioning_runs_with_what_hostfs_has(told: dict[str, Any]) -> None:
+    """On a machine that is provisioned it is refused, and needs no tools tree to say so."""
+    status, words = told["the verb provision"]
+    assert (status, "TPM-STATE" in words) == (3, True), words
+
+
 def test_a_good_boot_is_counted_no_more(first: tuple[vm.Outcome, dict[str, Any]], debian: Installed) -> None:
     assert first[0].system == {"failed_units": [], "modules": True}
     assert entries(debian) == ["mosinit_6.efi", "mosinit_7.efi"]
