@@ -60,6 +60,20 @@ def test_other_answers_are_refused_in_a_line(text: str | bytes, tmp_path: Path) 
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("version: 1\ndisc: /dev/vdb\n", "disc is no key of answers: they have disk, erase, "),
+        ("disk: /dev/vdb\n", "version is missing"),
+        ("version: '1'\ndisk: /dev/vdb\n", "without quotes"),
+        ("version: 1\ndisk: /dev/vdb\nstate: 512M\n", "state is no number of MiB: write 512"),
+    ],
+)
+def test_what_is_wrong_with_answers_is_named(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=says):
+        answers.read_answers(write(tmp_path, text))
+
+
 def test_answers_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="cannot read the answers"):
         answers.read_answers(tmp_path / "none")

@@ -386,6 +386,17 @@ def test_a_program_that_is_not_there_is_told(program: str, capsys: pytest.Captur
     assert said.count("\n") == 1
 
 
+def test_a_verb_of_machines_enters_no_tools_tree_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[bool] = []
+    monkeypatch.setattr(tools, "run_inside", lambda host, arguments: entered.append(True))
+    for started in (False, True):
+        monkeypatch.setattr(tools, "on_machine", lambda started=started: started)
+        assert cli.main(["provision", "--dir", str(tmp_path)]) == 2
+    assert entered == [True]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

@@ -346,3 +346,10 @@ def test_a_lock_keeps_what_is_in_it(tmp_path: Path) -> None:
     with tools.locked(tmp_path / "tools.lock"):
         pass
     assert (tmp_path / "tools.lock").read_text() == "text"
+
+
+def test_where_mosinit_started_the_system(tmp_path: Path) -> None:
+    """There a verb of machines makes no tools tree: hostfs has what it calls."""
+    assert not tools.on_machine(tmp_path)
+    (tmp_path / "policy.json").write_text("{}")
+    assert tools.on_machine(tmp_path)

@@ -50,6 +50,13 @@ def test_no_answer() -> None:
         exchanged(b"{", b"{}", seconds=0.2)
 
 
+def test_a_machine_that_nobody_can_enroll_is_told_so_before_its_tpm_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="no port org.mosinit.exchange .* by hand"):
+        unattended.check_port(tmp_path / unattended.PORT.name)
+    (tmp_path / unattended.PORT.name).touch()
+    unattended.check_port(tmp_path / unattended.PORT.name)
+
+
 class Networked(Host):
     """A host whose network comes, or does not."""
 
