@@ -309,9 +309,10 @@ sys.exit(cli.main(None, (cli.Verb("go", "goes", "mosinit go", run, tools=False),
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) -> None:
+    # Many short sleeps: a signal just before a long one would be seen at its end.
     body = """
     try:
-        print("started", flush=True); time.sleep(30)
+        print("started", flush=True); [time.sleep(0.05) for _ in range(600)]
     finally:
         print("cleaned up", flush=True)
 """
