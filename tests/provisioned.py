@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import approvals, enroll, exchange, firmware, init, keys, provision
+from mosinit import approvals, enroll, exchange, explain, firmware, init, keys, provision
 from mosinit.host import Host
 from mosinit.tpm import open_tpm
 from tests.eventlogs import encode_log
-from tests.tpms import Swtpm, swtpm
+from tests.tpms import Swtpm, TpmMachine, swtpm
 
 PASSWORDS = init.Permanent.OWNER_AUTH | init.Permanent.ENDORSEMENT_AUTH | init.Permanent.LOCKOUT_AUTH
 
@@ -121,3 +121,62 @@ def site(folder: Path) -> Iterator[Site]:
         work = folder / "work"
         work.mkdir()
         yield Site(host, work, keyset, other, folder / "organisation", folder / "event-log", tpm)
+
+
+# --- What a machine is found to be
+
+# TPM 2.0 library, part 2, 6.5.2: what leaves something behind in a TPM.
+WRITES = {
+    0x120: "EvictControl", 0x12A: "NV_DefineSpace", 0x122: "NV_UndefineSpace", 0x135: "NV_SetBits",
+    0x129: "HierarchyChangeAuth", 0x127: "ClearControl", 0x13A: "DictionaryAttackParameters",
+    0x12E: "SetPrimaryPolicy",
+}  # fmt: skip
+
+
+def writes(seen: Sequence[int]) -> list[str]:
+    """Return which commands that change a TPM are among these codes."""
+    return [WRITES[code] for code in seen if code in WRITES]
+
+
+def read_record(site: Site, state: Path) -> tuple[exchange.Sealed, init.MachineRecord]:
+    """Return what `provision` left in a folder: the seal, and the record in it, verified."""
+    sealed = exchange.parse_sealed((state / "seal.json").read_bytes(), "seal.json")
+    ca = site.keyset.certificate_path("sudi-ca").read_bytes()
+    return sealed, init.verify_record(sealed.answer.certificate, ca, site.keyset.product)
+
+
+def boot(site: Site) -> tuple[TpmMachine, init.UkiApproval]:
+    """Restart up to enter-initrd, and approve what then is in PCR 11."""
+    site.restart()
+    machine = TpmMachine(site.tpm)
+    init.extend_pcr(machine, init.MEASURED, init.ENTER_INITRD)
+    pcr11 = init.read_pcr(machine, init.MEASURED)
+    signed = site.policy().uki_policy(pcr11, 1, init.Cc.UNSEAL) + init.UKI_REF
+    return machine, init.UkiApproval(1, site.keyset.signer("pcr").sign(signed), bytes(256))
+
+
+def open_config(
+    site: Site, booted: tuple[TpmMachine, init.UkiApproval], state: Path, record_of: Path | None = None
+) -> bytes:
+    """Do what the bring-up does, with what lies in `state` (and the record of another)."""
+    (sealed, _), (_, record) = read_record(site, state), read_record(site, record_of or state)
+    public = init.check_tpm(booted[0], record, 1)
+    secret = init.unseal(booted[0], sealed.tokens(), public, site.policy(), booted[1])
+    init.check_secret(record, secret)
+    return bytes(secret)
+
+
+def disable_endorsement(site: Site) -> None:
+    """Switch the endorsement hierarchy off."""
+    site.tpm.run("tpm2_hierarchycontrol", "-C", "e", "ehEnable", "clear")
+
+
+def set_lockout(site: Site) -> None:
+    """Set the lockout password."""
+    site.tpm.run("tpm2_changeauth", "-c", "l", "secret")
+
+
+def remedy(refused: BaseException) -> str:
+    """Return what a person is told to do about a refusal."""
+    assert isinstance(refused, init.Refused)
+    return explain.refusal(refused)["remedy"]
