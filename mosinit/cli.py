@@ -65,7 +65,7 @@ class Verb:
 
 
 def demo(host: Host, values: argparse.Namespace) -> Result:
-    """Go from nothing to a booted machine."""
+    """Go from nothing to an installed machine."""
     from mosinit import demo as demonstration
 
     return outcome(demonstration.demo(host, values.dir, values.interactive))
@@ -412,7 +412,7 @@ REGISTRY_OPTIONS = (
 VERBS = (
     Verb(
         "demo",
-        "from nothing to a booted machine in a VM, then shows its boot report",
+        "from nothing to an installed machine in a VM, then shows its boot report",
         "mosinit demo --dir ./demo",
         demo,
         (
