@@ -26,11 +26,12 @@ from mosinit.host import Failure, Host, Usage
 SUITE = "trixie"
 PACKAGES = (
     "ca-certificates", "cpio", "cryptsetup-bin", "docker-registry", "dosfstools", "e2fsprogs", "erofs-utils",
-    "faketime", "fdisk", "git", "kmod", "libtss2-tcti-swtpm0t64", "mkosi", "mtools", "mypy", "openssl",
-    "ovmf", "python3", "python3-cryptography", "python3-hypothesis", "python3-jsonschema", "python3-pip",
-    "python3-pyelftools", "python3-pytest", "python3-rich", "python3-tpm2-pytss", "python3-virt-firmware",
-    "python3-yaml", "qemu-system-x86", "qemu-utils", "sbsigntool", "shellcheck", "skopeo", "squashfs-tools",
-    "swtpm", "swtpm-tools", "systemd", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "tpm2-openssl",
+    "faketime", "fdisk", "git", "iproute2", "kmod", "libtss2-tcti-swtpm0t64", "mkosi", "mtools", "mypy",
+    "openssh-client", "openssl", "ovmf", "python3", "python3-cryptography", "python3-hypothesis",
+    "python3-jsonschema", "python3-pip", "python3-pyelftools", "python3-pytest", "python3-pytest-xdist",
+    "python3-rich", "python3-tpm2-pytss", "python3-urwid", "python3-virt-firmware", "python3-yaml",
+    "qemu-system-x86", "qemu-utils", "sbsigntool", "shellcheck", "skopeo", "squashfs-tools", "swtpm",
+    "swtpm-tools", "systemd", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "tmux", "tpm2-openssl",
     "tpm2-tools", "uidmap", "umoci", "user-mode-linux", "zstd",
 )  # fmt: skip
 WHEELS = ("qemu.qmp==0.0.3", "ruff==0.14.5", "types-PyYAML==6.0.12.20250915")
