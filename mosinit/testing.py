@@ -1,5 +1,5 @@
 """The `test` verb: everything that says whether a checkout is sound, in one run of pytest inside the tools
-tree.
+tree, two files of tests side by side.
 
 Lint, types and the rules of the code are tests like the others (tests/test_rules.py).
 """
@@ -12,6 +12,8 @@ from mosinit import tools
 from mosinit.host import Host, Usage
 
 FOLDERS = {"unit": ("tests",), "vm": ("vm-tests",), None: ("tests", "vm-tests")}
+# Two files at a time: an emulated machine has one processor, and more machines at once starve each other.
+WORKERS = ("-n", "2", "--dist", "loadfile")
 
 
 def command(strength: str | None, *, expression: str | None, cold: bool) -> list[str]:
@@ -19,7 +21,7 @@ def command(strength: str | None, *, expression: str | None, cold: bool) -> list
     if cold and strength == "unit":
         raise Usage("--cold is for VM tests: unit tests boot nothing")
     folders = FOLDERS[strength]
-    words = ["/usr/bin/python3", "-m", "pytest", *folders]
+    words = ["/usr/bin/python3", "-m", "pytest", *folders, *WORKERS]
     words += ["-k", expression] if expression else []
     return words + (["--cold"] if cold else [])
 

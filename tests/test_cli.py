@@ -420,15 +420,12 @@ def test_installing_with_words_that_are_wrong(words: list[str], status: int, mes
 
 
 def test_the_strengths() -> None:
-    pytest_itself = ["/usr/bin/python3", "-m", "pytest"]
-    assert testing.command(None, expression=None, cold=False) == [*pytest_itself, "tests", "vm-tests"]
-    assert testing.command("unit", expression="a or b", cold=False) == [
-        *pytest_itself,
-        "tests",
-        "-k",
-        "a or b",
-    ]
-    assert testing.command("vm", expression=None, cold=True) == [*pytest_itself, "vm-tests", "--cold"]
+    def words(*folders: str) -> list[str]:
+        return ["/usr/bin/python3", "-m", "pytest", *folders, *testing.WORKERS]
+
+    assert testing.command(None, expression=None, cold=False) == words("tests", "vm-tests")
+    assert testing.command("unit", expression="a or b", cold=False) == [*words("tests"), "-k", "a or b"]
+    assert testing.command("vm", expression=None, cold=True) == [*words("vm-tests"), "--cold"]
     with pytest.raises(Usage, match="--cold"):
         testing.command("unit", expression=None, cold=True)
 
