@@ -3,6 +3,7 @@
     version: 1
     disk: /dev/disk/by-id/virtio-machine    # the disk to install on
     erase: SERIAL                           # optional: the disk whose content may be lost
+    members: true                           # optional: also what is encrypted, or of a RAID, LVM or ZFS
     source: docker://HOST/NAME:TAG          # optional: the release (default: the one on the medium)
     state: 512                              # optional: MiB of a volume for /var
     store: 4096                             # optional: MiB of the volumes for releases
@@ -31,7 +32,7 @@ NAME = "mosinit.answers"
 BYTES, CA_BYTES = 4096, 64 << 10
 ON_MEDIUM, CA_ON_MEDIUM = "mosinit/answers.yaml", "mosinit/registry-ca.pem"
 REPORT_PORT = Path("/dev/virtio-ports/org.mosinit.report")
-FIELDS = {"version", "disk", "erase", "source", "state", "store", "scratch"}
+FIELDS = {"version", "disk", "erase", "members", "source", "state", "store", "scratch"}
 SIZES = ("state", "store", "scratch")
 NONE, FOUND, UNKNOWN = 1, 0, 255  # systemd.service(5), ExecCondition=
 
@@ -56,6 +57,7 @@ class Answers:
     state: int = 0
     store: int = 0
     scratch: int = 0
+    members: bool = False
 
 
 # --- What they say ---------------------------------------------------------------------------------------
@@ -89,6 +91,9 @@ def parse_answers(data: bytes, place: str) -> Answers:
         raise Failure(f"{place}: disk is no path below /dev")
     if erase is not None and type(erase) not in (str, int):
         raise Failure(f"{place}: erase is no serial")
+    members = values.get("members", False)
+    if not isinstance(members, bool):
+        raise Failure(f"{place}: members is neither true nor false")
     if source != "" and not _is_source(source):
         raise Failure(f"{place}: source is neither oci:/FOLDER nor docker://HOST/NAME:TAG")
     sizes = {name: values.get(name, 0) for name in SIZES}
@@ -96,7 +101,7 @@ def parse_answers(data: bytes, place: str) -> Answers:
         if type(size) is not int or not 0 <= size < 1 << 30:
             raise Failure(f"{place}: {name} is no number of MiB: write 512, without a unit")
     whole = {name: size << 20 for name, size in sizes.items() if isinstance(size, int)}
-    return Answers(Path(disk), None if erase is None else str(erase), str(source), **whole)
+    return Answers(Path(disk), None if erase is None else str(erase), str(source), members=members, **whole)
 
 
 def _is_source(source: object) -> bool:

@@ -226,12 +226,24 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
-    for name in ("disk", "erase", "state", "store", "scratch", "plan", "tls_ca", "login", "token_host"):
+    for name in (
+        "disk",
+        "erase",
+        "erase_members",
+        "state",
+        "store",
+        "scratch",
+        "plan",
+        "tls_ca",
+        "login",
+        "token_host",
+    ):
         if values.answers and getattr(values, name):
             raise Usage(f"--{name.replace('_', '-')} does not go with --answers, which says all")
     if not values.answers and not values.disk:
         raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
     from mosinit import install as installing
+    from mosinit import layout
 
     installer = installing.Installer()
     if values.answers:
@@ -246,8 +258,9 @@ def install(host: Host, values: argparse.Namespace) -> Result:
             values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
         )
     options = installing.Options(
-        values.disk, values.dir, values.source, values.erase, values.state << 20,
-        store=values.store << 20, scratch=values.scratch << 20, access=access,
+        values.disk, values.dir, values.source, state=values.state << 20, store=values.store << 20,
+        scratch=values.scratch << 20, access=access,
+        consent=layout.Consent(values.erase, values.erase_members),
     )  # fmt: skip
     if values.plan:
         return outcome(installing.show_plan(host, options))
@@ -603,8 +616,9 @@ VERBS = (
             folder("--disk", "the disk: all of it becomes the machine's", "DEV"),
             folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE",
                    default=Path("state")),
-            Option("--erase", "the serial of the disk, whose content may then be lost",
-                   {"metavar": "SERIAL"}),
+            Option("--erase", "what --plan shows for this disk: all that is on it may then be lost",
+                   {"metavar": "WORD"}),
+            flag("--erase-members", "also what is encrypted on it, or belongs to a RAID, LVM or ZFS"),
             mebibytes("--state", "of a volume that keeps /var (default: what the release demands; "
                       "without one, /var is new at each boot)"),
             mebibytes("--store", "of the volume for releases (default: half of the disk)"),

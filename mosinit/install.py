@@ -63,7 +63,7 @@ class Options:
     disk: Path
     provisioned: Path
     source: str = MEDIUM_RELEASE
-    erase: str | None = None
+    consent: layout.Consent = layout.Consent()
     state: int = 0
     left: Path = LEFT
     loader: Path = BOOT_LOADER
@@ -298,7 +298,7 @@ def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Polic
     """Look at everything, change nothing. Raises `Failure`, `Refused`."""
     policy = policy_of_live(options.left)
     disk = layout.inspect(host, options.disk)
-    layout.check_usable(host, disk, options.erase)
+    layout.check_usable(host, disk, options.consent)
     planned = _lay_out(disk, options, options.state)
     release = verify_release(host, open_source(options.source, options.access), policy)
     if (state := demanded_state(release.manifest.contents, options.state)) != options.state:

@@ -5,15 +5,18 @@ First everything is looked at and a plan is made; only `write` changes anything,
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import stat
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mosinit import init
+from mosinit import content, init
+from mosinit.content import Row, printable
 from mosinit.host import Failure, Host
 
 GIB = 1 << 30
@@ -25,23 +28,46 @@ UNFINISHED = "5a3d1b0e-6f0c-4d7a-9c55-d0b3a1f7e2c4"
 EDGES = init.MIB  # of a disk, where tables and superblocks lie
 # Written before anything else, where no partition table reaches and no partition lies: so a disk whose table
 # a power cut tore is known as one that was being installed.
-MARK = f"mosinit is installing on this disk {UNFINISHED}\n".encode().ljust(4096, b"\0")
+MARK_BYTES = 4096
 MARK_OFFSET = EDGES // 2
+# linux/major.h has no list of what is no disk of its own; sysfs calls them so.
+NO_DISKS = re.compile(
+    r"(loop|ram|zram|dm-|md|sr|fd|mtdblock|nbd|zd|bcache|drbd)[0-9]|mmcblk[0-9]+(boot|rpmb)"
+)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What is known of a disk before anything is done with it."""
+    """What is known of a disk before anything is done with it. All text is printable."""
 
     path: Path
     name: str
     size: int
     sector: int
     read_only: bool
-    serial: str
+    serial: str  # its own, or else its name in this system
     model: str
     content: str  # what is on it, for a person; empty if nothing
-    unfinished: bool = False
+    unfinished: bool = False  # an installation of ours was broken off: nobody has to be asked
+    wwn: str = ""
+    by_id: tuple[Path, ...] = ()  # names that lead to it, the best first
+    transport: str = ""  # nvme, usb, sata, virtio, …
+    rows: tuple[Row, ...] = ()
+    unusable: str = ""  # why it can never be chosen, in one line; empty if it can
+    fingerprint: str = ""  # of serial, size and what lies at both ends, as it was looked at
+    number: str = ""  # MAJOR:MINOR
+    sequence: str = ""  # the kernel's own count of disks: none has it twice
+
+    @property
+    def word(self) -> str:
+        """What consents to losing just this: serial, then size and what lies at both ends."""
+        serial = re.sub(r"[^A-Za-z0-9._:+]+", "_", self.serial)[:64]
+        return f"{serial}-{_size_mark(self.size)}{self.fingerprint[:10]}"
+
+    @property
+    def members(self) -> tuple[Row, ...]:
+        """What is encrypted, or part of what may lie on other disks too."""
+        return tuple(row for row in self.rows if row.member)
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,43 @@ def script(plan: Plan, identity: str) -> bytes:
 # --- Looking ------------------------------------------------------------------------------------------
 
 
-def _disks(folder: Path = Path("/dev/disk/by-id")) -> str:
+def disks(host: Host, block: Path = Path("/sys/block")) -> tuple[Disk, ...]:
+    """Return every disk of this machine that is one, also those that cannot be used or read."""
+    names = sorted(path.name for path in block.glob("*") if not NO_DISKS.match(path.name))
+    hidden = {name for name in names if _first(block / name / "hidden") == "1"}
+    found = [look(host, Path("/dev", name)) for name in names if name not in hidden]
+    return mark_twins([disk for disk in found if disk is not None])
+
+
+def look(host: Host, path: Path) -> Disk | None:
+    """Return what is known of a disk, and why it cannot be used; None if it is a drive without a medium."""
+    try:
+        disk = inspect(host, path)
+        return replace(disk, unusable=why_not(host, disk))
+    except (Failure, OSError) as error:
+        sectors = _first(Path("/sys/block", path.name, "size"))
+        if sectors in ("", "0"):
+            return None
+        said = str(error).removeprefix(f"{path} ").removesuffix(": name another disk")
+        return replace(_named(path), size=int(sectors) * 512, unusable=said)
+
+
+def mark_twins(found: Sequence[Disk]) -> tuple[Disk, ...]:
+    """Make unusable what cannot be told from another disk."""
+    marked = []
+    for disk in found:
+        twins = [other for other in found if other.path != disk.path and _same(disk, other)]
+        words = f"has the serial {disk.serial!r}, as {', '.join(str(twin.path) for twin in twins)} has"
+        marked.append(replace(disk, unusable=disk.unusable or words) if twins else disk)
+    return tuple(marked)
+
+
+def _same(one: Disk, other: Disk) -> bool:
+    """Say whether two disks cannot be told apart: those of one NVMe controller can, by their names."""
+    return one.wwn == other.wwn if one.wwn and other.wwn else one.serial == other.serial
+
+
+def _names(folder: Path = Path("/dev/disk/by-id")) -> str:
     """Return which disks there are, for a message: who installs may see this computer by no other way."""
     try:
         names = sorted(
@@ -147,29 +209,96 @@ def _disks(folder: Path = Path("/dev/disk/by-id")) -> str:
 
 
 def inspect(host: Host, path: Path) -> Disk:
-    """Return what is known of a disk. Raises `Failure` for what is no whole disk."""
+    """Return what is known of a disk. Raises `Failure` for what is no whole disk, or cannot be read."""
+    real = _whole_disk(path)
+    disk = _named(real)
+    try:
+        fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size, sector = host.device_size(fd)
+            if not size:
+                raise Failure(f"{path} is empty, a drive without a medium: name another disk")
+            seen = replace(disk, size=size, sector=sector, number=host.device_number(fd))
+            ends = read_ends(host, fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror or error}): name another disk") from error
+    text, unfinished = _content(seen, *ends)
+    rows = content.rows(host, real, size, sector) if sector in (512, 4096) else ()
+    parts = [f"{row.size >> 20} MiB" for row in rows if row.number]
+    if parts and text != "" and not text[0].isdigit():
+        text = f"{len(parts)} partitions ({', '.join(parts)})"
+    return replace(
+        seen, content=text or ("data" if rows else ""), unfinished=unfinished, rows=rows,
+        fingerprint=fingerprint(seen, *ends),
+    )  # fmt: skip
+
+
+def _whole_disk(path: Path) -> Path:
+    """Return the device that a name leads to, if it is a whole disk. Raises `Failure`."""
     real = Path(os.path.realpath(path))
     try:
         mode = real.stat().st_mode
     except OSError as error:
-        raise Failure(f"there is no disk {path}: name one of {_disks()}") from error
-    folder = Path("/sys/block") / real.name
-    if not stat.S_ISBLK(mode) or not folder.is_dir():
-        raise Failure(f"{path} is no whole disk: name one of /dev/disk/by-id")
-    fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size, sector = host.device_size(fd)
-        if not size:
-            raise Failure(f"{path} is empty, a drive without a medium: name another disk")
-        content, unfinished = _content(host, fd, size, sector)
-    finally:
-        os.close(fd)
+        raise Failure(f"there is no disk {path} ({error.strerror}): name one of {_names()}") from error
+    whole = _first(Path("/sys/class/block", real.name, "partition"))
+    if stat.S_ISBLK(mode) and whole:
+        parent = Path(os.path.realpath(Path("/sys/class/block", real.name))).parent.name
+        raise Failure(f"{path} is no whole disk, it is partition {whole} of /dev/{parent}: name that")
+    if not stat.S_ISBLK(mode) or not Path("/sys/block", real.name).is_dir():
+        raise Failure(f"{path} is no whole disk: name one of {_names()}")
+    return real
+
+
+def _named(path: Path) -> Disk:
+    """Return what the kernel says of a disk without reading it."""
+    folder = Path("/sys/block", path.name)
     return Disk(
-        real, real.name, size, sector, _first(folder / "ro") != "0",
-        _first(folder / "serial", folder / "device/serial", folder / "device/wwid", folder / "wwid")
-        or real.name,
-        _first(folder / "device/model"), content, unfinished,
+        path, path.name, 0, 0, _first(folder / "ro") != "0", own_serial(folder) or path.name,
+        printable(_first(folder / "device/model", folder / "device/name")), "",
+        wwn=printable(_first(folder / "wwid", folder / "device/wwid")), by_id=_links(path),
+        transport=transport(folder), sequence=_first(folder / "diskseq"),
     )  # fmt: skip
+
+
+def own_serial(folder: Path) -> str:
+    """Return the serial of a disk by its folder in sysfs, as it is printed on it where the kernel knows."""
+    try:
+        page = (folder / "device/vpd_pg80").read_bytes()  # SPC-4, 7.8.15: four bytes, then the serial
+    except OSError:
+        page = b""
+    usb = next((up / "serial" for up in _above(folder) if (up / "idVendor").exists()), folder / "serial")
+    said = _first(folder / "serial", folder / "device/serial") or printable(
+        page[4:].decode("ascii", "replace")
+    )
+    return said or _first(usb, folder / "device/wwid", folder / "wwid", folder / "device/cid")
+
+
+def _above(folder: Path) -> tuple[Path, ...]:
+    return tuple(Path(os.path.realpath(folder)).parents)
+
+
+def transport(folder: Path) -> str:
+    """Say how a disk is connected."""
+    place = f"{os.path.realpath(folder)}/"
+    for part, words in (
+        ("/usb", "usb"), ("/nvme", "nvme"), ("/virtio", "virtio"), ("/ata", "sata"), ("/mmc", "mmc"),
+        ("/end_device", "sas"), ("/host", "scsi"),
+    ):  # fmt: skip
+        if re.search(rf"{part}[^/]*[0-9]", place):
+            return words
+    return ""
+
+
+def _links(path: Path, folder: Path = Path("/dev/disk/by-id")) -> tuple[Path, ...]:
+    """Return the names that lead to a disk, those for people first."""
+    try:
+        links = [link for link in folder.iterdir() if os.path.realpath(link) == str(path)]
+    except OSError:
+        return ()
+    plain = [link for link in links if link.name.isprintable()]
+    return tuple(sorted(plain, key=lambda link: (link.name.startswith(("wwn-", "nvme-eui.")), link.name)))
 
 
 def _first(*paths: Path) -> str:
@@ -183,50 +312,150 @@ def _first(*paths: Path) -> str:
     return ""
 
 
-def _content(host: Host, fd: int, size: int, sector: int) -> tuple[str, bool]:
+def read_ends(host: Host, fd: int, size: int) -> tuple[bytes, bytes]:
+    """Read both ends of a disk, where tables and signatures lie."""
+    part = min(EDGES, size)
+    return host.read_at(fd, 0, part), host.read_at(fd, size - part, part)
+
+
+def fingerprint(disk: Disk, head: bytes, tail: bytes) -> str:
+    """Return the hash of a disk's serial and size, and of what lies at both ends."""
+    said = f"mosinit disk\0{disk.serial}\0{disk.wwn}\0{disk.size}\0".encode()
+    return hashlib.sha256(said + head + tail).hexdigest()
+
+
+def _size_mark(size: int) -> str:
+    """Return what of a word tells the size, so that one that changed can be named."""
+    return hashlib.sha256(b"size %d" % size).hexdigest()[:2]
+
+
+def mark(disk: Disk) -> bytes:
+    """Return what lies on a disk while it is installed, and on no copy of it."""
+    own = "" if disk.serial == disk.name else disk.serial
+    said = f"mosinit is installing on this disk {UNFINISHED}\n{disk.size} {own}\n"
+    return said.encode().ljust(MARK_BYTES, b"\0")
+
+
+def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool]:
     """Say what a disk holds: its partitions if it has a table, or just that it is not empty."""
-    if sector not in (512, 4096):
-        return "", False
-    head = host.read_at(fd, 0, min(EDGES, size))
-    if size < 2 * EDGES:
-        return ("data" if any(head) else ""), False
+    sector, empty = disk.sector, not any(head) and not any(tail)
+    if sector not in (512, 4096) or disk.size < 2 * EDGES:
+        return ("" if empty else "data"), False
+    marked = head[MARK_OFFSET : MARK_OFFSET + MARK_BYTES] == mark(disk)
     header, entries = head[sector : 2 * sector], head[2 * sector : 2 * sector + 16384]
     try:
-        parts = init.parse_gpt(header, entries, sector, size // sector)
+        parts = init.parse_gpt(header, entries, sector, disk.size // sector)
     except init.Refused:
-        tail = host.read_at(fd, size - EDGES, EDGES)
-        marked = head[MARK_OFFSET : MARK_OFFSET + len(MARK)] == MARK
-        empty = not any(head) and not any(tail)
         return ("" if empty else "data without a valid partition table"), marked
-    unfinished = init.format_guid(header[56:72]) == UNFINISHED  # UEFI specification 5.3.2
+    unfinished = marked and init.format_guid(header[56:72]) == UNFINISHED  # UEFI specification 5.3.2
     sizes = ", ".join(f"{part.size >> 20} MiB" for part in parts)
     return f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table", unfinished
 
 
-def check_usable(host: Host, disk: Disk, erase: str | None = None) -> None:
-    """Refuse a disk that is in use, cannot be written, or holds what nobody said may be lost.
-
-    `erase` is the serial of the disk whose content may go. Raises `Failure`.
-    """
+def why_not(host: Host, disk: Disk) -> str:
+    """Return why a disk can never be installed on, in words that go on from its name; empty if it can."""
     if disk.read_only:
-        raise Failure(f"{disk.path} cannot be written: name another disk")
+        return "cannot be written"
     if disk.sector not in (512, 4096):
-        raise Failure(f"{disk.path} has sectors of {disk.sector} bytes: 512 or 4096 are supported")
+        return f"has sectors of {disk.sector} bytes, and 512 or 4096 are supported"
     if medium := boot_medium(host, disk):
-        raise Failure(f"{disk.path} is the medium that this system was booted from ({medium}): name another")
+        return f"is the medium that this system was booted from ({medium})"
     # The kernel lends a disk to one user at a time, its partitions count: mounts, swap, RAID, mappings.
     try:
-        os.close(os.open(disk.path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(disk.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
-        using = users(disk) or error.strerror
-        raise Failure(f"{disk.path} is in use ({using}): name another disk, or stop its user") from error
-    if erase is not None and erase != disk.serial:
-        raise Failure(f"{disk.path} has the serial {disk.serial!r}, not {erase!r}: nothing was erased")
-    if disk.content and not disk.unfinished and erase is None:
+        return f"is in use ({users(disk) or error.strerror})"
+    if disk.size < SMALLEST:
+        return f"has {disk.size >> 20} MiB, and a machine needs a disk of {SMALLEST >> 20} MiB"
+    return ""
+
+
+@dataclass(frozen=True)
+class Consent:
+    """What somebody said may be lost: the word of a disk, or just its serial where `serial_is_enough`; and
+    whether what is encrypted, or belongs to other disks too, may go with it.
+    """
+
+    word: str | None = None
+    members: bool = False
+    serial_is_enough: bool = False
+
+
+def check_usable(host: Host, disk: Disk, consent: Consent = Consent()) -> None:  # noqa: B008 (it is frozen)
+    """Refuse a disk that is in use, cannot be written, or holds what nobody said may be lost.
+
+    Raises `Failure`.
+    """
+    if reason := why_not(host, disk):
+        remedy = (
+            "name another disk, or stop its user" if reason.startswith("is in use") else "name another disk"
+        )
+        raise Failure(f"{disk.path} {reason}: {remedy}")
+    by_serial = consent.serial_is_enough and consent.word == disk.serial
+    twins = [
+        other for other in _others(disk) if _same(disk, other) or (by_serial and disk.serial == other.serial)
+    ]
+    if twins:
+        also = ", ".join(str(twin.path) for twin in twins)
+        raise Failure(
+            f"{disk.path} has the serial {disk.serial!r}, as {also} has: take out the one that is not meant"
+        )
+    check_consent(disk, consent)
+
+
+def _others(disk: Disk, block: Path = Path("/sys/block")) -> list[Disk]:
+    names = (path.name for path in block.glob("*") if not NO_DISKS.match(path.name))
+    return [
+        _named(Path("/dev", name))
+        for name in names
+        if name != disk.name and _first(block / name / "hidden") != "1"
+    ]
+
+
+def check_consent(disk: Disk, consent: Consent) -> None:
+    """Refuse to lose what nobody said may be lost. Raises `Failure`."""
+    said = consent.word
+    if said is not None and said != disk.word and not (consent.serial_is_enough and said == disk.serial):
+        raise Failure(
+            f"{disk.path} {_changed(disk, said)}: nothing was erased; look at it again with --plan"
+        )
+    if not disk.content or disk.unfinished:
+        return
+    if said is None:
         raise Failure(
             f"{disk.path} ({disk.model or 'no model'}) holds {disk.content}: to lose all of it, say "
-            f"--erase {disk.serial}"
+            f"--erase {disk.word}"
         )
+    if said != disk.word and is_machine(disk):
+        raise Failure(
+            f"{disk.path} holds an installed machine, and its serial alone does not let that be lost: give "
+            f"erase: {disk.word}"
+        )
+    if disk.members and not consent.members:
+        listed = "; ".join(map(str, disk.members[:4]))
+        raise Failure(
+            f"{disk.path} has what is encrypted or may belong to other disks too ({listed}): to lose that "
+            "as well, say --erase-members (in answers: members: true)"
+        )
+
+
+def _changed(disk: Disk, said: str) -> str:
+    """Say what of a disk is not as a word says."""
+    serial, _, marks = said.rpartition("-")
+    ours, _, now = disk.word.rpartition("-")
+    if said == disk.serial or not re.fullmatch(r"[0-9a-f]{12}", marks):
+        return f"wants the word {disk.word}, not {printable(said)!r}"
+    if serial != ours:
+        return f"has the serial {disk.serial!r}, not that of {printable(said)!r}"
+    if marks[:2] != now[:2]:
+        return f"has another size than when {printable(said)!r} was shown"
+    return f"has other partition tables or signatures than when {printable(said)!r} was shown"
+
+
+def is_machine(disk: Disk) -> bool:
+    """Say whether a disk looks like that of a machine that was installed to its end."""
+    kinds = [row.kind for row in disk.rows]
+    return not disk.unfinished and all(kinds.count(content.KINDS[kind]) == 1 for kind in content.OURS)
 
 
 def users(disk: Disk) -> str:
@@ -257,7 +486,7 @@ def boot_medium(host: Host, disk: Disk) -> str:
     try:
         header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
         parts = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
-    except init.Refused:
+    except (init.Refused, OSError):
         return ""
     finally:
         os.close(fd)
@@ -267,15 +496,56 @@ def boot_medium(host: Host, disk: Disk) -> str:
 # --- Acting -------------------------------------------------------------------------------------------
 
 
-def write(host: Host, plan: Plan) -> None:
-    """Make the partition table, marked as unfinished; what was at the edges of the disk is wiped."""
-    disk = plan.disk
-    fd = os.open(disk.path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+@contextlib.contextmanager
+def held(host: Host, disk: Disk) -> Iterator[None]:
+    """Keep a disk open, so that no other gets its name when it is unplugged. Raises `Failure` if one did."""
+    fd = _open_same(host, disk, os.O_RDONLY)
     try:
-        os.pwrite(fd, MARK, MARK_OFFSET)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_same(host: Host, disk: Disk, flags: int) -> int:
+    """Open the disk that was looked at, and no other. Raises `Failure`, or `OSError` for one in use."""
+    try:
+        fd = os.open(disk.path, flags | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise Failure(f"{disk.path} is gone since it was looked at: plug it in, and begin anew") from error
+    now = replace(_named(disk.path), number=host.device_number(fd), size=host.device_size(fd)[0])
+    for what in ("number", "sequence", "serial", "wwn", "size"):
+        seen, wanted = getattr(now, what), getattr(disk, what)
+        if seen != wanted:
+            os.close(fd)
+            words = {"number": "device number", "sequence": "sequence number"}.get(what, what)
+            raise Failure(
+                f"{disk.path} is another disk than the one that was looked at (its {words} was {wanted}, "
+                f"and is {seen}): nothing was written; look at it again with --plan"
+            )
+    return fd
+
+
+def _check_unchanged(host: Host, disk: Disk, fd: int) -> None:
+    if fingerprint(disk, *read_ends(host, fd, disk.size)) != disk.fingerprint:
+        raise Failure(
+            f"{disk.path} changed since it was looked at (partition tables or signatures): nothing was "
+            "written; look at it again with --plan"
+        )
+
+
+def write(host: Host, plan: Plan) -> None:
+    """Make the partition table, marked as unfinished; what was at the edges of the disk is wiped.
+
+    The disk is compared with what was looked at once nobody else can use it any more.
+    """
+    disk, marked = plan.disk, mark(plan.disk)
+    fd = _open_same(host, disk, os.O_RDWR | os.O_EXCL)
+    try:
+        _check_unchanged(host, disk, fd)
+        os.pwrite(fd, marked, MARK_OFFSET)
         os.fsync(fd)
         os.pwrite(fd, bytes(MARK_OFFSET), 0)
-        behind = MARK_OFFSET + len(MARK)
+        behind = MARK_OFFSET + len(marked)
         os.pwrite(fd, bytes(EDGES - behind), behind)
         os.pwrite(fd, bytes(EDGES), disk.size - EDGES)
         for part in plan.partitions:
@@ -299,7 +569,7 @@ def finish(host: Host, plan: Plan) -> None:
     host.sync_file(plan.disk.path)
     with open(plan.disk.path, "r+b", buffering=0) as file:
         file.seek(MARK_OFFSET)
-        file.write(bytes(len(MARK)))
+        file.write(bytes(MARK_BYTES))
         os.fsync(file.fileno())
     check(host, plan)
     wait_for_devices(host, plan)

@@ -10,7 +10,7 @@ import os
 import select
 from pathlib import Path
 
-from mosinit import answers, init, install, provision
+from mosinit import answers, init, install, layout, provision
 from mosinit.host import Failure, Host
 
 PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
@@ -70,8 +70,8 @@ def options_of(host: Host, given: answers.Answers, path: Path) -> install.Option
         access = registry.open_access(authority if authority.exists() else None, None, 120.0, source, [])
         wait_for_network(host)
     return install.Options(
-        given.disk, STATE, source=source, erase=given.erase, state=given.state, store=given.store,
-        scratch=given.scratch, access=access,
+        given.disk, STATE, source=source, state=given.state, store=given.store, scratch=given.scratch,
+        access=access, consent=layout.Consent(given.erase, given.members, serial_is_enough=True),
     )  # fmt: skip
 
 

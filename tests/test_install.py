@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 
 from mosinit import bootentry, generations, init, install, keys, layout, luks
 from mosinit.host import Failure, Host
+from mosinit.layout import Consent
 from tests import installation
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
@@ -132,9 +133,9 @@ def test_what_fails_can_be_run_again(made: Setting, disk: Path, step: str) -> No
 def test_a_machine_is_not_installed_over_without_a_word(made: Setting, disk: Path) -> None:
     host = NativeInstaller()
     installation.run(host, made, disk)
-    with pytest.raises(Failure, match=f"--erase {disk.name}"):
+    with pytest.raises(Failure, match=f"--erase {disk.name}-"):
         installation.run(host, made, disk)
-    installation.run(host, made, disk, erase=disk.name)
+    installation.run(host, made, disk, consent=Consent(layout.inspect(host, disk).word))
 
 
 def test_a_plan_changes_nothing(made: Setting, disk: Path, memory: Path) -> None:
@@ -212,8 +213,9 @@ def test_a_state_volume_that_nobody_could_keep(made: Setting, tmp_path: Path, mo
 
 def test_the_firmware_gets_an_entry_once(made: Setting, disk: Path) -> None:
     host = NativeInstaller()
-    for erase in (None, disk.name):
-        done = installation.run(host, made, disk, erase=erase)
+    for _ in range(2):
+        consent = Consent(layout.inspect(host, disk).word)
+        done = installation.run(host, made, disk, consent=consent)
         assert done["boot entry"] == "Boot0000"
         with disk.open("rb") as file:
             head = file.read(1024 + 16384)

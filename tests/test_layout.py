@@ -15,6 +15,7 @@ import pytest
 
 from mosinit import init, layout
 from mosinit.host import Failure, Host
+from mosinit.layout import Consent
 
 GIB = layout.GIB
 DISK = layout.Disk(Path("/dev/none"), "none", 8 * GIB, 512, False, "serial-1", "model", "")
@@ -146,11 +147,11 @@ def test_content_is_lost_only_for_who_says_so(host: Host, need: Callable[..., No
         subprocess.run(["mkfs.ext4", "-q", device], check=True)
         disk = layout.inspect(host, device)
         before = head(memory / "disk")
-        with pytest.raises(Failure, match=f"to lose all of it, say --erase {disk.serial}"):
+        with pytest.raises(Failure, match=f"to lose all of it, say --erase {disk.word}"):
             layout.check_usable(host, disk)
         with pytest.raises(Failure, match="nothing was erased"):
-            layout.check_usable(host, disk, "another")
-        layout.check_usable(host, disk, disk.serial)
+            layout.check_usable(host, disk, Consent("another"))
+        layout.check_usable(host, disk, Consent(disk.word))
         assert head(memory / "disk") == before
     (memory / "disk").unlink()
     with loop(memory / "disk") as device:
@@ -173,7 +174,7 @@ def test_a_disk_in_use(host: Host, need: Callable[..., None], memory: Path) -> N
         host.mount(str(part), str(memory / "mnt"), "ext4")
         try:
             with pytest.raises(Failure, match=f"is in use \\({part} is mounted at {memory}/mnt\\)"):
-                layout.check_usable(host, layout.inspect(host, device), device.name)
+                layout.check_usable(host, layout.inspect(host, device))
             with pytest.raises(OSError, match="busy"):
                 layout.write(host, plan)
         finally:
@@ -198,12 +199,13 @@ def test_a_table_that_was_torn_is_known_as_ours(
         layout.write(host, plan)
         tear(device, offset)
         layout.check_usable(host, layout.inspect(host, device))
+        plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         layout.wait_for_devices(host, plan)
         layout.finish(host, plan)
         tear(device, offset)
         # What was a machine's is lost only for who says so.
-        with pytest.raises(Failure, match=f"say --erase {device.name}"):
+        with pytest.raises(Failure, match=f"say --erase {device.name}-"):
             layout.check_usable(host, layout.inspect(host, device))
 
 
@@ -242,8 +244,8 @@ def test_the_medium_itself(host: Host, need: Callable[..., None], memory: Path) 
         layout.finish(host, plan)
         disk = layout.inspect(host, device)
         with pytest.raises(Failure, match="is the medium that this system was booted from"):
-            layout.check_usable(Booted(plan.partitions[0].uuid), disk, disk.serial)
-        layout.check_usable(Booted("11111111-2222-3333-4444-555555555555"), disk, disk.serial)
+            layout.check_usable(Booted(plan.partitions[0].uuid), disk, Consent(disk.word))
+        layout.check_usable(Booted("11111111-2222-3333-4444-555555555555"), disk, Consent(disk.word))
 
 
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/mosinit-none", "/etc/passwd"])

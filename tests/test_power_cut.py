@@ -114,7 +114,9 @@ class Disk:
 
     def asks(self) -> str:
         """Return what an installation would want to be told before it takes this disk."""
-        content, unfinished = layout._content(self.host, self.file.fileno(), self.size, SECTOR)
+        disk = layout.Disk(self.image, "ubda", self.size, SECTOR, False, "ubda", "", "")
+        ends = layout.read_ends(self.host, self.file.fileno(), self.size)
+        content, unfinished = layout._content(disk, *ends)
         return "" if unfinished else content
 
 

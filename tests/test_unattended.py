@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import install, unattended
+from mosinit import install, layout, unattended
 from mosinit.answers import Answers
 from mosinit.host import Failure, Host
 from tests.registries import Authority
@@ -77,7 +77,8 @@ def test_the_medium_s_release_needs_no_network(tmp_path: Path) -> None:
     host = Networked()
     given = Answers(Path("/dev/vdb"), "serial", "", 1, 2, 3)
     options = unattended.options_of(host, given, tmp_path / "answers.yaml")
-    assert (options.disk, options.erase, options.source) == (given.disk, "serial", install.MEDIUM_RELEASE)
+    assert (options.disk, options.source) == (given.disk, install.MEDIUM_RELEASE)
+    assert options.consent == layout.Consent("serial", serial_is_enough=True)
     assert (options.state, options.store, options.scratch, options.access) == (1, 2, 3, None)
     assert host.asked == []
 
