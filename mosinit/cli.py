@@ -263,7 +263,8 @@ def install(host: Host, values: argparse.Namespace) -> Result:
         consent=layout.Consent(values.erase, values.erase_members),
     )  # fmt: skip
     if values.plan:
-        return outcome(installing.show_plan(host, options))
+        shown = installing.show_plan(host, options)
+        return Result(plain(shown), installing.plan_text(shown))
     return outcome(installing.install(installer, options))
 
 

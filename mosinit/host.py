@@ -81,6 +81,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class Broken(Failure):
+    """A program that failed: what it says is told, and who started it says what to do."""
+
+
 class FullDisk(Failure):
     """A folder whose disk is full, and what failed because of that."""
 
@@ -155,9 +159,9 @@ class Host(init.Kernel):
         except FileNotFoundError as error:
             raise Failure(f"cannot start {name}: {error.strerror} ({error.filename})") from error
         except subprocess.TimeoutExpired as error:
-            raise Failure(f"{name} did not end within {timeout:.0f} s") from error
+            raise Broken(f"{name} did not end within {timeout:.0f} s") from error
         if done.returncode != 0:
-            raise Failure(f"{name} failed with status {done.returncode}: {told(done.stderr)}")
+            raise Broken(f"{name} failed with status {done.returncode}: {told(done.stderr)}")
         return done.stdout
 
     @contextlib.contextmanager

@@ -3,29 +3,32 @@
 1. Look: the release is verified by the bring-up's own functions, the disk is looked at, a plan made.
 2. Act, on that disk alone: partitions, encrypted volumes, the release by digest, manifest.git, the tokens of
    the seal, the UKI.
-3. Read all of it back as a boot would. Only then the boot loader gets the name by which firmware finds it,
-   in one rename, so that half a machine does not start; and the disk is called a machine's.
+3. Read all of it back as a boot would. Only then the TPM is closed, and the boot loader gets the name by
+   which firmware finds it, in one rename, so that half a machine does not start; and the disk is called a
+   machine's.
 
-Whatever fails before leaves a disk that the same command takes again, and so does a power cut.
+Whatever fails before leaves a disk and a TPM that the same command takes again, and so does a power cut; one
+that comes while the TPM is closed, or just behind it, is mended by the same command too (`resume`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import hashlib
 import hmac
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
 from mosinit import bootentry, generations, init, installed, layout, luks, publish, state
 from mosinit.generations import Elsewhere, SignedManifest
-from mosinit.host import Failure, Host
+from mosinit.host import Broken, Failure, Host, printable
 from mosinit.sources import Blob, Source, open_source, read_checked
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Options:
     store: int = 0
     scratch: int = 0
     access: Access | None = None
+    tcti: str = "device:/dev/tpmrm0"
 
 
 @dataclass(frozen=True)
@@ -328,7 +332,47 @@ def demanded_state(contents: init.Contents, asked: int) -> int:
     return asked or demanded
 
 
-def describe(planned: layout.Plan, release: Release) -> dict[str, object]:
+@dataclass(frozen=True)
+class Step:
+    """One step of an installation: its name, by which it is carried out, and what it does."""
+
+    name: str
+    does: str
+
+
+def steps(planned: layout.Plan, release: Release, closing: str = "") -> tuple[Step, ...]:
+    """Return what an installation does, in this order: this is shown, and this is carried out.
+
+    `closing` says what happens to the TPM; without it nothing does.
+    """
+    disk, blobs = planned.disk, len(release.blobs)
+    told = {
+        "machine-config": f"manifest.git with sequence {release.manifest.contents.sequence}, the machine's "
+        "identity, what the TPM opens it by",
+        "machine-store": f"{blobs} blobs, {release.size} bytes, from {release.source.name}, each compared "
+        "with its digest",
+        init.STATE: "empty",
+    }
+    volumes = [part for part in planned.partitions if part.name in told]
+    made = [
+        Step(part.name, f"{part.size >> 20} MiB, opens with its key and the recovery key: {told[part.name]}")
+        for part in volumes
+    ]
+    place = uki_place(release.manifest.contents.sequence)
+    return (
+        Step("partitions", f"{len(planned.partitions)} on {disk.path}, marked as unfinished; lost is "
+             f"{planned.lost or 'nothing, the disk is empty'}"),
+        *made,
+        Step("esp", f"boot loader and {place}, nothing that firmware finds yet"),
+        Step("reading everything back", "by what the boot itself calls"),
+        *([Step("TPM", closing)] if closing else []),
+        Step("start", f"the boot loader gets the name {STARTED}: from here the disk starts a machine"),
+        Step("disk id", "the disk gets an id of its own: from here it needs a word to be erased"),
+        Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
+    )  # fmt: skip
+
+
+def describe(planned: layout.Plan, release: Release, closing: str = "") -> dict[str, object]:
     """Return a plan as plain data."""
     disk, contents = planned.disk, release.manifest.contents
     return {
@@ -337,20 +381,78 @@ def describe(planned: layout.Plan, release: Release) -> dict[str, object]:
         "serial": disk.serial,
         "bytes": disk.size,
         "lost": planned.lost or "nothing: the disk is empty",
+        "erase": disk.word if planned.lost and not disk.unfinished else "",
+        "content": [str(row) for row in disk.rows],
+        "members": [str(row) for row in disk.members],
         "product": contents.product,
         "sequence": contents.sequence,
         "source": release.source.name,
+        "release": release_digest(release.source.machine),
+        "release bytes": release.size,
         "targets": [target.service_name for target in contents.targets],
         "partitions": [
             {"name": part.name, "bytes": part.size, "holds": part.holds} for part in planned.partitions
         ],
+        "steps": [{"step": step.name, "does": step.does} for step in steps(planned, release, closing)],
     }
 
 
+def release_digest(machine: init.Machine) -> str:
+    """Return the digest of a release's index."""
+    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
+    return init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")[1][0].digest
+
+
+def plan_text(shown: Mapping[str, Any]) -> str:
+    """Write a plan for a person."""
+    lines = [
+        f"disk      {shown['disk']}  {shown['model']}  serial {shown['serial']}  "
+        f"{int(shown['bytes']) / layout.GIB:.1f} GiB"
+    ]
+    if shown.get("release"):
+        lines.append(f"release   {shown['source']}  sequence {shown['sequence']}  {shown['release']}")
+    lines += [f"lost      {line}" for line in (shown["content"] or [shown["lost"]])]
+    lines += [
+        f"partition {part['name']:<16}{part['bytes'] >> 20:>9} MiB  {part['holds']}"
+        for part in shown["partitions"]
+    ]
+    lines += [f"step {at:<4} {step['step']}: {step['does']}" for at, step in enumerate(shown["steps"], 1)]
+    if shown["erase"]:
+        more = " --erase-members" if shown["members"] else ""
+        lines.append(f"consent   --erase {shown['erase']}{more}")
+    return "\n".join(printable(line) for line in lines)
+
+
 def show_plan(host: Host, options: Options) -> dict[str, object]:
-    """Return what an installation would do."""
-    planned, release, _ = plan(host, options)
-    return describe(planned, release)
+    """Return what an installation would do; nothing is written.
+
+    What is on the disk needs no consent to be shown, and the word for it is part of the plan.
+    """
+    disk = layout.inspect(host, options.disk)
+    if found := find_broken_off(host, disk, options):
+        return {**_bare(disk), "steps": [{"step": step.name, "does": step.does} for step in found.steps]}
+    seen = dataclasses.replace(options, consent=layout.Consent(disk.word, members=True))
+    planned, release, _ = plan(host, options if options.consent.word else seen)
+    return describe(planned, release, closing_of(options))
+
+
+def _bare(disk: layout.Disk) -> dict[str, object]:
+    """Return what is said of a disk to which nothing new comes."""
+    return {
+        "disk": disk.path, "model": disk.model, "serial": disk.serial, "bytes": disk.size, "lost": "nothing",
+        "erase": "", "content": [], "members": [], "partitions": [],
+    }  # fmt: skip
+
+
+def closing_of(options: Options) -> str:
+    """Say what an installation does to the TPM."""
+    from mosinit import provision
+
+    folder = options.provisioned
+    if provision.is_closed(folder):
+        return "it is closed already; it is looked at"
+    first = "" if (folder / "seal.json").exists() else "it is provisioned first, then "
+    return f"{first}closed: passwords set, TPM2_Clear off; {folder / 'auths.json'} is removed"
 
 
 @contextlib.contextmanager
@@ -394,49 +496,204 @@ def install(host: Installer, options: Options) -> dict[str, object]:
 
 
 def install_provisioned(host: Installer, options: Options) -> dict[str, object]:
-    """Install a release on a disk, for who is `alone`."""
+    """Install a release on a disk, for who is `alone`; or finish one that was broken off."""
+    from mosinit import provision
+
+    if done := resume(host, options):
+        return done
     planned, release, policy = plan(host, options)
     provisioned = read_provisioned(options.provisioned, policy)
-    return act(host, planned, release, policy, provisioned, options.loader)
+    tpm = Closing(closing_of(options), lambda: provision.close(host, options.provisioned, options.tcti))
+    return act(host, planned, release, policy, provisioned, options.loader, tpm)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What happens to the TPM once all is on the disk: said, and done."""
+
+    said: str = ""
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Work:
+    """An installation while it is carried out."""
+
+    host: Installer
+    planned: layout.Plan
+    release: Release
+    policy: init.Policy
+    provisioned: Provisioned
+    loader: Path
+    closing: Closing
+    commit: str = ""
+    entry: str | None = None
 
 
 def act(
     host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
-    loader: Path,
+    loader: Path, closing: Closing = Closing(),  # noqa: B008 (it is frozen)
 ) -> dict[str, object]:  # fmt: skip
     """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
     begun = host.monotonic()
-    try:
-        commit = _act(host, planned, release, policy, provisioned, loader)
-    except OSError as error:
-        raise Failure(
-            f"{planned.disk.path} is not installed ({error}): run this command again, or name another disk"
-        ) from error
+    work = Work(host, planned, release, policy, provisioned, loader, closing)
+    with layout.held(host, planned.disk), _told(planned.disk):
+        for step in steps(planned, release, closing.said):
+            host.say(f"{step.name}: {step.does}")
+            ACTS[step.name](work)
     return {
-        **describe(planned, release), "generation": commit, "uki": release.uki_id,
-        "boot entry": add_boot_entry(host, planned),
-        "seconds": round(host.monotonic() - begun, 1),
+        **describe(planned, release, closing.said), "generation": work.commit, "uki": release.uki_id,
+        "boot entry": work.entry, "seconds": round(host.monotonic() - begun, 1),
     }  # fmt: skip
 
 
-def _act(
-    host: Installer, planned: layout.Plan, release: Release, policy: init.Policy, provisioned: Provisioned,
-    loader: Path,
-) -> str:  # fmt: skip
-    """Make a machine of the disk; return the generation."""
-    host.say(f"partitions on {planned.disk.path}")
-    layout.write(host, planned)
-    layout.wait_for_devices(host, planned)
-    commit = fill_config(host, planned, release, provisioned)
-    fill_store(host, planned, release, provisioned)
-    if planned.partitions[-1].name == init.STATE:
-        fill_state(host, planned, provisioned)
-    fill_esp(host, planned, release, provisioned, loader)
-    host.say("reading everything back")
-    read_back(host, planned, release, policy, provisioned, commit, loader)
-    let_start(host, planned)
-    layout.finish(host, planned)
-    return commit
+@contextlib.contextmanager
+def _told(disk: layout.Disk) -> Iterator[None]:
+    """Tell what became of the disk, and what to do, where a device or a program tells only what failed."""
+    try:
+        yield
+    except (Broken, OSError) as error:
+        raise Failure(
+            f"{disk.path} is not installed ({error}): run this command again, or name another disk"
+        ) from error
+
+
+def _partition(work: Work) -> None:
+    layout.write(work.host, work.planned)
+    layout.wait_for_devices(work.host, work.planned)
+
+
+def _config(work: Work) -> None:
+    work.commit = fill_config(work.host, work.planned, work.release, work.provisioned)
+
+
+def _back(work: Work) -> None:
+    read_back(work.host, work.planned, work.release, work.policy, work.provisioned, work.commit, work.loader)
+
+
+def _close_tpm(work: Work) -> None:
+    """Close the TPM, once the disk says for which machine all is on it: see `resume`."""
+    certificate = work.policy.organisation["sudi-ca.pem"]
+    record = init.verify_record(work.provisioned.tokens.record, certificate, work.policy.product)
+    layout.note_complete(work.host, work.planned, record.storage_key)
+    work.closing.close()
+
+
+def _enter(work: Work) -> None:
+    work.entry = add_boot_entry(work.host, work.planned)
+
+
+ACTS: Mapping[str, Callable[[Work], None]] = {
+    "partitions": _partition,
+    "machine-config": _config,
+    "machine-store": lambda work: fill_store(work.host, work.planned, work.release, work.provisioned),
+    init.STATE: lambda work: fill_state(work.host, work.planned, work.provisioned),
+    "esp": lambda work: fill_esp(work.host, work.planned, work.release, work.provisioned, work.loader),
+    "reading everything back": _back,
+    "TPM": _close_tpm,
+    "start": lambda work: let_start(work.host, work.planned),
+    "disk id": lambda work: layout.finish(work.host, work.planned),
+    "boot entry": _enter,
+}
+
+
+# --- What was broken off behind its last byte --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BrokenOff:
+    """An installation whose disk is complete, and whose TPM is being closed, or was."""
+
+    plan: layout.Plan
+    undo: bool  # the TPM can only be set back: then all begins anew
+    steps: tuple[Step, ...]
+
+
+def find_broken_off(host: Host, disk: layout.Disk, options: Options) -> BrokenOff | None:
+    """Return the installation that the end of which is missing on this disk, if this TPM is the one that was
+    being closed. None where nothing is to be done, or all can begin anew.
+    """
+    if not disk.complete or options.consent.word == disk.word:
+        return None
+    from mosinit import provision, tpm
+
+    with tpm.open_tpm(options.tcti) as machine:
+        key, (flags, _) = machine.find_storage_key(), machine.flags()
+    if key is None or init.tpm_name(key).hex() != disk.complete or not flags & provision.PASSWORDS:
+        return None
+    planned, closed = layout.plan_of(host, disk), flags & init.PROVISIONED == init.PROVISIONED
+    kept = not closed and (options.provisioned / "auths.json").exists()
+    undo = not kept and not flags & (init.Permanent.LOCKOUT_AUTH | init.Permanent.CLEAR_DISABLED)
+    if undo:
+        step = Step("TPM", "cleared: closing it was broken off, and its passwords went with the power")
+        return BrokenOff(planned, True, (step,))
+    words = "closed to the end" + ("" if kept or closed else ", with new passwords where it has none yet")
+    rest = (
+        Step("TPM", "it is closed already; it is looked at" if closed else words),
+        Step("start", f"the boot loader has the name {STARTED}"),
+        Step("disk id", "the disk gets an id of its own"),
+        Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
+    )
+    return BrokenOff(planned, False, rest)
+
+
+def resume(host: Installer, options: Options) -> dict[str, object] | None:
+    """Finish an installation that the power broke off after all was on the disk; nothing of it is secret.
+
+    Returns None if there is none, or if it has to begin anew. Raises `Failure`, `Refused`.
+    """
+    disk = layout.inspect(host, options.disk)
+    found = find_broken_off(host, disk, options)
+    if found is None:
+        return None
+    policy = policy_of_live(options.left)
+    if found.undo:
+        _clear(host, options)
+        return None
+    host.say(f"{disk.path}: all is on it; what was broken off is finished")
+    header = luks.read_header(host, layout.device(found.plan, found.plan.named("machine-config")), "config")
+    if header.tokens is None:
+        raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="none")
+    record = init.verify_record(header.tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
+    if record.storage_key.hex() != disk.complete:
+        raise init.Refused("TPM-IDENTITY", expected=disk.complete, seen=record.storage_key.hex())
+    with layout.held(host, disk), _told(disk):
+        _close_to_the_end(host, options, record, policy)
+        let_start(host, found.plan)
+        layout.finish(host, found.plan)
+        entry = add_boot_entry(host, found.plan)
+    return {"disk": disk.path, "serial": disk.serial, "finished": "what was broken off", "boot entry": entry}
+
+
+def _clear(host: Host, options: Options) -> None:
+    """Take a TPM back to before it was provisioned: nothing of ours depends on it yet."""
+    from mosinit import tpm
+
+    host.say(
+        "closing the TPM was broken off, and its passwords are gone: it is cleared, and all begins anew"
+    )
+    with tpm.open_tpm(options.tcti) as machine:
+        machine.clear()
+
+
+def _close_to_the_end(host: Host, options: Options, record: init.MachineRecord, policy: init.Policy) -> None:
+    """Close the TPM with the passwords that STATE still has; or, where it went with the power, set new ones
+    in the place of those that are missing.
+    """
+    from mosinit import exchange, provision, tpm
+
+    folder = options.provisioned
+    if (folder / "auths.json").exists() and (folder / "seal.json").exists():
+        provision.close(host, folder, options.tcti)
+    with tpm.open_tpm(options.tcti) as machine:
+        flags, _ = machine.flags()
+        if flags & init.PROVISIONED != init.PROVISIONED and not flags & init.Permanent.LOCKOUT_AUTH:
+            host.say(
+                "the TPM gets new passwords in the place of those that were not set yet: the recovery "
+                "record has others; to provision it once more, clear the TPM in the firmware's setup"
+            )
+            machine.end_closing({name: host.random(16).hex().encode() for name in exchange.HIERARCHIES})
+        provision.check_closed(machine, record, policy.epoch)
 
 
 # --- Volumes ---------------------------------------------------------------------------------------------
@@ -473,7 +730,6 @@ def _make_volume(host: Installer, planned: layout.Plan, provisioned: Provisioned
     part = planned.named(name)
     device = layout.device(planned, part)
     kind = "config" if name == "machine-config" else "plain"
-    host.say(f"{name}: {part.size >> 20} MiB")
     key = key_of(provisioned, planned, name)
     host.format_volume(device, kind, part.uuid, key, provisioned.recovery)
     if kind == "config":
@@ -546,7 +802,6 @@ def fill_esp(
     """Make the EFI system partition, with a boot loader that no firmware finds yet."""
     part = planned.named("esp")
     device = layout.device(planned, part)
-    host.say("esp: boot loader and UKI")
     host.run(["mkfs.vfat", "-F32", "-nESP", f"-i{part.uuid[:8]}", device], timeout=60)
     boot = loader.read_bytes()
     place = uki_place(release.manifest.contents.sequence)
@@ -568,7 +823,9 @@ def fill_esp(
 def let_start(host: Installer, planned: layout.Plan) -> None:
     """Give the boot loader the name by which firmware finds it: from here the disk starts a machine."""
     with host.mounted(layout.device(planned, planned.named("esp")), "vfat") as folder:
-        (folder / NOT_YET).rename(folder / STARTED)
+        # It may have it already, where an installation goes on that was broken off.
+        if (folder / NOT_YET).exists() or not (folder / STARTED).exists():
+            (folder / NOT_YET).rename(folder / STARTED)
         # The file first: until it is synced its new name is that of an empty file, which no firmware starts.
         host.sync_file(folder / STARTED)
         host.sync_file((folder / STARTED).parent)

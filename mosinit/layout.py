@@ -57,6 +57,7 @@ class Disk:
     fingerprint: str = ""  # of serial, size and what lies at both ends, as it was looked at
     number: str = ""  # MAJOR:MINOR
     sequence: str = ""  # the kernel's own count of disks: none has it twice
+    complete: str = ""  # all is on it, for the machine whose TPM has a storage key of this name
 
     @property
     def word(self) -> str:
@@ -224,14 +225,14 @@ def inspect(host: Host, path: Path) -> Disk:
             os.close(fd)
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror or error}): name another disk") from error
-    text, unfinished = _content(seen, *ends)
+    text, unfinished, complete = _content(seen, *ends)
     rows = content.rows(host, real, size, sector) if sector in (512, 4096) else ()
     parts = [f"{row.size >> 20} MiB" for row in rows if row.number]
     if parts and text != "" and not text[0].isdigit():
         text = f"{len(parts)} partitions ({', '.join(parts)})"
     return replace(
         seen, content=text or ("data" if rows else ""), unfinished=unfinished, rows=rows,
-        fingerprint=fingerprint(seen, *ends),
+        fingerprint=fingerprint(seen, *ends), complete=complete,
     )  # fmt: skip
 
 
@@ -329,27 +330,43 @@ def _size_mark(size: int) -> str:
     return hashlib.sha256(b"size %d" % size).hexdigest()[:2]
 
 
-def mark(disk: Disk) -> bytes:
-    """Return what lies on a disk while it is installed, and on no copy of it."""
+def mark(disk: Disk, storage_key: str = "") -> bytes:
+    """Return what lies on a disk while it is installed, and on no copy of it.
+
+    Once all was read back it names the storage key of the machine's TPM, which is closed from then on. All
+    of it lies in one sector, which no power cut tears.
+    """
     own = "" if disk.serial == disk.name else disk.serial
     said = f"mosinit is installing on this disk {UNFINISHED}\n{disk.size} {own}\n"
+    said += f"complete for {storage_key}\n" if storage_key else ""
     return said.encode().ljust(MARK_BYTES, b"\0")
 
 
-def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool]:
-    """Say what a disk holds: its partitions if it has a table, or just that it is not empty."""
+def _marked(disk: Disk, head: bytes) -> tuple[bool, str]:
+    """Return whether a disk has our mark, and the storage key that it names."""
+    seen = head[MARK_OFFSET : MARK_OFFSET + MARK_BYTES]
+    found = re.search(rb"\ncomplete for ([0-9a-f]{68})\n", seen)
+    name = found[1].decode() if found else ""
+    return seen == mark(disk, name), name
+
+
+def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool, str]:
+    """Say what a disk holds: its partitions if it has a table, or just that it is not empty; whether it is
+    unfinished; and for which storage key it is complete.
+    """
     sector, empty = disk.sector, not any(head) and not any(tail)
     if sector not in (512, 4096) or disk.size < 2 * EDGES:
-        return ("" if empty else "data"), False
-    marked = head[MARK_OFFSET : MARK_OFFSET + MARK_BYTES] == mark(disk)
+        return ("" if empty else "data"), False, ""
+    marked, name = _marked(disk, head)
     header, entries = head[sector : 2 * sector], head[2 * sector : 2 * sector + 16384]
     try:
         parts = init.parse_gpt(header, entries, sector, disk.size // sector)
     except init.Refused:
-        return ("" if empty else "data without a valid partition table"), marked
+        return ("" if empty else "data without a valid partition table"), marked, ""
     unfinished = marked and init.format_guid(header[56:72]) == UNFINISHED  # UEFI specification 5.3.2
     sizes = ", ".join(f"{part.size >> 20} MiB" for part in parts)
-    return f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table", unfinished
+    text = f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table"
+    return text, unfinished, name if marked else ""
 
 
 def why_not(host: Host, disk: Disk) -> str:
@@ -560,6 +577,28 @@ def write(host: Host, plan: Plan) -> None:
         stdin=script(plan, UNFINISHED), timeout=120,
     )  # fmt: skip
     check(host, plan)
+
+
+def note_complete(host: Host, plan: Plan, storage_key: bytes) -> None:
+    """Note on the disk that all is on it, for the machine with that TPM: see `install.resume`."""
+    fd = _open_same(host, plan.disk, os.O_RDWR)
+    try:
+        os.pwrite(fd, mark(plan.disk, storage_key.hex()), MARK_OFFSET)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def plan_of(host: Host, disk: Disk) -> Plan:
+    """Return the plan by which a disk was made that is complete."""
+    fd = _open_same(host, disk, os.O_RDONLY)
+    try:
+        header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
+    finally:
+        os.close(fd)
+    seen = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
+    parts = (Partition(p.number, p.name, p.kind, p.uuid, p.start, p.size, "") for p in seen)
+    return Plan(disk, str(uuid.uuid4()), tuple(parts), "")
 
 
 def finish(host: Host, plan: Plan) -> None:

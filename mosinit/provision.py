@@ -6,12 +6,13 @@
     STATE/sudi.key sudi.auth the SUDI key as only this TPM can load it (TSS2 PEM), and its password
     STATE/config.key         secret of the config volume
     STATE/recovery.key       recovery key of the disk
-    STATE/auths.json         passwords of the TPM; gone when the answer was taken
-    STATE/closing            the answer was verified, passwords are being set
-    STATE/seal.json sudi.pem what `install` needs, once all is done
+    STATE/seal.json sudi.pem what `install` needs, once the answer was taken
+    STATE/closing            passwords are being set
+    STATE/auths.json         passwords of the TPM; gone when it is closed
 
-The TPM gets its first password when all of this lies on the disk. Before that every step can be done again;
-after it, a second run goes on from what the TPM says is done.
+The TPM gets its first password when all of this is durable. Before that every step can be done again; after
+it, a second run goes on from what the TPM says is done. STATE may be lost with the power, and with it the
+passwords: so an installation takes the answer, makes the disk, and closes the TPM last.
 """
 
 from __future__ import annotations
@@ -483,6 +484,19 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
 
     Run again after an interruption it goes on; run again when all is done it only looks.
     """
+    taken = take(host, folder, answer, tcti)
+    close(host, folder, tcti)
+    return {
+        **taken,
+        "next": f"`mosinit install --disk DEV --dir {folder}`; keep {folder} until that is done, then erase "
+        "it: it holds the secrets of the disk, and what the machine needs is on the disk then",
+    }
+
+
+def take(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[str, object]:
+    """Take the organisation's answer: all that an installation needs is in `folder` then, and the TPM is as
+    it was.
+    """
     state, organisation = read_state(folder), keys.open_organisation(folder / "organisation")
     policy = policy_keys(organisation)
     taken = exchange.parse_answer(exchange.read_file(answer, exchange.DOCUMENT_BYTES), str(answer))
@@ -490,18 +504,15 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
         record = verify_answer(folder, state, organisation, policy, taken)
     with open_tpm(tcti) as machine, explain.advising(_other_tpm(folder)):
         _check_same_tpm(machine, folder, state, policy, taken)
-        if not (folder / "seal.json").exists() or (folder / "auths.json").exists():
-            auths = _read_auths(folder)
-            _begin_closing(host, folder, machine)
-            machine.close_hierarchies(auths)
-        _check_no_policy(machine)
-        init.check_tpm(machine, record, state.epoch)
+        if not is_closed(folder):
+            _read_auths(folder)
+            _check_untouched(folder, machine)
+        else:
+            check_closed(machine, record, state.epoch)
     pem = x509.load_der_x509_certificate(taken.certificate).public_bytes(serialization.Encoding.PEM)
     _write(host, folder / "sudi.pem", pem)
     sealed = exchange.Sealed(organisation.product, state.seal, taken)
     _write(host, folder / "seal.json", exchange.encode_sealed(sealed))
-    (folder / "auths.json").unlink(missing_ok=True)
-    host.sync_file(folder)
     serial = records.serial_of(records.parse_point(state.sudi, records.SUDI_HEAD))
     return {
         "provisioned": serial,
@@ -509,9 +520,36 @@ def finish(host: Host, folder: Path, answer: Path, tcti: str = DEVICE) -> dict[s
         "epoch": state.epoch,
         "seal": folder / "seal.json",
         "certificate": folder / "sudi.pem",
-        "next": f"`mosinit install --disk DEV --dir {folder}`; keep {folder} until that is done, then erase "
-        "it: it holds the secrets of the disk, and what the machine needs is on the disk then",
     }
+
+
+def is_closed(folder: Path) -> bool:
+    """Say whether the TPM of what `take` left has its passwords: then they are nowhere here."""
+    return (folder / "seal.json").exists() and not (folder / "auths.json").exists()
+
+
+def close(host: Host, folder: Path, tcti: str = DEVICE) -> None:
+    """Close the TPM whose answer was taken: passwords set, TPM2_Clear off. Again it only looks."""
+    state, organisation = read_state(folder), keys.open_organisation(folder / "organisation")
+    policy = policy_keys(organisation)
+    path = folder / "seal.json"
+    sealed = exchange.parse_sealed(exchange.read_file(path, exchange.DOCUMENT_BYTES), str(path))
+    record = verify_answer(folder, state, organisation, policy, sealed.answer)
+    with open_tpm(tcti) as machine, explain.advising(_other_tpm(folder)):
+        _check_same_tpm(machine, folder, state, policy, sealed.answer)
+        if not is_closed(folder):
+            auths = _read_auths(folder)
+            _begin_closing(host, folder, machine)
+            machine.close_hierarchies(auths)
+        check_closed(machine, record, state.epoch)
+    (folder / "auths.json").unlink(missing_ok=True)
+    host.sync_file(folder)
+
+
+def check_closed(machine: Tpm, record: init.MachineRecord, epoch: int) -> None:
+    """See that a TPM is what a boot takes, and that nothing opens it but its passwords."""
+    _check_no_policy(machine)
+    init.check_tpm(machine, record, epoch)
 
 
 def _other_answer(folder: Path) -> dict[str, str]:
@@ -632,14 +670,18 @@ def _begin_closing(host: Host, folder: Path, machine: Tpm) -> None:
 
     Trying a password would tell it as well, but one wrong lockout password locks the TPM for a day.
     """
+    _check_untouched(folder, machine)
+    if not (folder / "closing").exists():
+        _remove_planted(host, machine)
+        _write(host, folder / "closing", b"")
+
+
+def _check_untouched(folder: Path, machine: Tpm) -> None:
+    """See that nobody but us set a password since the request."""
     flags = _check_usable(machine)
-    if (folder / "closing").exists():
-        return
-    if flags & PASSWORDS:
+    if flags & PASSWORDS and not (folder / "closing").exists():
         expected = "the TPM as the request left it"
         raise init.Refused("TPM-STATE", expected=expected, seen=words_of(flags))
-    _remove_planted(host, machine)
-    _write(host, folder / "closing", b"")
 
 
 def _read_auths(folder: Path) -> Mapping[str, bytes]:

@@ -318,7 +318,9 @@ class Tpm(init.Machine):
         """Remove policies, set dictionary attack parameters and the passwords that are not set, and switch
         TPM2_Clear off.
 
-        An interrupted run goes on from what is set: passwords that are set must be these.
+        An interrupted run goes on from what is set: passwords that are set must be these. The lockout
+        password comes last: while there is none, whoever lost the others can still undo or end this, see
+        `clear` and `end_closing`.
         """
         self._use(auths)
         self.remove_policies()
@@ -327,12 +329,23 @@ class Tpm(init.Machine):
                 self._esapi.dictionary_attack_parameters(
                     TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS, session1=session
                 )
-            self._set("lockout", auths["lockout"])
+            self._set("endorsement", auths["endorsement"])
+            self._set("owner", auths["owner"])
             if not self.flags()[0] & init.Permanent.CLEAR_DISABLED:
                 with self._session() as session:
                     self._esapi.clear_control(ESYS_TR.LOCKOUT, True, session1=session)
-            self._set("endorsement", auths["endorsement"])
-            self._set("owner", auths["owner"])
+            self._set("lockout", auths["lockout"])
+
+    def clear(self) -> None:
+        """Clear a TPM that has no lockout password yet, passwords and keys."""
+        with asking("the TPM to be cleared"), self._session() as session:
+            self._esapi.clear(ESYS_TR.LOCKOUT, session1=session)
+
+    def end_closing(self, auths: Mapping[str, bytes]) -> None:
+        """Set the passwords that are not set yet; those that are need not be known. TPM2_Clear is off."""
+        with asking("the TPM to be closed"):
+            for hierarchy in ("endorsement", "owner", "lockout"):
+                self._set(hierarchy, auths[hierarchy])
 
     def check_owner(self, auths: Mapping[str, bytes]) -> None:
         """Try the owner's password, if one is set, on what leaves nothing behind.

@@ -36,19 +36,21 @@ def run(host: install.Installer, path: Path) -> dict[str, object]:
 def _run(host: install.Installer, path: Path) -> dict[str, object]:
     given = answers.read_answers(path)
     options = options_of(host, given, path)
+    places = path.with_name("places.json")
+    found = json.loads(places.read_bytes()) if places.exists() else [str(path)]
+    told = {"answers": found, "next": "remove the medium and restart"}
+    if done := install.resume(host, options):
+        return {**done, **told}
     # All that can be refused is refused before the TPM is touched.
-    install.show_plan(host, options)
+    install.plan(host, options)
     if not (STATE / "seal.json").exists():
         check_port(PORT)
         host.say("provisioning: the request goes out")
         asked = provision.request(host, provision.Options(install.LEFT / "organisation", STATE))
         reply = exchange(PORT, Path(str(asked["request"])).read_bytes())
         (STATE / "answer.json").write_bytes(reply)
-        provision.finish(host, STATE, STATE / "answer.json")
-    places = path.with_name("places.json")
-    found = json.loads(places.read_bytes()) if places.exists() else [str(path)]
-    done = install.install_provisioned(host, options)
-    return {**done, "answers": found, "next": "remove the medium and restart"}
+        provision.take(host, STATE, STATE / "answer.json")
+    return {**install.install_provisioned(host, options), **told}
 
 
 def check_port(port: Path) -> None:

@@ -251,8 +251,8 @@ def test_an_answer_may_be_interrupted_at_any_command(site: Site) -> None:
     with Breaking(site.tpm) as way:
         site.finish(tcti=way.tcti)
     assert writes(way.seen) == [
-        *["SetPrimaryPolicy"] * 3, "DictionaryAttackParameters", "HierarchyChangeAuth", "ClearControl",
-        *["HierarchyChangeAuth"] * 2,
+        *["SetPrimaryPolicy"] * 3, "DictionaryAttackParameters", *["HierarchyChangeAuth"] * 2,
+        "ClearControl", "HierarchyChangeAuth",
     ]  # fmt: skip
     take_back()
     for at, done in breaks(way.seen):
@@ -261,7 +261,6 @@ def test_an_answer_may_be_interrupted_at_any_command(site: Site) -> None:
             site.finish(tcti=broken.tcti)
             whole = True
             assert broken.seen[-1] == init.Cc.FLUSH_CONTEXT
-        assert (site.state / "seal.json").exists() == whole
         assert (site.state / "auths.json").exists() != whole
         site.restart()
         site.finish()
