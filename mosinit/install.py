@@ -304,7 +304,7 @@ def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Polic
     disk = layout.inspect(host, options.disk)
     layout.check_usable(host, disk, options.consent)
     planned = _lay_out(disk, options, options.state)
-    release = verify_release(host, open_source(options.source, options.access), policy)
+    release = verify_release(host, open_source(options.source, options.access, host.say), policy)
     if (state := demanded_state(release.manifest.contents, options.state)) != options.state:
         planned = _lay_out(disk, options, state)
     store, needed = planned.named("machine-store").size, (release.size + STORE_MARGIN) * 10 // 9

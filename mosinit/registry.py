@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography import x509
 
 from mosinit import images, init, wire
-from mosinit.host import Failure, Host, Usage, amount
+from mosinit.host import MOVING_BYTES, Failure, Host, Usage, amount
 
 LOGIN_VARIABLE = "MOSINIT_REGISTRY_LOGIN"
 DOCKER_HUB = "docker.io"  # what containers' tools mean by a name without a host
@@ -118,6 +118,7 @@ class Access:
     login: Login | None = None
     idle: float = 120.0
     token_hosts: frozenset[str] = frozenset()
+    pauses: tuple[float, ...] = wire.PAUSES
 
 
 def open_access(
@@ -266,17 +267,51 @@ class Connection:
         with self.wire.ask("GET", self.path(f"blobs/{digest}")) as answer:
             return self.wire.document(answer, limit)
 
-    def stream(self, blob: images.Descriptor) -> Iterator[bytes]:
-        """Yield a blob as it comes; raises at the end unless it was what its descriptor says."""
-        hasher, size = hashlib.sha256(), 0
-        path = self.path(f"blobs/{blob.digest}")
-        with self.wire.ask("GET", path, longest=wire.LONGEST_SECONDS) as answer:
-            for chunk in self.wire.read(answer, blob.size):
-                hasher.update(chunk)
-                size += len(chunk)
-                yield chunk
+    def stream(self, blob: images.Descriptor, say: Callable[[str], None] | None = None) -> Iterator[bytes]:
+        """Yield a blob as it comes; raises at the end unless it was what its descriptor says.
+
+        With somebody to tell, it is gone on with where the connection breaks, as often as something came
+        meanwhile; what a server then sends in the place of the rest has another digest.
+        """
+        pauses = self.wire.pauses if say else ()
+        hasher, size, tries = hashlib.sha256(), 0, 0
+        until = time.monotonic() + wire.LONGEST_SECONDS
+        while True:
+            begun = size
+            try:
+                for chunk in self._rest(blob, begun):
+                    hasher.update(chunk)
+                    size += len(chunk)
+                    yield chunk
+                if size == begun or size >= blob.size:
+                    break
+            except wire.Interrupted as error:
+                tries = 0 if size - begun >= MOVING_BYTES else tries
+                if say is None or tries == len(pauses) or time.monotonic() > until:
+                    raise
+                pause, tries = pauses[tries], tries + 1
+                say(f"{error} (by itself in {pause:.0f} s, from {size} of {blob.size} bytes)")
+                time.sleep(pause)
         if (f"sha256:{hasher.hexdigest()}", size) != (blob.digest, blob.size):
             raise self.wrong()
+
+    def _rest(self, blob: images.Descriptor, begin: int) -> Iterator[bytes]:
+        """Yield what is behind the first bytes of a blob, by one request: RFC 9110, 14."""
+        headers = {"Range": f"bytes={begin}-"} if begin else {}
+        path = self.path(f"blobs/{blob.digest}")
+        with self.wire.ask("GET", path, headers=headers, longest=wire.LONGEST_SECONDS) as answer:
+            skip = begin
+            if begin and answer.status == 206:
+                if not re.match(
+                    rf"bytes {begin}-\d+/(\*|{blob.size})$", answer.getheader("Content-Range", "")
+                ):
+                    raise self.wrong()
+                skip = 0
+            # A server need not know of ranges: then all of it comes once more.
+            for chunk in self.wire.read(answer, blob.size - begin + skip):
+                fresh, skip = chunk[skip:], max(0, skip - len(chunk))
+                if fresh:
+                    yield fresh
 
     def download(self, blob: images.Descriptor, target: Path, advance: Callable[[int], None]) -> None:
         """Fetch a blob into a new file; it has the digest and size that its descriptor says."""
@@ -341,6 +376,7 @@ def connect(access: Access, reference: Reference, *, push: bool = False) -> Conn
         login=words,
         login_places=access.token_hosts | own,
         scope=f"repository:{reference.repository}:{'pull,push' if push else 'pull'}",
+        pauses=access.pauses,
     )
     opened.sign_in()
     return Connection(opened, reference)

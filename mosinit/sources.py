@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -49,11 +49,16 @@ class Source(Protocol):
         """See that all blobs are there, as far as that can be seen. Raises `Failure`, `Refused`."""
 
 
-def open_source(source: str, access: Access | None = None) -> Source:
-    """Return the release that `oci:DIR` or `docker://…` names. Raises `Failure`, `Usage`."""
+def open_source(
+    source: str, access: Access | None = None, say: Callable[[str], None] = lambda text: None
+) -> Source:
+    """Return the release that `oci:DIR` or `docker://…` names; `say` is told when the way there breaks.
+
+    Raises `Failure`, `Usage`.
+    """
     kind, _, name = source.partition(":")
     if kind == "docker":
-        return _open_registry(source, access)
+        return _open_registry(source, access, say)
     if kind != "oci" or not name:
         raise Usage(
             f"cannot install from {source[:200]}: name a release as oci:DIR or docker://HOST/NAME:TAG"
@@ -107,23 +112,25 @@ def read_checked(path: str, blob: Blob) -> Iterator[bytes]:
 # --- A registry ------------------------------------------------------------------------------------------
 
 
-def _open_registry(source: str, access: Access | None) -> Source:
+def _open_registry(source: str, access: Access | None, say: Callable[[str], None]) -> Source:
     """Resolve a tag once: from there on everything is asked for by digest."""
     from mosinit import registry
 
     reference = registry.parse_reference(source)
     connection = registry.connect(access or registry.Access(), reference)
     index, data = connection.manifest(reference.digest or reference.tag or "latest")
-    return Registry(connection, index, data)
+    return Registry(connection, index, data, say)
 
 
 class Registry:
     """A release in a registry."""
 
-    def __init__(self, connection: Connection, index: images.Descriptor, data: bytes) -> None:
+    def __init__(
+        self, connection: Connection, index: images.Descriptor, data: bytes, say: Callable[[str], None]
+    ) -> None:
         place = connection.reference
         self.name = f"docker://{place.host}/{place.name}@{index.digest}"
-        self.connection = connection
+        self.connection, self.say = connection, say
         store = RegistryStore(connection, index, data)
         self.machine: init.Machine = store
         self._manifests = store.manifests
@@ -133,7 +140,7 @@ class Registry:
         if blob.digest in self._manifests:
             yield init.read_blob(self.machine, blob.digest, blob.size, "IMAGE-DIGEST")
         else:
-            yield from self.connection.stream(images.Descriptor("", blob.digest, blob.size))
+            yield from self.connection.stream(images.Descriptor("", blob.digest, blob.size), self.say)
 
     def document(self, name: str) -> bytes:
         """Return index.json or oci-layout."""

@@ -31,12 +31,25 @@ REDIRECTING = (301, 302, 303, 307, 308)
 LONGEST_SECONDS = 4 * 3600.0
 DOCUMENT_SECONDS = 300.0  # for a document of at most 4 MiB, however slowly it trickles
 TOKEN_BYTES = 64 << 10
+PAUSES = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    15.0,
+    30.0,
+    60.0,
+)  # before a blob is gone on with; a cable is put back meanwhile
 CHUNK = 256 << 10
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")  # Debian's and Ubuntu's, with what an owner added
 
 # X509_V_ERR_…, openssl/x509_vfy.h
 NOT_NOW, NOT_KNOWN, NOT_THIS_NAME = (9, 10), (2, 7, 18, 19, 20, 21), (62, 64)
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
+
+
+class Interrupted(Failure):
+    """The network or the registry failed in a way that may pass."""
 
 
 class Absent(Failure):
@@ -104,6 +117,7 @@ class Wire:
     login_places: frozenset[str]  # addresses that may see it
     scope: str
     authorization: str = field(default="", repr=False)
+    pauses: tuple[float, ...] = PAUSES
 
     def sign_in(self) -> None:
         """Ask the registry what it wants to know, and say it. Raises `Failure`."""
@@ -169,7 +183,7 @@ class Wire:
                 raise self.late()
             yield chunk
         if announced is not None and announced != str(done) and not answer.chunked:
-            raise self.fault("{host} broke off in the middle of an answer: try again")
+            raise self.interrupted("{host} broke off in the middle of an answer: try again")
 
     def document(self, answer: http.client.HTTPResponse, limit: int) -> bytes:
         """Return the body of an answer."""
@@ -237,9 +251,13 @@ class Wire:
         """Return the error that names what was asked for, the registry, the fault and the remedy."""
         return Failure(self._words(words))
 
-    def late(self) -> Failure:
+    def interrupted(self, words: str) -> Interrupted:
+        """Return the same, of a fault that may pass."""
+        return Interrupted(self._words(words))
+
+    def late(self) -> Interrupted:
         """Return the error of a registry that stands still."""
-        return self.fault(
+        return self.interrupted(
             "{host} does not answer: look at the registry, try again, or give more time with --timeout"
         )
 
@@ -268,9 +286,13 @@ class Wire:
         if status == 404:
             raise Absent(self._words("{host} does not have it: check name and tag"))
         if status == 429:
-            raise self.fault("{host} allows no more requests now: wait, or log in")
-        if status >= 500:
+            raise self.interrupted("{host} allows no more requests now: wait, or log in")
+        if status == 416:
             raise self.fault(
+                "{host} has less of it than it sent before: do not trust it; look at the registry"
+            )
+        if status >= 500:
+            raise self.interrupted(
                 "{host} has a fault of its own (HTTP 5xx): look into the registry's log, then try again"
             )
         if not 200 <= status < 300:
@@ -284,7 +306,7 @@ class Wire:
         except ssl.SSLCertVerificationError as error:
             raise self.fault(_certificate_fault(error.verify_code)) from error
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            raise self.fault("{host} broke off in the middle of an answer: try again") from error
+            raise self.interrupted("{host} broke off in the middle of an answer: try again") from error
         except ssl.SSLError as error:
             if error.reason in NO_TLS:
                 raise self.fault("{host} does not speak TLS: give the registry a certificate") from error
@@ -294,17 +316,19 @@ class Wire:
         except TimeoutError as error:
             raise self.late() from error
         except ConnectionRefusedError as error:
-            raise self.fault("nothing listens at {host}: check name and port, start the registry") from error
+            raise self.interrupted(
+                "nothing listens at {host}: check name and port, start the registry"
+            ) from error
         except socket.gaierror as error:
-            raise self.fault("there is no computer of the name {host}: check it") from error
+            raise self.interrupted("there is no computer of the name {host}: check it") from error
         except (ConnectionError, http.client.IncompleteRead) as error:
-            raise self.fault("{host} broke off in the middle of an answer: try again") from error
+            raise self.interrupted("{host} broke off in the middle of an answer: try again") from error
         except (http.client.HTTPException, ValueError) as error:
             raise self.fault("{host} does not answer as registries do: check the name") from error
         except OSError as error:
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-                raise self.fault("{host} cannot be reached: check the network") from error
-            raise self.fault("{host} cannot be reached: check the network and the proxy") from error
+                raise self.interrupted("{host} cannot be reached: check the network") from error
+            raise self.interrupted("{host} cannot be reached: check the network and the proxy") from error
 
     # One request
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, install, keys, layout, registry, sources
 from mosinit.host import Failure, Host, Usage
+from mosinit.layout import Consent
 from tests import installation, registries
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
@@ -82,7 +83,7 @@ def fill(server: Registry, release: Path, blobs: Blobs | None = None, index: str
 
 
 def access(authority: Authority, address: str) -> registry.Access:
-    return registry.Access(authority.path, registry.Login(address, "anybody:knows"), 5)
+    return registry.Access(authority.path, registry.Login(address, "anybody:knows"), 5, pauses=(0, 0))
 
 
 def run(
@@ -136,8 +137,9 @@ def test_a_release_from_debian_s_registry(
         done = installation.run(host, made, disk, source=source, access=entry)
         asked = real.requests()[pushed:]
         before = host.before[pushed:]
+        consent = Consent(layout.inspect(host, disk).word)
         with pytest.raises(Failure, match="wants a login, and there is none for it"):
-            install.plan(Host(), installation.options(made, disk, source=source, erase=disk.name,
+            install.plan(Host(), installation.options(made, disk, source=source, consent=consent,
                                                       access=registry.Access(authority.path)))  # fmt: skip
     parts = parts_of(made.release)
     assert done["source"] == f"docker://{real.address}/{NAME}@{parts['index']}"
@@ -412,3 +414,129 @@ def test_a_folder_that_lists_more_than_its_manifest_names(made: Setting, disk: P
     (copy / "index.json").write_bytes(images.encode(images.index_of([item])))
     with pytest.raises(Failure, match="which its manifest does not name"):
         installation.run(NativeInstaller(), dataclasses.replace(made, release=copy), disk)
+
+
+# --- A connection that breaks ------------------------------------------------------------------------------
+
+
+class Cable:
+    """What happens to the requests for one blob, one after the other; the rest is answered as it should be.
+
+    Each moment is how many bytes come before the connection ends; or a word for how the server errs.
+    """
+
+    def __init__(self, digest: str, *moments: int | str) -> None:
+        self.digest, self.moments = digest, list(moments)
+        self.asked: list[str] = []
+
+    def __call__(self, handler: Handler, kind: str) -> bool:
+        """Answer a request for the blob."""
+        if kind != "blob" or handler.command != "GET" or not handler.path.endswith(self.digest):
+            return False
+        asked = handler.headers.get("Range", "")
+        self.asked.append(asked)
+        content = handler.server.blobs[self.digest]
+        begin = int(asked.removeprefix("bytes=").removesuffix("-") or 0)
+        moment = self.moments.pop(0) if self.moments else len(content)
+        if moment == "HTTP 500":
+            handler.answer(500)
+        elif moment == "HTTP 416":
+            handler.answer(416)
+        elif moment == "no ranges":
+            handler.answer(200, content)
+        elif moment == "another place":
+            handler.answer(206, content, Content_Range=f"bytes 0-{len(content) - 1}/{len(content)}")
+        elif moment == "other bytes":
+            rest = bytes(byte ^ 1 for byte in content[begin:])
+            handler.answer(206, rest, Content_Range=f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        elif moment == "a part":
+            rest = content[begin : begin + 9000]
+            handler.answer(206, rest, Content_Range=f"bytes {begin}-{begin + len(rest) - 1}/{len(content)}")
+        else:
+            self.broken(handler, content, begin, int(moment))
+        return True
+
+    def broken(self, handler: Handler, content: bytes, begin: int, come: int) -> None:
+        """Send what comes until the cable is pulled; all, if that is more than there is."""
+        handler.send_response(206 if begin else 200)
+        if begin:
+            handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        handler.send_header("Content-Length", str(len(content) - begin))
+        handler.end_headers()
+        handler.wfile.write(content[begin : begin + come])
+        handler.close_connection = True
+
+
+@pytest.fixture
+def streamed(made: Setting, authority: Authority) -> Iterator[Callable[..., tuple[bytes, Cable, list[str]]]]:
+    """Return a function that fetches the UKI while its cable is pulled."""
+    uki = parts_of(made.release)["uki"]
+    with registries.running(authority.server()) as server:
+        fill(server, made.release)
+
+        def fetch(*moments: int | str) -> tuple[bytes, Cable, list[str]]:
+            server.fault = cable = Cable(uki, *moments)
+            said: list[str] = []
+            source = sources.open_source(
+                f"docker://{server.address}/{NAME}:7", access(authority, server.address), said.append
+            )
+            data = b"".join(source.blob(sources.Blob(uki, len(installation.UKI))))
+            return data, cable, said
+
+        yield fetch
+
+
+BROKEN: list[tuple[tuple[int | str, ...], list[str]]] = [
+    ((10_000,), ["", "bytes=10000-"]),
+    ((10_000, 20_000, 30_000), ["", "bytes=10000-", "bytes=30000-", "bytes=60000-"]),
+    ((0,), ["", ""]),
+    ((10_000, "HTTP 500"), ["", "bytes=10000-", "bytes=10000-"]),
+    ((10_000, "no ranges"), ["", "bytes=10000-"]),
+    ((10_000, "a part", "a part"), ["", "bytes=10000-", "bytes=19000-", "bytes=28000-"]),
+    # As often as something comes: two pauses are all that a dead connection gets.
+    (tuple([5000] * 9), ["", *(f"bytes={at * 5000}-" for at in range(1, 10))]),
+]
+
+
+@pytest.mark.parametrize(("moments", "asked"), BROKEN)
+def test_a_blob_goes_on_where_its_connection_broke(
+    streamed: Callable[..., tuple[bytes, Cable, list[str]]], moments: tuple[int | str, ...], asked: list[str]
+) -> None:
+    data, cable, said = streamed(*moments)
+    assert data == installation.UKI
+    assert cable.asked == asked
+    broken = len([moment for moment in moments if isinstance(moment, int) or moment == "HTTP 500"])
+    assert len(said) == broken
+    assert all("by itself in 0 s, from " in line and "\n" not in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("moments", "words"),
+    [
+        ((10_000, "HTTP 500", "HTTP 500", "HTTP 500"), "has a fault of its own"),
+        ((10_000, 0, 0, 0), "broke off in the middle"),
+        ((10_000, "HTTP 416"), "has less of it than it sent before: do not trust it"),
+        ((10_000, "another place"), "something else than its digest says"),
+        ((10_000, "other bytes"), "something else than its digest says"),
+    ],
+)
+def test_a_blob_that_does_not_go_on(
+    streamed: Callable[..., tuple[bytes, Cable, list[str]]], moments: tuple[int | str, ...], words: str
+) -> None:
+    with pytest.raises(Failure, match=words) as caught:
+        streamed(*moments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_installation_goes_on_where_its_connection_broke(
+    made: Setting, disk: Path, authority: Authority
+) -> None:
+    layer = parts_of(made.release)["layer"]
+    with registries.running(authority.server()) as server:
+        fill(server, made.release)
+        server.fault = cable = Cable(layer, 3000, "HTTP 500")
+        host = NativeInstaller()
+        run(made, disk, authority, server.address, host)
+    assert cable.asked == ["", "bytes=3000-", "bytes=3000-"]
+    assert len([step for step in host.steps if "by itself in 0 s" in step]) == 2
+    assert not layout.inspect(host, disk).unfinished
