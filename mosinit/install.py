@@ -556,6 +556,14 @@ def _told(disk: layout.Disk) -> Iterator[None]:
         raise Failure(
             f"{disk.path} is not installed ({error}): run this command again, or name another disk"
         ) from error
+    except init.Refused as refused:
+        # A check that could not read is no check that something else was found.
+        if isinstance(refused.__cause__, OSError):
+            raise Failure(
+                f"{disk.path} is not installed ({refused.check}: {refused.seen}): run this command again, "
+                "or name another disk"
+            ) from refused
+        raise
 
 
 def _partition(work: Work) -> None:

@@ -145,6 +145,79 @@ def test_a_plan_changes_nothing(made: Setting, disk: Path, memory: Path) -> None
     assert (memory / "disk").stat().st_blocks == 0
 
 
+def test_what_a_plan_says_is_what_is_done(made: Setting, disk: Path) -> None:
+    subprocess.run(["sfdisk", "--quiet", disk], input=b"size=1GiB, type=8e\nsize=1GiB\n", check=True)
+    before = digest_of_edges(disk)
+    shown = install.show_plan(Host(), installation.options(made, disk, state=64 << 20))
+    word = layout.inspect(Host(), disk).word
+    assert (shown["erase"], digest_of_edges(disk)) == (word, before)
+    assert shown["lost"] == "2 partitions (1024 MiB, 1024 MiB)"
+    assert shown["content"] == ["partition 1, 1024 MiB: Linux LVM", "partition 2, 1024 MiB: Linux"]
+    assert shown["members"] == ["partition 1, 1024 MiB: Linux LVM"]
+    assert str(shown["release"]).startswith("sha256:")
+    text = install.plan_text(shown)
+    assert f"--erase {word} --erase-members" in text
+    assert all(line.isprintable() for line in text.splitlines())
+    host = NativeInstaller()
+    consent = Consent(word, members=True)
+    done = installation.run(host, made, disk, state=64 << 20, consent=consent)
+    planned: list[dict[str, str]] = shown["steps"]  # type: ignore[assignment]
+    steps = [f"{step['step']}: {step['does']}" for step in planned if step["step"] != "TPM"]
+    assert [step for step in host.steps if step.partition(":")[0] in install.ACTS] == steps
+    same = (
+        "disk",
+        "serial",
+        "bytes",
+        "lost",
+        "erase",
+        "content",
+        "members",
+        "partitions",
+        "release",
+        "source",
+    )
+    assert {name: done[name] for name in same} == {name: shown[name] for name in same}
+
+
+def digest_of_edges(disk: Path) -> str:
+    with disk.open("rb") as file:
+        data = file.read(2 << 20)
+        file.seek(-(2 << 20), os.SEEK_END)
+        return hashlib.sha256(data + file.read()).hexdigest()
+
+
+def test_members_are_lost_only_for_who_says_so(made: Setting, disk: Path) -> None:
+    subprocess.run(["sfdisk", "--quiet", disk], input=b"size=1GiB, type=8e\n", check=True)
+    before, word = digest_of_edges(disk), layout.inspect(Host(), disk).word
+    with pytest.raises(Failure, match=r"Linux LVM.*--erase-members"):
+        installation.run(NativeInstaller(), made, disk, consent=Consent(word))
+    assert digest_of_edges(disk) == before
+
+
+class Swapping(NativeInstaller):
+    """Somebody changes the disk between the plan and the first write."""
+
+    def __init__(self, change: Callable[[], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if text.startswith("partitions"):
+            self.change()
+
+
+def test_a_disk_that_changes_between_plan_and_act(made: Setting, disk: Path) -> None:
+    def overwrite() -> None:
+        subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+
+    host = Swapping(overwrite)
+    with pytest.raises(Failure, match="changed since it was looked at .*: nothing was written") as caught:
+        installation.run(host, made, disk)
+    assert "\n" not in str(caught.value)
+    assert [str(row) for row in layout.inspect(Host(), disk).rows] == ["the whole disk, 8192 MiB: ext4"]
+
+
 # --- What is chosen, and what a release demands -----------------------------------------------------------
 
 
@@ -420,3 +493,28 @@ def test_a_header_with_other_tokens(made: Setting, disk: Path) -> None:
 
     with pytest.raises(init.Refused, match="LUKS-TOKEN"):
         installation.run(Forgetful(spoil_tokens), made, disk)
+
+
+# --- A disk that fails -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mebibytes", [1, 12, 30, 45])
+def test_a_disk_on_which_nothing_more_fits(made: Setting, disk: Path, memory: Path, mebibytes: int) -> None:
+    """Behind a loop device is a file system that is full: writes fail, wherever they are."""
+    folder = memory / "full"
+    folder.mkdir()
+    Host().mount("tmpfs", str(folder), "tmpfs", init.MountFlag(0), f"size={mebibytes}m")
+    other = digest_of_edges(disk)
+    try:
+        with loop(folder / "disk") as failing:
+            host = NativeInstaller()
+            with pytest.raises(Failure) as caught:
+                installation.run(host, made, failing)
+            said = str(caught.value)
+            assert f"{failing} " in said
+            assert "\n" not in said
+            assert host.variables == {}
+    finally:
+        Host().unmount(str(folder), lazy=True)
+    assert digest_of_edges(disk) == other
+    installation.run(NativeInstaller(), made, disk)
