@@ -2,7 +2,8 @@
 
     version: 1
     disk: /dev/disk/by-id/virtio-machine    # the disk to install on
-    erase: SERIAL                           # optional: the disk whose content may be lost
+    erase: SERIAL                           # optional: the disk whose content may be lost, by its serial;
+                                            # an installed machine only by the whole word of --plan
     members: true                           # optional: also what is encrypted, or of a RAID, LVM or ZFS
     source: docker://HOST/NAME:TAG          # optional: the release (default: the one on the medium)
     state: 512                              # optional: MiB of a volume for /var
@@ -84,16 +85,22 @@ def parse_answers(data: bytes, place: str) -> Answers:
         raise Failure(f"{place}: {odd[0]} is no key of answers: they have {', '.join(sorted(FIELDS))}")
     if missing := sorted({"version", "disk"} - set(values)):
         raise Failure(f"{place}: {missing[0]} is missing: add it")
-    if values["version"] != 1:
+    if type(values["version"]) is not int or values["version"] != 1:
         raise Failure(f"{place}: another version: write `version: 1`, without quotes")
     disk, erase, source = values["disk"], values.get("erase"), values.get("source", "")
     if not isinstance(disk, str) or not re.fullmatch(r"/dev/[A-Za-z0-9._:/+-]{1,200}", disk):
         raise Failure(f"{place}: disk is no path below /dev")
-    if erase is not None and type(erase) not in (str, int):
-        raise Failure(f"{place}: erase is no serial")
+    if erase is not None and (type(erase) not in (str, int) or not _is_word(str(erase))):
+        raise Failure(
+            f"{place}: erase is neither the serial of a disk nor what --plan shows: write it in quotes"
+        )
     members = values.get("members", False)
     if not isinstance(members, bool):
         raise Failure(f"{place}: members is neither true nor false")
+    if members and erase is None:
+        raise Failure(
+            f"{place}: members without erase lets nothing be lost: write the disk's serial to erase"
+        )
     if source != "" and not _is_source(source):
         raise Failure(f"{place}: source is neither oci:/FOLDER nor docker://HOST/NAME:TAG")
     sizes = {name: values.get(name, 0) for name in SIZES}
@@ -102,6 +109,10 @@ def parse_answers(data: bytes, place: str) -> Answers:
             raise Failure(f"{place}: {name} is no number of MiB: write 512, without a unit")
     whole = {name: size << 20 for name, size in sizes.items() if isinstance(size, int)}
     return Answers(Path(disk), None if erase is None else str(erase), str(source), members=members, **whole)
+
+
+def _is_word(text: str) -> bool:
+    return 0 < len(text) <= 200 and text.isprintable() and text == text.strip()
 
 
 def _is_source(source: object) -> bool:

@@ -28,6 +28,8 @@ def test_answers_choose_disk_source_and_sizes(tmp_path: Path) -> None:
     path = write(tmp_path, f"{text}source: {source}\n")
     disk = Path("/dev/disk/by-id/nvme-one")
     assert answers.read_answers(path) == Answers(disk, "0123", source, 512 << 20, 4096 << 20, 64 << 20)
+    both = "version: 1\ndisk: /dev/vdb\nerase: 0123abc\nmembers: true\n"
+    assert answers.read_answers(write(tmp_path, both)) == Answers(Path("/dev/vdb"), "0123abc", members=True)
     path = write(tmp_path, "version: 1\ndisk: /dev/vdb\nsource: oci:/atomfs-cache/mosinit\n")
     assert answers.read_answers(path) == Answers(Path("/dev/vdb"), source="oci:/atomfs-cache/mosinit")
     assert answers.read_answers(write(tmp_path, "version: 1\ndisk: /dev/vdb\n")) == Answers(Path("/dev/vdb"))
@@ -49,6 +51,19 @@ BAD = [
     "version: 1\ndisk: /dev/vdb\nstore: 1G\n", "version: 1\ndisk: /dev/vdb\nscratch: -1\n",
     "version: 1\ndisk: /dev/vdb\nsizes: 1\n", "version: 1\ndisk: /dev/vdb\nstore: 9999999999\n",
     "version: 1\ndisk: /dev/vdb\nerase: true\n", "version: 1\ndisk: /dev/vdb\nerase: [a]\n",
+    "version: 1\ndisk: /dev/vdb\nerase: ''\n", "version: 1\ndisk: /dev/vdb\nerase: ' a'\n",
+    'version: 1\ndisk: /dev/vdb\nerase: "a\\e[2J"\n', f"version: 1\ndisk: /dev/vdb\nerase: {'a' * 201}\n",
+    "version: 1\ndisk: /dev/vdb\nerase: null\nmembers: true\n",
+    "version: 1\ndisk: /dev/vdb\nmembers: true\n",
+    "version: 1\ndisk: /dev/vdb\nerase: a\nmembers: 1\n",
+    "version: 1\ndisk: /dev/vdb\nerase: a\nmembers: 'true'\n",
+    "version: 1\ndisk: /dev/../etc/x y\n",
+    "version: 1.0\ndisk: /dev/vdb\n", "version: true\ndisk: /dev/vdb\n",
+    "version: 1\ndisk: [/dev/vdb]\n", "version: 1\ndisk: ''\n", f"version: 1\ndisk: /dev/{'a' * 300}\n",
+    "version: 1\ndisk: /dev/vdb\nsource: oci:/a b\n", "version: 1\ndisk: /dev/vdb\nsource: [docker://h/n]\n",
+    "version: 1\ndisk: /dev/vdb\nscratch: '64'\n", "version: 1\ndisk: /dev/vdb\nstore: 1.5\n",
+    "version: 1\ndisk: /dev/vdb\nstate: !!int 5\n", "version: 1\n? [a]\n: b\n",
+    "version: 1\ndisk: /dev/vdb\n---\na: 1\n",
     "version: 1\ndisk: \"/dev/vdb\\n\"\n", "version: 1\ndisk: &a /dev/vdb\n", "#" * 5000, b"\xff\0",
 ]  # fmt: skip
 
@@ -66,6 +81,11 @@ def test_other_answers_are_refused_in_a_line(text: str | bytes, tmp_path: Path) 
         ("version: 1\ndisc: /dev/vdb\n", "disc is no key of answers: they have disk, erase, "),
         ("disk: /dev/vdb\n", "version is missing"),
         ("version: '1'\ndisk: /dev/vdb\n", "without quotes"),
+        ("version: 1\ndisk: /dev/vdb\nmembers: true\n", "members without erase lets nothing be lost"),
+        (
+            "version: 1\ndisk: /dev/vdb\nerase: ' '\n",
+            "erase is neither the serial of a disk nor what --plan",
+        ),
         ("version: 1\ndisk: /dev/vdb\nstate: 512M\n", "state is no number of MiB: write 512"),
     ],
 )
