@@ -90,6 +90,7 @@ def test_examples_are_valid(verb: cli.Verb) -> None:
         ("install", "name the disk to install on: --disk"),
         ("install --answers a --disk d", "--disk does not go with --answers, which says all"),
         ("install --answers a --erase s", "--erase does not go with --answers"),
+        ("install --answers a --erase-members", "--erase-members does not go with --answers"),
         ("install --answers a --state 5", "--state does not go with --answers"),
         ("install --answers a --plan", "--plan does not go with --answers"),
         ("explain SB-OFF --markdown", "--markdown goes with --all"),
