@@ -207,10 +207,13 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
     if values.enroll and not values.keys:
         raise Usage("--enroll answers as the organisation: name its keyset by --keys")
+    if values.keys and values.setup_mode and not values.enroll:
+        raise Usage("--setup-mode trusts nobody at first: --keys goes with it for --enroll alone")
     options = vm.BootOptions(
         disk=values.disk,
         folder=values.dir,
-        keys=values.keys,
+        keys=None if values.setup_mode else values.keys,
+        setup_mode=values.setup_mode,
         report=values.report,
         until=values.until,
         timeout=values.timeout or (demo.INSTALL_SECONDS if values.until == "installed" else 300.0),
@@ -603,6 +606,8 @@ VERBS = (
             Option("--extra-disk", "one more disk (virtio-extra1, virtio-extra2 … in /dev/disk/by-id); may "
                    "be repeated", {"type": Path, "metavar": "FILE", "action": "append", "default": []}),
             flag("--enroll", "enroll the machine by --keys when it asks for it"),
+            flag("--setup-mode", "a new machine trusts nobody; keys are enrolled in the medium's menu, "
+                 "with --interactive by you"),
         ),
     ),
     Verb(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import shutil
 import struct
 import uuid
 from collections.abc import Callable, Sequence
@@ -78,22 +79,36 @@ def enroll(
     `secure_boot=False` keeps the certificates and turns enforcement off; `variables` are added as they are.
     Raises `Failure` when OVMF or virt-fw-vars is missing or refuses.
     """
-    if not TEMPLATE.is_file():
-        raise Failure(f"cannot read {TEMPLATE}: install ovmf")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with host.scratch(target) as folder, host.replacing(target) as fresh:
+    with host.scratch(_checked(target)) as folder, host.replacing(target) as fresh:
         command = ["virt-fw-vars", "--input", str(TEMPLATE), "--output", str(fresh), "--secure-boot"]
         command += ["--set-pk", OWNER, _pem(folder / "PK.pem", certificates.pk)]
         command += ["--add-kek", OWNER, _pem(folder / "KEK.pem", certificates.kek)]
         for number, certificate in enumerate(certificates.db):
             command += ["--add-db", OWNER, _pem(folder / f"db-{number}.pem", certificate)]
         host.run(command, timeout=60)
-        changes = [] if secure_boot else ["--set-false", "SecureBootEnable"]
-        if variables:
-            (folder / "variables.json").write_text(_encode_variables(variables))
-            changes += ["--set-json", str(folder / "variables.json")]
-        if changes:
-            host.run(["virt-fw-vars", "--inplace", fresh, *changes], timeout=60)
+        if not secure_boot:
+            host.run(["virt-fw-vars", "--inplace", fresh, "--set-false", "SecureBootEnable"], timeout=60)
+        _add(host, fresh, folder, variables)
+
+
+def empty(host: Host, target: Path, variables: Sequence[Variable] = ()) -> None:
+    """Write the variables of a new machine in setup mode: nobody's certificates. Raises `Failure`."""
+    with host.scratch(_checked(target)) as folder, host.replacing(target) as fresh:
+        shutil.copyfile(TEMPLATE, fresh)
+        _add(host, fresh, folder, variables)
+
+
+def _checked(target: Path) -> Path:
+    if not TEMPLATE.is_file():
+        raise Failure(f"cannot read {TEMPLATE}: install ovmf")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _add(host: Host, target: Path, folder: Path, variables: Sequence[Variable]) -> None:
+    if variables:
+        (folder / "variables.json").write_text(_encode_variables(variables))
+        host.run(["virt-fw-vars", "--inplace", target, "--set-json", folder / "variables.json"], timeout=60)
 
 
 def fingerprints(certificates: Certificates) -> str:

@@ -21,6 +21,7 @@ from mosinit.console import (
 MULTI_USER = "multi-user.target"
 INSTALLED = "installed"
 FIRMWARE_RESETS = 2  # that firmware may do by itself before a kernel starts
+SETUP_MODE = "SB-MODE"  # the check that a machine without keys does not pass
 KERNEL = b"Linux version "
 PANIC = b"Kernel panic - not syncing"
 NOT_STARTED = b"BdsDxe: failed to "
@@ -30,7 +31,8 @@ LOADER_ERROR = b": Error loading "
 FIRMWARE_CRASH = b"!!!! X64 Exception Type"
 UNTRUSTED = "no certificate of this machine's db verifies it; a machine for other keys needs a new folder"
 
-Until = Literal["start", "pivoted", "multi-user", "installed"]
+Until = Literal["start", "pivoted", "multi-user", "request", "installed"]
+INSTALLING: tuple[Until, ...] = ("request", "installed")  # what a machine that installs itself goes on to
 
 
 class Verdict(NamedTuple):
@@ -45,6 +47,7 @@ class Watch:
     """Follows one boot. Each method takes one happening and returns a verdict if that settles the boot.
 
     `clock` gives seconds since the machine was started; `marks` collects when its milestones were seen.
+    With `setup` the machine has no keys yet: it is refused once for that, and begins anew.
     """
 
     until: Until
@@ -55,6 +58,8 @@ class Watch:
     last_line: str = ""
     resets: int = 0
     complaint: str = ""
+    setup: bool = False
+    request: bytes = b""
 
     def line(self, untrusted: bytes) -> Verdict | None:
         """Take a line of the console."""
@@ -96,15 +101,23 @@ class Watch:
             return None
         if self.report and report["result"] == "pivoted":
             return None  # what is said after the hand-over can only make it worse
+        if self.setup and report.get("failed") == SETUP_MODE:
+            self._begin_anew()
+            return None
         self.report = report
         self._mark("report")
         return self._settled(report) if report["result"] != "pivoted" or self.until == "pivoted" else None
+
+    def _begin_anew(self) -> None:
+        """Expect the restart into the boot loader's menu, and the one once keys are enrolled."""
+        self.setup, self.resets, self.complaint = False, self.resets - FIRMWARE_RESETS, ""
+        self.marks = {"setup mode": round(self.clock(), 2)}
 
     def port(self, untrusted: bytes) -> Verdict | None:
         """Take a line that the started system wrote to its report port."""
         try:
             message = parse_json(untrusted)
-            if message.get("target") == INSTALLED and self.until == "installed":
+            if message.get("target") == INSTALLED and self.until in INSTALLING:
                 return self._installed(message)
             if message.get("target") != MULTI_USER:
                 return None
@@ -116,7 +129,13 @@ class Watch:
         self._mark("multi-user")
         if self.report is None:
             return Verdict(1, f"{MULTI_USER} is reached, and no boot report came")
-        return self._settled(self.report) if self.until != "installed" else None
+        return self._settled(self.report) if self.until not in INSTALLING else None
+
+    def asks(self, untrusted: bytes) -> Verdict | None:
+        """Take a line that the started system wrote to its exchange port: what is to be enrolled."""
+        self.request = untrusted
+        self._mark("request")
+        return Verdict(0, "the machine asks to be enrolled") if self.until == "request" else None
 
     def _installed(self, message: Mapping[str, object]) -> Verdict:
         self._mark("installed")

@@ -20,7 +20,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -33,6 +33,8 @@ from mosinit.host import Failure, Host
 from mosinit.machine import VARIABLES, Hardware, Machine, last_words, powered
 from mosinit.verdict import Until, Verdict, Watch
 
+# What is typed in the menu that a refused medium shows to a machine in setup mode: down, down, enter.
+ENROL_KEYS = (b"Enroll Secure Boot keys: mosinit", b"\x1b[B\x1b[B\r")
 CERTIFICATES = "certificates"  # what the firmware of a machine was made to trust
 SAVE_SECONDS = 120.0  # for QEMU to write or read the memory of a machine
 EXCHANGE_BYTES = 4 << 20  # of one line of the exchange port
@@ -43,7 +45,8 @@ QUEUE = 256  # happenings that may wait: beyond, the guest's console waits
 class BootOptions:
     """What to boot and what to wait for. `folder` is STATE, `timeout` counts seconds.
 
-    `keys` is a keyset folder, for a new STATE; `report` is one more place for the report. `interactive`
+    `keys` is a keyset folder, for a new STATE; with `setup_mode` that has no keys, and the medium's are
+    enrolled in the boot loader's menu. `report` is one more place for the report. `interactive`
     joins the terminal to the machine's console until the machine stops or Ctrl-] is typed. `answers` are
     typed there one after the other: (what the console must show before, what is typed). `exchange` answers
     a line that the started system writes to its exchange port.
@@ -52,8 +55,9 @@ class BootOptions:
     disk: Path
     folder: Path
     keys: Path | None = None
+    setup_mode: bool = False
     report: Path | None = None
-    until: Literal["multi-user", "pivoted", "installed"] = "multi-user"
+    until: Literal["multi-user", "pivoted", "request", "installed"] = "multi-user"
     timeout: float = 300.0
     interactive: bool = False
     answers: tuple[tuple[bytes, bytes], ...] = ()
@@ -81,37 +85,51 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Saved:
-    """A machine that was saved: its folder, seconds of boot and save, bytes of its memory file."""
+    """A machine that was saved: its folder, seconds of boot and save, bytes of its memory file, and what it
+    asked to be enrolled by.
+    """
 
     folder: Path
     boot_seconds: float
     save_seconds: float
     size: int
+    request: bytes
 
 
 def boot(host: Host, options: BootOptions) -> Outcome:
     """Boot a machine from power-on. Raises `Failure` when it cannot be made."""
+    options = _unattended(options)
     with _prepared(host, options) as session:
         _enroll_if_new(host, options)
         kind = accelerator.choose(host)
         return asyncio.run(_boot(session, kind))
 
 
+def _unattended(options: BootOptions) -> BootOptions:
+    """Have the medium's keys chosen for a machine in setup mode, unless a person is there to do that."""
+    if options.interactive or not options.setup_mode:
+        return options
+    return replace(options, answers=(ENROL_KEYS, *options.answers))
+
+
 def save(host: Host, options: BootOptions, saved: Path) -> Saved:
-    """Boot a machine to the first line of its bring-up and keep it in the new folder `saved`.
+    """Boot a machine to the first line of its bring-up and keep it in the new folder `saved`; or, until its
+    "request", to where it asks to be enrolled.
 
     Raises `Failure` when it does not get there, or got further: if a disk was read since the kernel started,
     a restored machine would remember what the saved one saw.
     """
     if saved.exists():
         raise Failure(f"{saved} exists, and a saved machine is never overwritten: remove it first")
+    options = _unattended(options)
     with _prepared(host, options) as session, _fresh_folder(saved) as fresh:
         _enroll_if_new(host, options)
         kind = accelerator.choose(host)
-        seconds = asyncio.run(_save(session, kind, fresh / "memory"))
+        watch, seconds = asyncio.run(_save(session, kind, fresh / "memory"))
         shutil.copyfile(options.folder / VARIABLES, fresh / VARIABLES)
         (fresh / "machine.json").write_text(json.dumps(shape(options, kind)))
-        return Saved(saved, *seconds, (fresh / "memory").stat().st_size)
+        size = (fresh / "memory").stat().st_size
+        return Saved(saved, watch.marks[watch.until], seconds, size, watch.request)
 
 
 def restore(host: Host, saved: Path, options: BootOptions) -> Outcome:
@@ -264,6 +282,10 @@ def _enroll_if_new(host: Host, options: BootOptions) -> None:
                 f"the machine in {options.folder} trusts another keyset: no --keys, or a new --dir"
             )
         return
+    if options.setup_mode:
+        host.say(f"{options.folder} is new: its firmware is in setup mode and trusts nobody")
+        firmware.empty(host, options.folder / VARIABLES)
+        return
     if certificates is None:
         certificates = firmware.certificates_of_medium(host, options.disk)
         host.say(
@@ -304,19 +326,21 @@ def _fresh_folder(target: Path) -> Iterator[Path]:
 Happening = Callable[[Watch], Verdict | None]
 
 
-def _watch(until: Until) -> Watch:
+def _watch(until: Until, setup: bool = False) -> Watch:
     started = time.monotonic()
-    return Watch(until, lambda: time.monotonic() - started)
+    return Watch(until, lambda: time.monotonic() - started, setup=setup)
 
 
 async def _boot(session: _Session, kind: str) -> Outcome:
-    options, watch = session.options, _watch(session.options.until)
+    options = session.options
+    watch = _watch(options.until, options.setup_mode)
     async with powered(options.hardware, session.disks, options.folder, kind) as machine:
         return session.outcome(watch, await _until_settled(session, machine, watch))
 
 
-async def _save(session: _Session, kind: str, memory: Path) -> tuple[float, float]:
-    options, watch = session.options, _watch("start")
+async def _save(session: _Session, kind: str, memory: Path) -> tuple[Watch, float]:
+    options = session.options
+    watch = _watch("request" if options.until == "request" else "start", options.setup_mode)
     async with powered(options.hardware, session.disks, options.folder, kind) as machine:
         reads: list[int] = []
 
@@ -328,11 +352,11 @@ async def _save(session: _Session, kind: str, memory: Path) -> tuple[float, floa
         await machine.command("stop")
         if verdict.status != 0:
             raise Failure(f"cannot save the machine: {verdict.reason}; see {options.folder / 'console.log'}")
-        if reads != [await _disk_reads(machine)]:
+        if watch.until == "start" and reads != [await _disk_reads(machine)]:
             raise Failure("cannot save the machine: its disk was read before it could be stopped; try again")
         begun = watch.clock()
         await _migrate(machine, "migrate", memory)
-        return watch.marks["start"], round(watch.clock() - begun, 2)
+        return watch, round(watch.clock() - begun, 2)
 
 
 async def _restore(session: _Session, kind: str, memory: Path) -> Outcome:
@@ -447,6 +471,7 @@ async def _exchange_port(session: _Session, machine: Machine, queue: asyncio.Que
     lines = Lines(EXCHANGE_BYTES)
     async for data in _received(machine.exchange):
         for line in lines.feed(data):
+            await queue.put(partial(Watch.asks, untrusted=line))
             if session.options.exchange is None:
                 continue
             try:

@@ -64,7 +64,9 @@ class Authority:
         ca: bool,
     ) -> bytes:
         now = datetime.datetime.now(datetime.timezone.utc)
-        names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+        # The second is what machines on QEMU's user network call this computer.
+        addresses = [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "10.0.2.2")]
+        names = [*addresses, x509.DNSName("localhost")]
         builder = (
             x509.CertificateBuilder(_name("a test CA"), _name(name), key.public_key())
             .serial_number(x509.random_serial_number())
@@ -106,15 +108,15 @@ class Real:
 
 
 @contextlib.contextmanager
-def real_registry(folder: Path, authority: Authority) -> Iterator[Real]:
-    """Run docker-registry on a free port of 127.0.0.1, with TLS and a password (bcrypt)."""
+def real_registry(folder: Path, authority: Authority, *, login: bool = True) -> Iterator[Real]:
+    """Run docker-registry on a free port of 127.0.0.1, with TLS and, for a `login`, a password (bcrypt)."""
     certificate, port = authority.server(), _free_port()
     (folder / "htpasswd").write_text(f"{USER}:{_bcrypt(PASSWORD)}\n")
     (folder / "config.yml").write_text(
         f"version: 0.1\nlog: {{level: warn, accesslog: {{disabled: false}}}}\n"
         f"storage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n"
         f"http: {{addr: '127.0.0.1:{port}', tls: {{certificate: {certificate}, key: {certificate}}}}}\n"
-        f"auth: {{htpasswd: {{realm: test, path: {folder}/htpasswd}}}}\n"
+        + (f"auth: {{htpasswd: {{realm: test, path: {folder}/htpasswd}}}}\n" if login else "")
     )
     log = folder / "registry.log"
     with log.open("wb") as output:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from mosinit import firmware
+from mosinit import firmware, init
 from mosinit.host import Failure, Host
 
 Need = Callable[..., None]
@@ -200,3 +200,12 @@ def test_a_disk_without_partitions_is_refused(host: Host, tmp_path: Path, need: 
     disk.write_bytes(bytes(1 << 20))
     with pytest.raises(Failure, match="no partition table.*--keys"):
         firmware.certificates_of_medium(host, disk)
+
+
+@pytest.mark.usefixtures("ovmf")
+def test_firmware_in_setup_mode_trusts_nobody(host: Host, tmp_path: Path) -> None:
+    entry = firmware.Variable("Boot0007", init.EFI_GLOBAL, b"somebody's")
+    firmware.empty(host, tmp_path / "vars", (entry,))
+    found = variables(tmp_path / "vars")
+    assert found["Boot0007"] == (entry.attributes, entry.data)
+    assert not {"PK", "KEK", "db", "SecureBootEnable"} & set(found)

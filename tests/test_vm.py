@@ -241,6 +241,44 @@ def test_firmware_may_restart_twice_before_a_kernel_runs() -> None:
     assert reset[2] and reset[2].status == 1
 
 
+UNENROLLED = {**REFUSED, "failed": "SB-MODE"}
+
+
+def unenrolled(setup: bool) -> tuple[Boot, verdict.Verdict | None]:
+    """Tell of a machine whose kernel runs without any keys, up to the refusal."""
+    boot = Boot("pivoted")
+    boot.watch.setup = setup
+    boot.sees(LINUX)
+    return boot, boot.sees(framed(UNENROLLED))
+
+
+def test_a_machine_in_setup_mode_is_refused_once_and_begins_anew() -> None:
+    boot, settled = unenrolled(setup=True)
+    assert settled is None
+    # Into the menu, by what is chosen there, and twice by the firmware itself.
+    assert [boot.watch.event("RESET") for _ in range(4)] == 4 * [None]
+    assert set(boot.watch.marks) == {"setup mode"}
+    assert boot.sees(LINUX, console.START) is None
+    settled = boot.sees(framed(PIVOTED))
+    assert settled
+    assert settled.status == 0
+    assert set(boot.watch.marks) == {"setup mode", "kernel", "start", "report"}
+
+
+def test_a_machine_whose_keys_nobody_enrolled_is_refused() -> None:
+    assert unenrolled(setup=False)[1] == verdict.Verdict(3, "refused: SB-MODE")
+    boot, _ = unenrolled(setup=True)
+    boot.sees(LINUX, console.START)
+    settled = boot.sees(framed(UNENROLLED))
+    assert settled == verdict.Verdict(3, "refused: SB-MODE")
+
+
+def test_a_machine_in_setup_mode_does_not_restart_for_ever() -> None:
+    boot, _ = unenrolled(setup=True)
+    resets = [boot.watch.event("RESET") for _ in range(6)]
+    assert [each for each in resets if each] == [resets[4], resets[5]]
+
+
 def test_firmware_that_finds_nothing_says_why() -> None:
     settled = Boot().sees(
         b"BdsDxe: loading Boot0001",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from installed import Installed
+from installing import Asking, asking
 from world import GOOD_HOSTFS, World
 
 from mosinit.host import Host
@@ -41,3 +43,10 @@ def machine(world: World, release: Path) -> Installed:
     made = Installed(world, world.folder / "installed", release).make()
     made.save()
     return made
+
+
+@pytest.fixture(scope="session", name="asking")
+def _asking(world: World) -> Iterator[Asking]:
+    """A live machine that asks to be enrolled, to install itself then."""
+    with asking(world) as made:
+        yield made

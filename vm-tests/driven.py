@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
@@ -19,7 +20,8 @@ from installed import Installed
 
 from mosinit import accelerator, init, vm
 from mosinit.console import Lines
-from mosinit.machine import VARIABLES, Machine, powered
+from mosinit.host import Host
+from mosinit.machine import VARIABLES, Hardware, Machine, powered
 
 T = TypeVar("T")
 SECONDS = 240.0  # for a machine to get where a test waits for it
@@ -35,6 +37,7 @@ class Driven:
     place: int = 0  # up to where the console was looked at
     events: list[str] = field(default_factory=list)
     asked: list[bytes] = field(default_factory=list)  # lines from its exchange port
+    told: list[bytes] = field(default_factory=list)  # lines from its report port
     news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def until(self, holds: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
@@ -67,6 +70,26 @@ class Driven:
         """Answer on the exchange port."""
         await asyncio.get_running_loop().sock_sendall(self.machine.exchange, line + b"\n")
 
+    async def type(self, keys: bytes) -> None:
+        """Type on its console."""
+        await asyncio.get_running_loop().sock_sendall(self.machine.console, keys)
+
+    async def save(self, folder: Path) -> None:
+        """Keep it as it is now in a new folder, from where machines like it can go on."""
+        folder.mkdir()
+        await self.machine.command("stop")
+        path = str((folder / "memory").absolute())
+        address = {"transport": "file", "filename": path, "offset": 0}
+        await self.machine.command("migrate", channels=[{"channel-type": "main", "addr": address}])
+        async with asyncio.timeout(vm.SAVE_SECONDS):
+            while (state := await self._migration()) != "completed":
+                assert state != "failed"
+                await asyncio.sleep(0.05)
+        shutil.copyfile(self.folder / VARIABLES, folder / VARIABLES)
+
+    async def _migration(self) -> object:
+        return cast(dict[str, object], await self.machine.command("query-migrate")).get("status")
+
     async def throttle_disk(self, rate: int) -> None:
         """Let the boot disk give so many bytes a second; 0 is no limit."""
         limits = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -94,20 +117,27 @@ class Driven:
 @contextlib.asynccontextmanager
 async def running(made: Installed, saved: Path | None) -> AsyncIterator[Driven]:
     """Let a saved machine go on with the disk of `made`; without one, switch that machine on."""
-    host, state, options = made.world.host, made.state, made.options()
-    words: tuple[str, ...] = ()
+    hardware = made.options().hardware
+    async with started(made.world.host, hardware, [made.disk], made.state, saved) as machine:
+        yield machine
+
+
+@contextlib.asynccontextmanager
+async def started(
+    host: Host, hardware: Hardware, disks: list[Path], state: Path, saved: Path | None,
+    more: tuple[str, ...] = (),
+) -> AsyncIterator[Driven]:  # fmt: skip
+    """Run a machine, from where it was saved or from power-on; `more` are further words for QEMU."""
     if saved:
-        shutil.rmtree(state / "tpm")
+        shutil.rmtree(state / "tpm", ignore_errors=True)
         shutil.copyfile(saved / VARIABLES, state / VARIABLES)
-        words = ("-incoming", "defer")
-    kind = accelerator.choose(host)
-    async with powered(options.hardware, [made.disk], state, kind, words) as machine:
+        more = (*more, "-incoming", "defer")
+    async with powered(hardware, disks, state, accelerator.choose(host), more) as machine:
         if saved:
             await vm._migrate(machine, "migrate-incoming", saved / "memory")
         driven = Driven(machine, state)
-        tasks = [
-            asyncio.create_task(work) for work in (_console(driven), _events(driven), _exchange(driven))
-        ]
+        works = (_console, _events, _exchange, _reports)
+        tasks = [asyncio.create_task(work(driven)) for work in works]
         try:
             await machine.go()
             yield driven
@@ -134,11 +164,19 @@ async def _events(driven: Driven) -> None:
 
 
 async def _exchange(driven: Driven) -> None:
+    await _lines(driven, driven.machine.exchange, driven.asked)
+
+
+async def _reports(driven: Driven) -> None:
+    await _lines(driven, driven.machine.report, driven.told)
+
+
+async def _lines(driven: Driven, port: socket.socket, kept: list[bytes]) -> None:
     lines = Lines(vm.EXCHANGE_BYTES)
-    async for data in vm._received(driven.machine.exchange):
+    async for data in vm._received(port):
         for line in lines.feed(data):
             async with driven.news:
-                driven.asked.append(line)
+                kept.append(line)
                 driven.news.notify_all()
 
 

@@ -1,0 +1,230 @@
+"""A live machine that installs itself from a registry, saved where it asks to be enrolled.
+
+It began in setup mode, with boot entries of others and of an older installation in its firmware. From where
+it is saved it goes on with disks that are good or bad, each time with the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from driven import Driven, started
+from world import World
+
+from mosinit import bootentry, demo, disk, firmware, hostfs, init, layout, machine, vm
+from mosinit.machine import VARIABLES, Hardware
+from tests import registries
+from tests.test_power_cut import Disk
+
+MIB = init.MIB
+TARGET, OTHER = 1, 2  # numbers of disks; 0 is the medium
+BY_ID = "/dev/disk/by-id/usb-QEMU_QEMU_HARDDISK_extra1-0:0"
+HARDWARE = Hardware(extra_bus="usb", network="user")
+OTHER_BYTES = 16 * MIB
+NAME = "installs"
+SECONDS = 400.0  # for an installation
+
+# What others put into this firmware, and an older mosinit on a disk that is no more.
+LOADER = "\\EFI\\other\\grubx64.efi\0".encode("utf-16-le")
+OLDER = bootentry.Entry(1, 2048, 1048576, "0b5a2f0e-7c1d-4a39-9e55-1f2e3d4c5b6a")
+
+
+def _foreign(label: str, path: bytes) -> bytes:
+    """Encode an EFI_LOAD_OPTION of somebody's, with data of his own behind it (UEFI 2.10, 3.1.3)."""
+    return struct.pack("<IH", 1, len(path)) + f"{label}\0".encode("utf-16-le") + path + b"his own data"
+
+
+FILE_PATH = struct.pack("<BBH", 4, 4, 4 + len(LOADER)) + LOADER + b"\x7f\xff\x04\x00"
+ENTRIES = {
+    0x0042: _foreign("another system", FILE_PATH),
+    0x0009: bootentry.encode(OLDER),
+    0x0007: _foreign("a third one", b"\x7f\xff\x04\x00"),
+}
+
+
+def planted() -> tuple[firmware.Variable, ...]:
+    """Return the firmware's boot entries before the machine is first switched on."""
+    order = struct.pack(f"<{len(ENTRIES)}H", *ENTRIES)
+    values = {"BootOrder": order} | {f"Boot{number:04X}": value for number, value in ENTRIES.items()}
+    return tuple(firmware.Variable(name, init.EFI_GLOBAL, value) for name, value in values.items())
+
+
+def boot_variables(state: Path) -> tuple[list[int], dict[int, bytes]]:
+    """Read the order of boot entries and the entries from a machine's firmware."""
+    from virt.firmware.varstore import edk2
+
+    found = {
+        name: bytes(each.data)
+        for name, each in edk2.Edk2VarStore(str(state / VARIABLES)).get_varlist().items()
+    }
+    order = found["BootOrder"]
+    names = [name for name in found if len(name) == 8 and name.startswith("Boot")]
+    entries = {int(name[4:], 16): found[name] for name in names if name[4:].isalnum() and name != "BootNext"}
+    return list(struct.unpack(f"<{len(order) // 2}H", order)), entries
+
+
+# --- Disks -------------------------------------------------------------------------------------------------
+
+
+def words_of(number: int, image: Path, *filters: Mapping[str, object], serial: str = "") -> tuple[str, ...]:
+    """Return QEMU's words for one more disk on the USB; `filters` lie on its file, from below."""
+    option, node, device, words = machine._disk(number, image, HARDWARE.extra_bus, False)
+    lower = cast("dict[str, object]", json.loads(node))
+    nodes = [lower]
+    for step, each in enumerate(filters):
+        lower["node-name"] = f"disk{number}-{step}"
+        below = "image" if each["driver"] == "blkdebug" else "file"
+        lower = {**each, "node-name": f"disk{number}", below: lower["node-name"]}
+        nodes.append(lower)
+    blocks = [word for each in nodes for word in (option, json.dumps(each))]
+    return (*blocks, device, words.replace(f"serial=extra{number}", f"serial={serial or f'extra{number}'}"))
+
+
+def errors(*places: int) -> dict[str, object]:
+    """Return a filter that fails each write which touches one of these places, in bytes."""
+    rules = [
+        {"event": "none", "iotype": "write", "errno": 5, "sector": place // 512, "once": False}
+        for place in places
+    ]
+    return {"driver": "blkdebug", "inject-error": rules}
+
+
+def recorded(log: Path) -> dict[str, object]:
+    """Return a filter that records every write."""
+    log.touch()
+    return {
+        "driver": "blklogwrites", "log-sector-size": 512,
+        "log": {"driver": "file", "filename": str(log)},
+    }  # fmt: skip
+
+
+def empty_disk(folder: Path) -> Path:
+    """Make a disk to install on."""
+    image = folder / "target.raw"
+    with image.open("wb") as file:
+        file.truncate(layout.SMALLEST)
+    return image
+
+
+# --- The machine -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The machine: its medium, where it was saved, what it asks and what it is answered."""
+
+    world: World
+    folder: Path
+    medium: Path
+    registry: registries.Real
+    state: Path
+    saved: vm.Saved
+    answer: bytes
+    other: Path  # a disk of somebody's
+
+    @contextlib.asynccontextmanager
+    async def goes_on(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
+        """Let it go on with these disks, once it is answered; its STATE is made in `folder`."""
+        state = folder / "state"
+        state.mkdir()
+        async with self._started(state, self.saved.folder, *words) as driven:
+            yield driven
+
+    @contextlib.asynccontextmanager
+    async def starts_again(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
+        """Switch a machine on whose STATE is in `folder`."""
+        async with self._started(folder / "state", None, *words) as driven:
+            yield driven
+
+    @contextlib.asynccontextmanager
+    async def _started(self, state: Path, saved: Path | None, *words: str) -> AsyncIterator[Driven]:
+        words = (*words, *words_of(OTHER, self.other))
+        async with started(self.world.host, HARDWARE, [self.medium], state, saved, words) as driven:
+            yield driven
+
+    def enroller(self, folder: Path) -> Callable[[bytes], bytes]:
+        """Return an organisation's side that has not seen this machine before."""
+        keyset = folder / "keys"
+        shutil.copytree(self.world.keyset.folder, keyset, ignore=shutil.ignore_patterns("machines"))
+        return demo.enroller(self.world.host, keyset, folder)
+
+
+def ends(driven: Driven) -> dict[str, Any] | None:
+    """Return how the installation ended, if it did."""
+    messages = [cast("dict[str, Any]", json.loads(line)) for line in driven.told]
+    return next((each for each in messages if each.get("target") == "installed"), None)
+
+
+async def end_of(driven: Driven) -> dict[str, Any]:
+    """Wait for the end of the installation."""
+    await driven.until(lambda: ends(driven) is not None, "end of the installation", SECONDS)
+    return cast("dict[str, Any]", ends(driven))
+
+
+async def written(driven: Driven, place: int) -> None:
+    """Wait until the target was written up to a place."""
+    while True:
+        answer = cast("list[dict[str, Any]]", await driven.machine.command("query-blockstats"))
+        stats = next(row["stats"] for row in answer if row.get("node-name") == f"disk{TARGET}")
+        if stats["wr_highest_offset"] >= place:
+            return
+        assert ends(driven) is None, ends(driven)
+        await asyncio.sleep(0.05)
+
+
+def starts_nothing(image: Path) -> None:
+    """See that firmware finds nothing to start on a disk, and the same medium takes it without asking."""
+    looked = Disk(image)
+    assert looked.loader() is None
+    assert looked.asks() == ""
+
+
+@contextlib.contextmanager
+def asking(world: World) -> Iterator[Asking]:
+    """Make the machine: switched on in setup mode, it is refused, gets its keys, boots, and asks."""
+    folder = world.folder / "asking"
+    folder.mkdir()
+    shutil.copytree(hostfs.build(world.host, folder), world.folder / f"{NAME}-hostfs")
+    release = world.release(NAME, None)
+    plain = folder / "plain.raw"
+    disk.live_medium(world.host, world.bootable.ukis["live"].path, release, world.keyset, plain)
+    authority = registries.Authority(folder)
+    with registries.real_registry(folder, authority, login=False) as registry:
+        push(world, release, registry, authority)
+        port = registry.address.partition(":")[2]
+        answers = f"version: 1\ndisk: {BY_ID}\nsource: docker://10.0.2.2:{port}/{NAME}:7\n"
+        medium = demo.add_answers(world.host, plain, folder / "medium.raw", answers)
+        esp = f"{medium}@@{MIB}"
+        world.host.run(["mcopy", "-i", esp, authority.path, "::mosinit/registry-ca.pem"])
+        other = folder / "other.raw"
+        other.write_bytes(os.urandom(OTHER_BYTES))
+        target = empty_disk(folder)
+        state = folder / "state"
+        firmware.empty(world.host, state / VARIABLES, planted())
+        options = vm.BootOptions(
+            medium, state, until="request", timeout=600, setup_mode=True,
+            hardware=Hardware(**{**vars(HARDWARE), "extra_disks": (target, other)}),
+        )  # fmt: skip
+        saved = vm.save(world.host, options, folder / "saved")
+        answer = demo.enroller(world.host, world.keyset.folder, folder)(saved.request)
+        yield Asking(world, folder, medium, registry, state, saved, answer, other)
+
+
+def push(world: World, release: Path, registry: registries.Real, authority: registries.Authority) -> None:
+    """Send a release to the registry, as people mirror one."""
+    folder = authority.folder / "certs.d"
+    folder.mkdir()
+    shutil.copyfile(authority.path, folder / "ca.crt")
+    target = f"docker://{registry.address}/{NAME}:7"
+    copy = ["skopeo", "copy", "--quiet", "--all", "--preserve-digests", f"--dest-cert-dir={folder}"]
+    subprocess.run([*copy, f"oci:{release}", target], check=True)
