@@ -213,7 +213,7 @@ class Machine:
         """Let the machine run."""
         await self.command("cont")
 
-    async def command(self, name: str, **arguments: object) -> object:
+    async def command(self, name: str, /, **arguments: object) -> object:
         """Give QEMU a command over QMP and return its answer. Raises `Failure`."""
         try:
             return await self.qmp.execute(name, arguments)

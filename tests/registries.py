@@ -96,10 +96,24 @@ def password_file(folder: Path, words: str = f"{USER}:{PASSWORD}") -> Path:
 
 @dataclass(frozen=True)
 class Real:
-    """A running docker-registry: its address and its access log."""
+    """A running docker-registry: its address and its access log, and how it is started."""
 
     address: str
     log: Path
+    command: list[str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        with self.log.open("ab") as output:
+            self.processes.append(subprocess.Popen(self.command, stdout=output, stderr=output))
+        _wait_for(int(self.address.partition(":")[2]))
+
+    def stop(self) -> None:
+        """End it, and every connection with it."""
+        process = self.processes.pop()
+        process.terminate()
+        process.wait(10)
 
     def requests(self) -> list[tuple[str, str, int]]:
         """Return method, path and status of every request so far."""
@@ -118,17 +132,13 @@ def real_registry(folder: Path, authority: Authority, *, login: bool = True) -> 
         f"http: {{addr: '127.0.0.1:{port}', tls: {{certificate: {certificate}, key: {certificate}}}}}\n"
         + (f"auth: {{htpasswd: {{realm: test, path: {folder}/htpasswd}}}}\n" if login else "")
     )
-    log = folder / "registry.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["docker-registry", "serve", folder / "config.yml"], stdout=output, stderr=output
-        )
-        try:
-            _wait_for(port)
-            yield Real(f"127.0.0.1:{port}", log)
-        finally:
-            process.terminate()
-            process.wait(10)
+    command = ["docker-registry", "serve", str(folder / "config.yml")]
+    registry = Real(f"127.0.0.1:{port}", folder / "registry.log", command)
+    registry.start()
+    try:
+        yield registry
+    finally:
+        registry.stop()
 
 
 def _bcrypt(password: str) -> str:

@@ -134,35 +134,44 @@ class Asking:
 
     @contextlib.asynccontextmanager
     async def goes_on(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
-        """Let it go on with these disks, once it is answered; its STATE is made in `folder`."""
-        state = folder / "state"
+        """Let it go on with this disk to install on, where it asks to be enrolled; its STATE is made in
+        `folder`. With --cold it is switched on.
+        """
+        state, saved = folder / "state", None if self.world.cold else self.saved.folder
         state.mkdir()
-        async with self._started(state, self.saved.folder, *words) as driven:
-            yield driven
-
-    @contextlib.asynccontextmanager
-    async def starts_again(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
-        """Switch a machine on whose STATE is in `folder`."""
-        async with self._started(folder / "state", None, *words) as driven:
-            yield driven
-
-    @contextlib.asynccontextmanager
-    async def _started(self, state: Path, saved: Path | None, *words: str) -> AsyncIterator[Driven]:
+        shutil.copyfile(self.saved.folder / VARIABLES, state / VARIABLES)
         words = (*words, *words_of(OTHER, self.other))
         async with started(self.world.host, HARDWARE, [self.medium], state, saved, words) as driven:
             yield driven
 
-    def enroller(self, folder: Path) -> Callable[[bytes], bytes]:
-        """Return an organisation's side that has not seen this machine before."""
-        keyset = folder / "keys"
-        shutil.copytree(self.world.keyset.folder, keyset, ignore=shutil.ignore_patterns("machines"))
-        return demo.enroller(self.world.host, keyset, folder)
+    async def enroll(self, driven: Driven) -> None:
+        """Answer what it asks."""
+        answer = self.answer
+        if self.world.cold:
+            answer = await asyncio.to_thread(enroller(self.world, driven.folder), await driven.asks())
+        await driven.answer(answer)
+
+
+def enroller(world: World, folder: Path) -> Callable[[bytes], bytes]:
+    """Return the side of an organisation that has not seen any machine yet."""
+    keyset = folder / "keys"
+    shutil.copytree(world.keyset.folder, keyset, ignore=shutil.ignore_patterns("machines"))
+    return demo.enroller(world.host, keyset, folder)
 
 
 def ends(driven: Driven) -> dict[str, Any] | None:
     """Return how the installation ended, if it did."""
     messages = [cast("dict[str, Any]", json.loads(line)) for line in driven.told]
     return next((each for each in messages if each.get("target") == "installed"), None)
+
+
+async def plug_in(driven: Driven, image: Path, serial: str) -> None:
+    """Plug one more disk in, and wait until the machine's kernel has it."""
+    _, node, _, _ = machine._disk(9, image, "usb", False)
+    await driven.machine.command("blockdev-add", **json.loads(node))
+    words = {"driver": "usb-storage", "bus": "xhci.0", "removable": True, "drive": "disk9", "serial": serial}
+    await driven.machine.command("device_add", id="blk9", **words)
+    await driven.says(b"[sdc] Attached SCSI")
 
 
 async def end_of(driven: Driven) -> dict[str, Any]:
@@ -216,7 +225,7 @@ def asking(world: World) -> Iterator[Asking]:
             hardware=Hardware(**{**vars(HARDWARE), "extra_disks": (target, other)}),
         )  # fmt: skip
         saved = vm.save(world.host, options, folder / "saved")
-        answer = demo.enroller(world.host, world.keyset.folder, folder)(saved.request)
+        answer = enroller(world, folder)(saved.request)
         yield Asking(world, folder, medium, registry, state, saved, answer, other)
 
 

@@ -1,0 +1,216 @@
+"""An installation in a real machine, from a registry, and what may happen to it: disks that fail or vanish,
+a cable that is pulled, the power that goes at some write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driven import Beside
+from installing import (
+    ENTRIES,
+    OLDER,
+    TARGET,
+    Asking,
+    boot_variables,
+    empty_disk,
+    end_of,
+    errors,
+    plug_in,
+    recorded,
+    starts_nothing,
+    words_of,
+    written,
+)
+
+from mosinit import bootentry, init, layout, vm
+from mosinit.machine import VARIABLES, Hardware
+from tests.test_power_cut import Disk, pieces, read_log
+
+pytestmark = pytest.mark.cold
+
+PLANNED = layout.make_plan(layout.Disk(Path("/dev/x"), "x", layout.SMALLEST, 512, False, "", "", ""))
+CONFIG, STORE = (PLANNED.named(name).start for name in ("machine-config", "machine-store"))
+IN_STREAM = STORE + init.LUKS_DATA + 32 * init.MIB  # beyond what an empty file system has at its begin
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Two stories beside each other: one that ends well, and one whose disk vanishes -------------------
+
+
+async def cable_is_pulled(asking: Asking, folder: Path) -> dict[str, Any]:
+    """The network goes in mid-stream, and the registry restarts meanwhile; every write is recorded."""
+    image = empty_disk(folder)
+    target = words_of(TARGET, image, recorded(folder / "log"))
+    async with asking.goes_on(folder, *target) as machine:
+        await asking.enroll(machine)
+        await written(machine, IN_STREAM)
+        await machine.machine.command("set_link", name="net", up=False)
+        await asyncio.to_thread(asking.registry.stop)
+        await asyncio.to_thread(asking.registry.start)
+        await machine.machine.command("set_link", name="net", up=True)
+        return await end_of(machine)
+
+
+async def disk_vanishes(asking: Asking, folder: Path) -> dict[str, Any]:
+    """The disk is unplugged in mid-stream."""
+    async with asking.goes_on(folder, *words_of(TARGET, empty_disk(folder))) as machine:
+        await asking.enroll(machine)
+        await written(machine, IN_STREAM)
+        await machine.machine.command("device_del", id=f"blk{TARGET}")
+        await machine.happens("DEVICE_DELETED")
+        return await end_of(machine)
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[Beside]:
+    """A thread for both."""
+    made = Beside()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+Ended = tuple[Path, "Future[dict[str, Any]]"]
+
+
+@pytest.fixture(scope="module")
+def vanished(asking: Asking, beside: Beside) -> Ended:
+    """A machine whose disk vanishes."""
+    folder = asking.folder / "vanishes"
+    folder.mkdir()
+    return folder, beside.start(disk_vanishes(asking, folder))
+
+
+@pytest.fixture(scope="module")
+def done(asking: Asking, beside: Beside, vanished: Ended) -> tuple[Path, dict[str, Any]]:
+    """A machine that is installed in spite of all, beside a disk of somebody's."""
+    folder = asking.folder / "pulled"
+    folder.mkdir()
+    before = sha256(asking.other)
+    ended = beside.start(cable_is_pulled(asking, folder)).result()
+    assert "error" not in ended, ended
+    assert sha256(asking.other) == before
+    return folder, ended["installed"]
+
+
+def test_a_pulled_cable_is_waited_for_and_other_disks_stay_as_they_are(
+    asking: Asking, done: tuple[Path, dict[str, Any]]
+) -> None:
+    _, installed = done
+    assert installed["source"].startswith("docker://10.0.2.2:")
+    partial = [status for method, path, status in asking.registry.requests() if "/blobs/" in path]
+    assert 206 in partial, "nothing was resumed"
+
+
+def test_boot_entries_of_others_stay_and_ours_is_the_first(
+    asking: Asking, done: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, installed = done
+    order, entries = boot_variables(asking.saved.folder)
+    after, now = boot_variables(folder / "state")
+    ours = int(installed["boot entry"].removeprefix("Boot"), 16)
+    # In the place of an older one of ours, which led to a disk that is no more.
+    assert bootentry.parse(entries[ours]) == OLDER
+    assert bootentry.parse(now[ours]) not in (OLDER, None)
+    assert after == [ours, *(number for number in order if number != ours)]
+    assert {**now, ours: b""} == {**entries, ours: b""}
+    assert set(ENTRIES) <= set(now)
+
+
+def test_no_moment_of_an_installation_leaves_half_a_machine(
+    asking: Asking, done: tuple[Path, dict[str, Any]]
+) -> None:
+    """Each write to tables and boot partition, as the machine's kernel made them; then the first disk that
+    firmware starts is started, in the firmware as it was then.
+    """
+    folder, _ = done
+    final, disk = Disk(folder / "target.raw"), Disk(empty_disk(folder / "state"))
+    loader, checked, complete = final.loader(), 0, 0
+    assert loader
+    for write in read_log(folder / "log"):
+        for sector, data in pieces(write, disk):
+            disk.put(sector, data)
+            if layout.EDGES + layout.ESP_BYTES <= sector * 512 < disk.size - layout.EDGES:
+                continue
+            checked += 1
+            found = disk.loader()
+            assert found in ((None, loader) if complete == 0 else (loader,))
+            if found is None:
+                assert disk.asks() == ""
+                continue
+            complete += 1
+            if complete == 1:
+                subprocess.run(["cp", "--sparse=always", disk.image, folder / "first.raw"], check=True)
+    assert (checked > 100, complete > 0) == (True, True)
+    assert disk.asks() == final.asks() != ""
+    state = folder / "state"
+    shutil.copyfile(asking.saved.folder / VARIABLES, state / VARIABLES)
+    options = vm.BootOptions(folder / "first.raw", state, until="pivoted", hardware=Hardware(bus="usb"))
+    outcome = vm.boot(asking.world.host, options)
+    assert outcome.status == 0, f"{outcome.reason}\n{outcome.console.read_text(errors='replace')[-3000:]}"
+    assert outcome.report
+    assert outcome.report["mode"] == "run"
+
+
+def test_a_disk_that_vanishes_ends_the_installation_with_one_line(asking: Asking, vanished: Ended) -> None:
+    folder, story = vanished
+    failed(asking, folder, story.result())
+    starts_nothing(folder / "target.raw")
+
+
+def failed(asking: Asking, folder: Path, ended: dict[str, Any]) -> str:
+    """See that an installation failed, with one line, and left no boot entry; return what it said."""
+    words = ended["error"]
+    assert isinstance(words, str)
+    assert "\n" not in words
+    assert boot_variables(folder / "state") == boot_variables(asking.saved.folder)
+    return words
+
+
+# --- A disk that cannot be written at some place ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("what", "place"), [("table", 512), ("volume", CONFIG)])
+def test_a_write_error_ends_the_installation_with_one_line(
+    asking: Asking, tmp_path: Path, what: str, place: int
+) -> None:
+    async def story() -> dict[str, Any]:
+        image = empty_disk(tmp_path)
+        async with asking.goes_on(tmp_path, *words_of(TARGET, image, errors(place))) as machine:
+            await asking.enroll(machine)
+            return await end_of(machine)
+
+    assert "/dev/sda" in failed(asking, tmp_path, asyncio.run(story()))
+    starts_nothing(tmp_path / "target.raw")
+
+
+# --- Two disks that cannot be told from each other ----------------------------------------------------
+
+
+def test_two_equal_disks_are_refused_and_stay_as_they_are(asking: Asking, tmp_path: Path) -> None:
+    image, twin = empty_disk(tmp_path), empty_disk(asking.folder)
+
+    async def story() -> dict[str, Any]:
+        async with asking.goes_on(tmp_path, *words_of(TARGET, image)) as machine:
+            await plug_in(machine, twin, f"extra{TARGET}")
+            await asking.enroll(machine)
+            return await end_of(machine)
+
+    words = failed(asking, tmp_path, asyncio.run(story()))
+    assert "sda" in words
+    assert "sdc" in words
+    assert (image.stat().st_blocks, twin.stat().st_blocks) == (0, 0)
