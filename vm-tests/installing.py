@@ -34,9 +34,9 @@ OTHER_BYTES = 16 * MIB
 NAME = "installs"
 SECONDS = 400.0  # for an installation
 
-# What others put into this firmware, and an older mosinit on a disk that is no more.
+# What others put into this firmware, and what follows their device path.
 LOADER = "\\EFI\\other\\grubx64.efi\0".encode("utf-16-le")
-OLDER = bootentry.Entry(1, 2048, 1048576, "0b5a2f0e-7c1d-4a39-9e55-1f2e3d4c5b6a")
+OLDER = 0x0009  # the entry of an older installation of mosinit
 
 
 def _foreign(label: str, path: bytes) -> bytes:
@@ -44,18 +44,39 @@ def _foreign(label: str, path: bytes) -> bytes:
     return struct.pack("<IH", 1, len(path)) + f"{label}\0".encode("utf-16-le") + path + b"his own data"
 
 
-FILE_PATH = struct.pack("<BBH", 4, 4, 4 + len(LOADER)) + LOADER + b"\x7f\xff\x04\x00"
-ENTRIES = {
-    0x0042: _foreign("another system", FILE_PATH),
-    0x0009: bootentry.encode(OLDER),
-    0x0007: _foreign("a third one", b"\x7f\xff\x04\x00"),
+FOREIGN = {
+    0x0042: _foreign(
+        "another system", struct.pack("<BBH", 4, 4, 4 + len(LOADER)) + LOADER + b"\x7f\xff\x04\0"
+    ),
+    0x0007: _foreign("a third one", b"\x7f\xff\x04\0"),
 }
 
 
-def planted() -> tuple[firmware.Variable, ...]:
+def older_disk(world: World, folder: Path) -> tuple[Path, bootentry.Entry]:
+    """Make a disk of an older installation, with its boot entry: OVMF drops those that lead nowhere."""
+    files: dict[str, bytes | Path] = {
+        bootentry.LOADER[1:].replace("\\", "/"): b"its boot loader",
+        "EFI/Linux/mosinit_1.efi": os.urandom(OTHER_BYTES),
+    }
+    esp = disk.make_esp(world.host, files, folder / "older-esp", "0" * 64)
+    image = folder / "other.raw"
+    disk.write_disk(world.host, [disk.Part(init.ESP_TYPE, "esp", esp, "1" * 64)], "2" * 64, image)
+    (part,) = partitions(image)
+    return image, bootentry.Entry(1, part.start // 512, part.size // 512, part.uuid)
+
+
+def partitions(image: Path) -> tuple[init.Partition, ...]:
+    """Return the partitions of a disk."""
+    with image.open("rb") as file:
+        head = file.read(1024 + 16384)
+    return init.parse_gpt(head[512:1024], head[1024:], 512, image.stat().st_size // 512)
+
+
+def planted(older: bootentry.Entry) -> tuple[firmware.Variable, ...]:
     """Return the firmware's boot entries before the machine is first switched on."""
-    order = struct.pack(f"<{len(ENTRIES)}H", *ENTRIES)
-    values = {"BootOrder": order} | {f"Boot{number:04X}": value for number, value in ENTRIES.items()}
+    entries = {0x0042: FOREIGN[0x0042], OLDER: bootentry.encode(older), 0x0007: FOREIGN[0x0007]}
+    order = struct.pack(f"<{len(entries)}H", *entries)
+    values = {"BootOrder": order} | {f"Boot{number:04X}": value for number, value in entries.items()}
     return tuple(firmware.Variable(name, init.EFI_GLOBAL, value) for name, value in values.items())
 
 
@@ -130,7 +151,8 @@ class Asking:
     state: Path
     saved: vm.Saved
     answer: bytes
-    other: Path  # a disk of somebody's
+    other: Path  # the disk of an older installation
+    older: bootentry.Entry  # and what starts it
 
     @contextlib.asynccontextmanager
     async def goes_on(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
@@ -215,18 +237,17 @@ def asking(world: World) -> Iterator[Asking]:
         medium = demo.add_answers(world.host, plain, folder / "medium.raw", answers)
         esp = f"{medium}@@{MIB}"
         world.host.run(["mcopy", "-i", esp, authority.path, "::mosinit/registry-ca.pem"])
-        other = folder / "other.raw"
-        other.write_bytes(os.urandom(OTHER_BYTES))
+        other, older = older_disk(world, folder)
         target = empty_disk(folder)
         state = folder / "state"
-        firmware.empty(world.host, state / VARIABLES, planted())
+        firmware.empty(world.host, state / VARIABLES, planted(older))
         options = vm.BootOptions(
             medium, state, until="request", timeout=600, setup_mode=True,
             hardware=Hardware(**{**vars(HARDWARE), "extra_disks": (target, other)}),
         )  # fmt: skip
         saved = vm.save(world.host, options, folder / "saved")
         answer = enroller(world, folder)(saved.request)
-        yield Asking(world, folder, medium, registry, state, saved, answer, other)
+        yield Asking(world, folder, medium, registry, state, saved, answer, other, older)
 
 
 def push(world: World, release: Path, registry: registries.Real, authority: registries.Authority) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from driven import Beside
 from installing import (
-    ENTRIES,
+    FOREIGN,
     OLDER,
     TARGET,
     Asking,
@@ -24,6 +24,7 @@ from installing import (
     empty_disk,
     end_of,
     errors,
+    partitions,
     plug_in,
     recorded,
     starts_nothing,
@@ -123,12 +124,13 @@ def test_boot_entries_of_others_stay_and_ours_is_the_first(
     order, entries = boot_variables(asking.saved.folder)
     after, now = boot_variables(folder / "state")
     ours = int(installed["boot entry"].removeprefix("Boot"), 16)
-    # In the place of an older one of ours, which led to a disk that is no more.
-    assert bootentry.parse(entries[ours]) == OLDER
-    assert bootentry.parse(now[ours]) not in (OLDER, None)
+    # In the place of the older one.
+    assert ours == OLDER
+    entry, (esp, *_) = bootentry.parse(now[ours]), partitions(folder / "target.raw")
+    assert entry == bootentry.Entry(1, esp.start // 512, esp.size // 512, esp.uuid)
     assert after == [ours, *(number for number in order if number != ours)]
     assert {**now, ours: b""} == {**entries, ours: b""}
-    assert set(ENTRIES) <= set(now)
+    assert {number: now[number] for number in FOREIGN} == FOREIGN
 
 
 def test_no_moment_of_an_installation_leaves_half_a_machine(
