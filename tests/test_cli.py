@@ -357,6 +357,7 @@ def test_options_that_would_not_count_are_wrong_usage(
     for words, says in (
         ("build --keys k --out o --manifest m --sequence 7", "--sequence goes without --manifest"),
         ("publish m --keys k --to docker://r.example/A:1", "lower-case"),
+        ("vm boot --disk d --dir s --setup-mode --keys k", "for --enroll alone"),
     ):
         assert cli.main(words.split(), verbs) == 2
         said = capsys.readouterr().err

@@ -279,6 +279,22 @@ def test_a_machine_in_setup_mode_does_not_restart_for_ever() -> None:
     assert [each for each in resets if each] == [resets[4], resets[5]]
 
 
+def test_a_machine_may_be_waited_for_until_it_asks_to_be_enrolled() -> None:
+    boot = Boot("request")
+    assert boot.sees(framed(PIVOTED)) is None
+    assert boot.watch.port(b'{"target": "multi-user.target"}') is None
+    settled = boot.watch.asks(b'{"serial": 1}')
+    assert settled
+    assert settled.status == 0
+    assert boot.watch.request == b'{"serial": 1}'
+    assert Boot("installed").watch.asks(b"{}") is None
+
+
+def test_a_machine_that_cannot_ask_says_why() -> None:
+    settled = Boot("request").watch.port(b'{"target": "installed", "error": "no such disk"}')
+    assert settled == (1, "the machine was not installed: no such disk")
+
+
 def test_firmware_that_finds_nothing_says_why() -> None:
     settled = Boot().sees(
         b"BdsDxe: loading Boot0001",

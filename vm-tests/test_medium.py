@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding
 from world import World, check_refused, make_cpio
 
-from mosinit import disk, firmware, init, vm
-from mosinit.machine import VARIABLES, Hardware
+from mosinit import disk, init, vm
+from mosinit.machine import Hardware
 
 pytestmark = pytest.mark.cold
 
 ADDON_STUB = Path("/usr/lib/systemd/boot/efi/addonx64.efi.stub")
 BESIDE = f"{disk.UKI_PLACE}.extra.d"
-DOWN, ENTER = b"\x1b[B", b"\r"
 
 
 def with_extras(world: World, medium: Path, name: str, extras: dict[str, bytes]) -> Path:
@@ -90,20 +86,3 @@ def test_a_stick_in_a_machine_with_another_disk(world: World, medium: Path) -> N
         world, medium, bus="usb", extra_bus="nvme", extra_disks=(empty,), nic="e1000e", network="restricted"
     )
     assert outcome.status == 0, outcome.console.read_text(errors="replace")[-3000:]
-
-
-def test_keys_are_enrolled_in_setup_mode_by_a_person(world: World, medium: Path) -> None:
-    options = world.options(medium, folder=world.folder / "setup-mode.state", keys=None)
-    options.folder.mkdir()
-    shutil.copyfile(firmware.TEMPLATE, options.folder / VARIABLES)
-    check_refused(vm.boot(world.host, options), "SB-MODE")
-    choose = (b"Enroll Secure Boot keys: mosinit", DOWN + DOWN + ENTER)
-    outcome = vm.boot(world.host, replace(options, answers=(choose,)))
-    console = outcome.console.read_text(errors="replace")
-    assert outcome.status == 0, f"{outcome.reason}\n{console[-3000:]}"
-    assert "successfully enrolled" in console
-    passed = {check["id"] for check in cast(dict[str, Any], outcome.report)["checks"]}
-    assert passed >= {"SB-MODE", "SB-OFF", "SB-DB", "SB-KEYRING"}
-    stored = (options.folder / VARIABLES).read_bytes()
-    for role in disk.ENROLMENT.values():
-        assert world.keyset.certificate(role).public_bytes(Encoding.DER) in stored
