@@ -32,7 +32,8 @@ BY_ID = "/dev/disk/by-id/usb-QEMU_QEMU_HARDDISK_extra1-0:0"
 HARDWARE = Hardware(extra_bus="usb", network="user")
 OTHER_BYTES = 16 * MIB
 NAME = "installs"
-SECONDS = 400.0  # for an installation
+SECONDS = 600.0  # for an installation
+STREAMED = 16 * MIB  # of a release: enough to be in the midst of it
 
 # What others put into this firmware, and what follows their device path.
 LOADER = "\\EFI\\other\\grubx64.efi\0".encode("utf-16-le")
@@ -202,15 +203,20 @@ async def end_of(driven: Driven) -> dict[str, Any]:
     return cast("dict[str, Any]", ends(driven))
 
 
-async def written(driven: Driven, place: int) -> None:
-    """Wait until the target was written up to a place."""
-    while True:
-        answer = cast("list[dict[str, Any]]", await driven.machine.command("query-blockstats"))
-        stats = next(row["stats"] for row in answer if row.get("node-name") == f"disk{TARGET}")
-        if stats["wr_highest_offset"] >= place:
-            return
+async def in_stream(driven: Driven) -> None:
+    """Wait until the release is being copied, and some of it has reached the disk."""
+    words = b"copying the release"
+    await driven.until(lambda: words in driven.console or ends(driven) is not None, repr(words), SECONDS)
+    begin = await _written(driven)
+    while await _written(driven) < begin + STREAMED:
         assert ends(driven) is None, ends(driven)
         await asyncio.sleep(0.05)
+
+
+async def _written(driven: Driven) -> int:
+    answer = cast("list[dict[str, Any]]", await driven.machine.command("query-blockstats"))
+    stats = next(row["stats"] for row in answer if row.get("node-name") == f"disk{TARGET}")
+    return cast(int, stats["wr_bytes"])
 
 
 def starts_nothing(image: Path) -> None:

@@ -24,23 +24,23 @@ from installing import (
     empty_disk,
     end_of,
     errors,
+    in_stream,
     partitions,
     plug_in,
     recorded,
     starts_nothing,
     words_of,
-    written,
 )
 
-from mosinit import bootentry, init, layout, vm
+from mosinit import bootentry, layout, vm
 from mosinit.machine import VARIABLES, Hardware
+from tests import tpms
 from tests.test_power_cut import Disk, pieces, read_log
 
 pytestmark = pytest.mark.cold
 
 PLANNED = layout.make_plan(layout.Disk(Path("/dev/x"), "x", layout.SMALLEST, 512, False, "", "", ""))
-CONFIG, STORE = (PLANNED.named(name).start for name in ("machine-config", "machine-store"))
-IN_STREAM = STORE + init.LUKS_DATA + 32 * init.MIB  # beyond what an empty file system has at its begin
+CONFIG = PLANNED.named("machine-config").start
 
 
 def sha256(path: Path) -> str:
@@ -57,7 +57,7 @@ async def cable_is_pulled(asking: Asking, folder: Path) -> dict[str, Any]:
     target = words_of(TARGET, image, recorded(folder / "log"))
     async with asking.goes_on(folder, *target) as machine:
         await asking.enroll(machine)
-        await written(machine, IN_STREAM)
+        await in_stream(machine)
         await machine.machine.command("set_link", name="net", up=False)
         await asyncio.to_thread(asking.registry.stop)
         await asyncio.to_thread(asking.registry.start)
@@ -69,7 +69,7 @@ async def disk_vanishes(asking: Asking, folder: Path) -> dict[str, Any]:
     """The disk is unplugged in mid-stream."""
     async with asking.goes_on(folder, *words_of(TARGET, empty_disk(folder))) as machine:
         await asking.enroll(machine)
-        await written(machine, IN_STREAM)
+        await in_stream(machine)
         await machine.machine.command("device_del", id=f"blk{TARGET}")
         await machine.happens("DEVICE_DELETED")
         return await end_of(machine)
@@ -172,6 +172,18 @@ def test_a_disk_that_vanishes_ends_the_installation_with_one_line(asking: Asking
     folder, story = vanished
     failed(asking, folder, story.result())
     starts_nothing(folder / "target.raw")
+    # The next boot of the medium makes a new request, which takes nobody's consent.
+    assert passwords(folder) == dict.fromkeys(("ownerAuthSet", "endorsementAuthSet", "lockoutAuthSet"), "0")
+
+
+def passwords(folder: Path) -> dict[str, str]:
+    """Return which hierarchies of a machine's TPM have a password."""
+    copy = folder / "tpm"
+    shutil.copytree(folder / "state/tpm", copy)
+    with tpms.swtpm(copy) as tpm:
+        told = tpm.run("tpm2_getcap", "properties-variable").decode()
+    rows = [line.strip().partition(":") for line in told.splitlines()]
+    return {name: value.strip() for name, _, value in rows if name.endswith("AuthSet")}
 
 
 def failed(asking: Asking, folder: Path, ended: dict[str, Any]) -> str:
