@@ -62,6 +62,8 @@ STEPS = {
     "copying": "copying",
     "esp": "boot partition",
     "reading": "reading everything back",
+    "TPM": "closing the TPM",
+    "start": "start and boot entry",
 }
 
 

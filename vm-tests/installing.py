@@ -163,9 +163,15 @@ class Asking:
         state, saved = folder / "state", None if self.world.cold else self.saved.folder
         state.mkdir()
         shutil.copyfile(self.saved.folder / VARIABLES, state / VARIABLES)
-        words = (*words, *words_of(OTHER, self.other))
-        async with started(self.world.host, HARDWARE, [self.medium], state, saved, words) as driven:
+        medium, other = (self.copied(each, folder) for each in (self.medium, self.other))
+        words = (*words, *words_of(OTHER, other))
+        async with started(self.world.host, HARDWARE, [medium], state, saved, words) as driven:
             yield driven
+
+    def copied(self, image: Path, folder: Path) -> Path:
+        """Return a copy of a disk: a running machine has its disks for itself."""
+        self.world.host.run(["cp", "--sparse=always", image, folder / image.name])
+        return folder / image.name
 
     async def enroll(self, driven: Driven) -> None:
         """Answer what it asks."""
