@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import installing
 from probed import add_layer
@@ -67,14 +68,12 @@ STEPS = {
 }
 
 
-def steps(console: str, end: float) -> dict[str, float]:
-    """Return what each step of the last installation on a console took; `end` is by the machine's clock."""
-    found: list[tuple[str, float]] = []
-    for line in console.splitlines():
-        if (match := LINE.match(line.strip())) and (words := match[2].split()):
-            name = STEPS.get(words[0].rstrip(":"))
-            found += [(name, float(match[1]))] if name else []
-    ends = [begin for _, begin in found[1:]] + [end]
+def steps(console: str, seconds: float) -> dict[str, float]:
+    """Return what each step of an installation on a console took; what acts on the disk took `seconds`."""
+    lines = [match for line in console.splitlines() if (match := LINE.match(line.strip()))]
+    found = [(name, float(line[1])) for line in lines if (name := STEPS.get(line[2].split()[0].rstrip(":")))]
+    begun = next(begin for name, begin in found if name == STEPS["partitions"])
+    ends = [begin for _, begin in found[1:]] + [begun + seconds]
     taken: dict[str, float] = {}
     for (name, begin), after in zip(found, ends, strict=True):
         taken[name] = round(taken.get(name, 0.0) + after - begin, 2)
@@ -109,8 +108,8 @@ def figures(outcome: vm.Outcome) -> dict[str, object]:
     """Return what a boot's console says."""
     console = outcome.console.read_text(errors="replace")
     plain = json.loads(console.partition("bench: ")[2].splitlines()[0])
-    last = [match for line in console.splitlines() if (match := re.match(r"^\[ *([0-9.]+)\]", line))]
-    taken = steps(console, float(last[-1][1]))
+    done = cast("dict[str, float]", outcome.system["installed"])
+    taken = steps(console, done["seconds"])
     rate, plain_rate = plain["bytes"] / taken["copying"], plain["bytes"] / plain["seconds"]
     return {
         "bytes": plain["bytes"],
