@@ -85,9 +85,7 @@ def use_dhcp(host: Host, link: Link, folder: Path = RUNTIME) -> None:
     _reload(host, link)
 
 
-def use_static(
-    host: Host, link: Link, address: str, gateway: str, dns: str, folder: Path = RUNTIME
-) -> None:
+def use_static(host: Host, link: Link, address: str, gateway: str, dns: str, folder: Path = RUNTIME) -> None:
     """Give a link what a person typed: an address with its prefix, and perhaps a gateway and name servers
     (with spaces or commas between them). Raises `Failure` before anything is changed.
     """
@@ -192,4 +190,6 @@ def wait_online(host: Host, seconds: int) -> None:
     try:
         host.run([WAIT_ONLINE, *words], timeout=seconds + 30)
     except Failure as failure:
-        raise Failure(f"no network after {seconds} s: look at cable and DHCP, or type an address") from failure
+        raise Failure(
+            f"no network after {seconds} s: look at cable and DHCP, or type an address"
+        ) from failure

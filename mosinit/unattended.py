@@ -10,11 +10,11 @@ import os
 import select
 from pathlib import Path
 
-from mosinit import answers, init, install, layout, provision
+from mosinit import answers, enrolment, init, install, layout, provision
 from mosinit.host import Failure, Host
 
 PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
-STATE = Path("/run/mosinit-provision")
+STATE = enrolment.STATE
 ANSWER_BYTES = 4 << 20
 ANSWER_SECONDS = 3600.0  # somebody may have to look at the request
 NETWORK_SECONDS = 120
