@@ -7,7 +7,9 @@ only if it is the organisation's, to this very request; `provision.finish` looks
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import os
 import re
 import struct
@@ -21,6 +23,7 @@ from mosinit.host import Failure, Host, Usage, printable
 
 STATE = Path("/run/mosinit-provision")
 REQUEST, ANSWER = STATE / "request.json", STATE / "answer.json"
+SSH_KEY = Path("/run/mosinit-ssh/host_key")  # of this very boot
 FOLDER = "mosinit"  # on a stick
 USAGE = (
     "`ssh -t` without a command installs; `request` prints this machine's request for its enrolment, and "
@@ -209,6 +212,16 @@ def put_answer(host: Host, untrusted: bytes, name: str, state: Path = STATE) -> 
 
 
 # --- By SSH ----------------------------------------------------------------------------------------------
+
+
+def ssh_fingerprint(key: Path = SSH_KEY) -> str:
+    """Return how a person tells that this machine answers them by SSH; empty where nobody can log in."""
+    public = key.with_name(f"{key.name}.pub")
+    try:
+        blob = base64.b64decode(public.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
 def serve(

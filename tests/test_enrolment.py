@@ -7,12 +7,14 @@ import errno
 import io
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mosinit import enrolment, exchange, init
+from mosinit.state import make_ssh_keys
 from mosinit.enrolment import Places, Stick
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
@@ -276,3 +278,15 @@ def test_nothing_else_is_served(words: list[str], state: Path, host: Host) -> No
     with pytest.raises(Usage, match="`request` prints"):
         enrolment.serve(host, words, io.BytesIO(b"x"), stdout, state)
     assert stdout.getvalue() == b""
+
+
+def test_the_fingerprint_is_the_one_that_ssh_shows(tmp_path: Path) -> None:
+    key = tmp_path / "host_key"
+    assert enrolment.ssh_fingerprint(key) == ""
+    (tmp_path / "host_key.pub").write_bytes(make_ssh_keys()["etc/ssh/ssh_host_ed25519_key.pub"])
+    shown = subprocess.run(
+        ["ssh-keygen", "-l", "-f", f"{key}.pub"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split()[1] == enrolment.ssh_fingerprint(key)
+    (tmp_path / "host_key.pub").write_text("ssh-ed25519\n")
+    assert enrolment.ssh_fingerprint(key) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,8 @@ BAD = [
     ("224.0.0.1/24", "", "", "not the address of one"), ("127.0.0.2/8", "", "", "not the address of one"),
     ("0.0.0.0/24", "", "", "not the address of one"), ("10.0.0.5/0", "", "", "all of the internet"),
     ("10.0.0.5/24", "10.0.1.1", "", "not in 10.0.0.0/24"), ("10.0.0.5/24", "10.0.0.5", "", "own address"),
-    ("10.0.0.5/24", "2001:db8::1", "", "two kinds"), ("10.0.0.5/24", "router", "", "no address of a gateway"),
+    ("10.0.0.5/24", "2001:db8::1", "", "two kinds"),
+    ("10.0.0.5/24", "router", "", "no address of a gateway"),
     ("2001:db8::5/64", "fe80::1%eth0", "", "no address of a gateway"),
     ("10.0.0.5/24", "", "dns.example", "no address of a name server"),
     ("10.0.0.5/24", "", "255.255.255.255", "not the address of one"),
@@ -152,8 +154,7 @@ def test_what_no_link_can_have_changes_nothing(
 @pytest.mark.parametrize("name", ["*", "eth0 eth1", "../x", "eth0\nDHCP=yes", "!eth0", ""])
 def test_a_name_that_networkd_would_take_for_a_pattern(name: str, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="misread"):
-        network.use_static(Networked(), LINK.__class__(name, "", True, (), "", "none"), "10.0.0.5/24", "", "",
-                           tmp_path)  # fmt: skip
+        network.use_static(Networked(), replace(LINK, name=name), "10.0.0.5/24", "", "", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
