@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from mosinit import enrolment, exchange, init
-from mosinit.state import make_ssh_keys
 from mosinit.enrolment import Places, Stick
 from mosinit.host import Failure, Host, Usage
+from mosinit.state import make_ssh_keys
 from tests import provisioned
 from tests.provisioned import Site
 
