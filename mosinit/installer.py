@@ -48,6 +48,17 @@ class DiskView:
     rows: tuple[str, ...] = ()
     unusable: str = ""
 
+    @property
+    def line(self) -> str:
+        """Its line in the list: what is longest comes last, where it may be cut off."""
+        head = f"{self.name:<8} {gibibytes(self.size):>11}  {self.transport:<6}"
+        return f"{head} {self.serial:<20.20}  {self.model or 'no model'}"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """What it is in full, and what is on it."""
+        return (f"{self.model or 'no model'}, serial {self.serial}", *(self.rows or ("nothing is on it",)))
+
 
 @dataclass(frozen=True)
 class LinkView:
@@ -426,14 +437,7 @@ class Flow:
 
     def _page_disks(self) -> Page:
         rows: list[Item] = [
-            Choice(
-                f"disk:{disk.path}",
-                f"{disk.name:<9}{gibibytes(disk.size):>11}  {disk.transport:<7} {disk.model or 'no model'}"
-                f"  {disk.serial}",
-                disk.unusable,
-                disk.rows or ("  nothing is on this disk",),
-            )
-            for disk in self.disks
+            Choice(f"disk:{disk.path}", disk.line, disk.unusable, disk.details) for disk in self.disks
         ]
         items = [
             Text(f"Release: {self.release}"), Text(""), *self._problem(),

@@ -74,8 +74,10 @@ class Line(urwid.WidgetWrap):
 
     def __init__(self, action: str, words: str, details: tuple[str, ...] = ()) -> None:
         self.action, self.words, self.details = action, words, details
-        self._here = urwid.AttrMap(urwid.SelectableIcon(f"> {words}", 0), "focus")
-        super().__init__(urwid.Text(f"  {words}"))
+        here = urwid.SelectableIcon(f"> {words}", 0)
+        here.set_layout("left", "ellipsis")
+        self._here = urwid.AttrMap(here, "focus")
+        super().__init__(urwid.Text(f"  {words}", wrap="ellipsis"))
 
     def selectable(self) -> bool:
         """It can have the focus."""
@@ -132,7 +134,9 @@ class View(urwid.WidgetWrap):
         body = urwid.ScrollBar(urwid.ListBox(self._rows), thumb_char=look.full, trough_char=look.trough)
         head = urwid.AttrMap(urwid.Text(look.clean(f" mosinit | {page.title}"), wrap="ellipsis"), "head")
         self._details = urwid.Text("")
-        super().__init__(urwid.Frame(body, header=head, footer=self._footer()))
+        head = urwid.Pile([head, urwid.Divider()])
+        inner = urwid.Padding(body, left=1, right=1)
+        super().__init__(urwid.Frame(inner, header=head, footer=self._footer()))
         self._focus_first()
         self._show_details()
 
@@ -156,7 +160,8 @@ class View(urwid.WidgetWrap):
         keys = urwid.AttrMap(urwid.Text(f" {self._look.clean(self.page.keys)}", wrap="clip"), "keys")
         if not any(isinstance(item, pages.Choice) and item.details for item in self.page.items):
             return keys
-        return urwid.Pile([urwid.Divider(self._look.rule), self._details, keys])
+        below = urwid.Padding(self._details, left=1)
+        return urwid.Pile([urwid.Divider(self._look.rule), below, keys])
 
     # --- Focus
 
@@ -168,10 +173,15 @@ class View(urwid.WidgetWrap):
         return row.action if isinstance(row, Line) else row.name if isinstance(row, Entry) else ""
 
     def _focus_first(self) -> None:
-        """Begin where the page says; else at its first line that fits the screen, or its very beginning."""
+        """Begin where the page says, or at the first line of a list. Else the first line on the screen that
+        can be chosen is the current one: a long text begins at its beginning.
+        """
+        wanted = self.page.focus
         for place in self._places():
-            if self.page.focus and self._name(place) == self.page.focus:
+            row = self._rows[place]
+            if self._name(place) == wanted if wanted else isinstance(row, Line) and row.details:
                 self._rows.set_focus(place)
+                return
 
     def _move(self, by: int) -> None:
         """Go to the next or the last line that can be chosen."""

@@ -1,0 +1,263 @@
+"""A machine for the installer's screens that exists only in memory; as a program it shows it to a terminal.
+
+What takes time waits for files below a folder, so that whoever drives the screens says when it goes on:
+`python3 -m tests.fakeworld FOLDER [WORD ...]`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mosinit import init
+from mosinit.host import Failure
+from mosinit.installer import (
+    Changed,
+    Choices,
+    DiskView,
+    Enrolment,
+    Facts,
+    Flow,
+    LinkView,
+    Outcome,
+    Planned,
+)  # fmt: skip
+from mosinit.jobs import Job
+
+GIB = 1 << 30
+FACTS = Facts(
+    product="7d0f8a3e-0c1d-4c5a-9a55-1f2e3d4c5b6a",
+    release="sequence 42, epoch 1",
+    secure_boot="on, with the keys of this organisation",
+    tpm="2.0, not provisioned",
+)
+OLD_SYSTEM = (
+    "1  512.0 MiB  vfat         EFI",
+    "2  930.5 GiB  ext4         photos-and-thesis",
+)
+SSD = DiskView(
+    Path("/dev/nvme0n1"),
+    "nvme0n1",
+    "Samsung SSD 980 PRO 1TB",
+    "S5GXNX0R123456",
+    931 * GIB,
+    "nvme",
+    OLD_SYSTEM,
+)
+EMPTY = DiskView(Path("/dev/sda"), "sda", "QEMU HARDDISK", "QM00001", 16 * GIB, "sata")
+MEDIUM = DiskView(
+    Path("/dev/sdb"), "sdb", "Ultra Fit", "4C530001", 28 * GIB, "usb", ("1  512.0 MiB  vfat  ESP",),
+    "the medium that this system was booted from",
+)  # fmt: skip
+MEMBER = DiskView(
+    Path("/dev/sdc"), "sdc", "WDC WD40EFRX", "WD-WCC4E1", 3726 * GIB, "sata",
+    ("whole disk  linux_raid_member  nas:0",),
+)  # fmt: skip
+ENROLMENT = Enrolment(
+    "0123456789abcdef",
+    (
+        "Over SSH, from where the keyset is:",
+        "  ssh root@192.0.2.7 request > request.json",
+        "  mosinit enroll request.json --keys DIR --out answer.json",
+        "  ssh root@192.0.2.7 answer < answer.json",
+        "Host key: SHA256:qwJ3Zk0pY0XGx2bQbq5mXvV7eX2m3o0m0n2JmB3b1Qk",
+    ),
+)
+
+
+OUTCOME = Outcome(
+    (
+        "sequence 42 on /dev/nvme0n1, generation 5f2b1c9a, in 74 s",
+        "identity 0123456789abcdef",
+        "boot entry Boot0004 (mosinit)",
+    )
+)
+
+
+@dataclass
+class FakeWorld:
+    """What the installer reaches: each call is noted; `fail` says by name what a call raises."""
+
+    seen: tuple[DiskView, ...] = (SSD, EMPTY, MEDIUM, MEMBER)
+    known: Facts = FACTS
+    fail: dict[str, BaseException] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    installation: Callable[[Job[Any]], Outcome] = lambda job: OUTCOME
+    after: tuple[DiskView, ...] | None = None  # the disks once somebody looked at them
+
+    def _note(self, name: str, *words: object) -> None:
+        self.calls.append(" ".join(map(str, (name, *words))))
+        if name in self.fail:
+            raise self.fail[name]
+
+    def facts(self) -> Facts:
+        """Say what this machine is."""
+        return self.known
+
+    def links(self, job: Job[Any]) -> Sequence[LinkView]:
+        """List the interfaces."""
+        self._note("links")
+        return (LinkView("enp1s0", "no carrier"), LinkView("enp2s0", "192.0.2.7/24 by DHCP"))
+
+    def use_dhcp(self, job: Job[Any], link: LinkView) -> str:
+        """Note it."""
+        self._note("dhcp", link.name)
+        return f"{link.name} has 192.0.2.7/24"
+
+    def use_static(self, job: Job[Any], link: LinkView, address: str, gateway: str, dns: str) -> str:
+        """Note it."""
+        self._note("static", link.name, address, gateway, dns)
+        return f"{link.name} has {address}"
+
+    def look_at_source(self, job: Job[Any], choices: Choices) -> str:
+        """Verify nothing."""
+        self._note("source", choices.source, choices.user)
+        return "sequence 42, epoch 1, 214 MiB" + (f", from {choices.source}" if choices.source else "")
+
+    def disks(self, job: Job[Any]) -> Sequence[DiskView]:
+        """List the disks."""
+        self._note("disks")
+        return self.seen
+
+    def plan(self, job: Job[Any], choices: Choices) -> Planned:
+        """Plan what the real one would."""
+        self._note("plan", choices.disk, choices.state)
+        disk = next(disk for disk in self.seen if disk.path == choices.disk)
+        lines = (
+            f"On {disk.path} ({disk.model}, serial {disk.serial}) will be made:",
+            "  1 esp              512 MiB  boot loader and UKIs, FAT32",
+            "  2 machine-config   128 MiB  /config, encrypted with integrity",
+            "  3 machine-store   7900 MiB  /atomfs-cache, encrypted",
+            "  4 machine-scratch 3900 MiB  /scratch-writes, encrypted anew at each boot",
+            *((f"  5 state           {choices.state:>5} MiB  /var, encrypted",) if choices.state else ()),
+            "Copied: 214 MiB. The firmware gets a boot entry; others' are not touched.",
+        )
+        members = "linux_raid_member nas:0" if disk == MEMBER else ""
+        return Planned(lines, disk.rows, disk.serial if disk.rows else "", members, plan=disk)
+
+    def check_unchanged(self, job: Job[Any], planned: Planned) -> None:
+        """See whether the disk is what it was."""
+        self._note("check", planned.plan.path)
+        if self.after is not None:
+            self.seen, self.after = self.after, None
+        if planned.plan not in self.seen:
+            raise Changed(f"{planned.plan.path} is another disk now: its serial was {planned.plan.serial}")
+
+    def install(self, job: Job[Any], choices: Choices, planned: Planned) -> Outcome:
+        """Do what the test says."""
+        self._note("install", planned.plan.path, choices.state)
+        return self.installation(job)
+
+    def sticks(self, job: Job[Any]) -> Sequence[tuple[str, object]]:
+        """List one stick."""
+        self._note("sticks")
+        return (("sdd1  KEYS  7.5 GiB", "sdd1"),)
+
+    def save_request(self, job: Job[Any], stick: object) -> str:
+        """Note it."""
+        self._note("save", stick)
+        return "saved as mosinit/request-0123456789abcdef.json"
+
+    def take_answer(self, job: Job[Any], stick: object) -> str:
+        """Note it."""
+        self._note("take", stick)
+        return "the answer was taken"
+
+    def restart(self) -> None:
+        """Note it."""
+        self._note("restart")
+
+
+# --- On a terminal -----------------------------------------------------------------------------------
+
+
+def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
+    """Make a machine that waits for files below a folder."""
+    world = FakeWorld()
+
+    def wait(job: Job[Any], name: str) -> None:
+        while not (folder / name).exists():
+            job.sleep(0.02)
+
+    def installation(job: Job[Any]) -> Outcome:
+        job.say("provisioning: identity, epoch and seal in the TPM")
+        if "enrol" in words:
+            job.waiting = ENROLMENT
+            wait(job, "wrong")
+            text = (folder / "wrong").read_text()
+            job.waiting = Enrolment(ENROLMENT.serial, ENROLMENT.ways, text)
+            wait(job, "answer")
+            job.waiting = None
+        job.say("partitions on /dev/nvme0n1")
+        with job.measure("copying the release", 214 * init.MIB) as advance:
+            advance(100 * init.MIB)
+            wait(job, "copied")
+            if "broken" in words:
+                raise OSError(5, "Input/output error", "/dev/nvme0n1p3")
+            if "crash" in words:
+                raise ZeroDivisionError("division by zero")
+            advance(114 * init.MIB)
+        job.say("reading everything back")
+        wait(job, "read")
+        return OUTCOME
+
+    world.installation = installation
+    if "twelve" in words:
+        world.seen = tuple(
+            DiskView(
+                Path(f"/dev/sd{c}"), f"sd{c}", f"Disk number {place}", f"SERIAL-{c}", place * GIB, "sata"
+            )
+            for place, c in enumerate("abcdefghijkl", 9)
+        )
+    if "hostile" in words:
+        evil = "Evil\x1b[2J\x1b]0;owned\x07\x9b31m\u202eModel " + "very long " * 30
+        world.seen = (
+            DiskView(Path("/dev/sda"), "sda", evil, "S\x1b[1A1", 16 * GIB, "usb", (f"1  {evil}",)), EMPTY,
+        )  # fmt: skip
+    if "changed" in words:
+        world.after = (EMPTY, MEDIUM)
+    if "unregistered" in words:
+        world.fail["source"] = Failure("registry.example does not answer (timed out): look at the network")
+    return world
+
+
+def main() -> int:
+    """Show it; write down what was called, and how it ended."""
+    from mosinit import screens
+
+    folder, *words = Path(sys.argv[1]), *sys.argv[2:]
+    world = gated(folder, words)
+    flow = Flow(world)
+    try:
+        screens.run(Explodes(flow) if "explode" in words else flow)
+    finally:
+        (folder / "calls").write_text("\n".join(world.calls))
+    if flow.error:
+        print(f"error: {flow.error}", flush=True)
+    return flow.status
+
+
+class Explodes:
+    """A flow with a fault."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self.over = False
+
+    def page(self) -> Any:
+        """Return the page."""
+        return self._flow.page()
+
+    def act(self, action: str, values: Any) -> None:
+        """Fail."""
+        raise RuntimeError("a fault in the flow")
+
+    def tick(self) -> None:
+        """Do nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
