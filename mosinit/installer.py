@@ -676,7 +676,7 @@ class Flow:
             self.error = None
             self._to_disks()
         else:
-            self._leave(FAILED)
+            self._leave(INTERRUPTED if isinstance(self.error, Stopped) else FAILED)
 
     # --- 9. Done
 

@@ -6,6 +6,7 @@ What takes time waits for files below a folder, so that whoever drives the scree
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -194,6 +195,9 @@ def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
         job.say("partitions on /dev/nvme0n1")
         with job.measure("copying the release", 214 * init.MIB) as advance:
             advance(100 * init.MIB)
+            while "busy" in words and not (folder / "copied").exists():
+                advance(1024)
+                job.sleep(0.001)
             wait(job, "copied")
             if "broken" in words:
                 raise OSError(5, "Input/output error", "/dev/nvme0n1p3")
@@ -226,8 +230,9 @@ def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
 
 def main() -> int:
     """Show it; write down what was called, and how it ended."""
-    from mosinit import screens
+    from mosinit import cli, screens
 
+    signal.signal(signal.SIGTERM, cli._terminated)
     folder, *words = Path(sys.argv[1]), *sys.argv[2:]
     world = gated(folder, words)
     flow = Flow(world)
