@@ -244,7 +244,7 @@ def install(host: Host, values: argparse.Namespace) -> Result:
         if values.answers and getattr(values, name):
             raise Usage(f"--{name.replace('_', '-')} does not go with --answers, which says all")
     if not values.answers and not values.disk:
-        raise Usage("name the disk to install on: --disk /dev/disk/by-id/…")
+        return _install_step_by_step(host, values)
     from mosinit import install as installing
     from mosinit import layout
 
@@ -269,6 +269,25 @@ def install(host: Host, values: argparse.Namespace) -> Result:
         shown = installing.show_plan(host, options)
         return Result(plain(shown), installing.plan_text(shown))
     return outcome(installing.install(installer, options))
+
+
+def _install_step_by_step(host: Host, values: argparse.Namespace) -> Result:
+    """Lead a person through an installation, on the terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise Usage(
+            "name the disk to install on: --disk /dev/disk/by-id/…, or --answers FILE; to be asked step by "
+            "step needs a terminal"
+        )
+    _only_with("--disk", values, "erase", "erase_members", "state", "store", "scratch", "plan")
+    from mosinit import enrolment, interactive
+
+    usual = values.dir == Path("state") and not values.dir.exists()
+    given = interactive.Given(
+        source=values.source if values.source.startswith("docker:") else "",
+        state=enrolment.STATE if usual else values.dir,
+        tls_ca=values.tls_ca, login=values.login, timeout=values.timeout, token_hosts=values.token_host,
+    )  # fmt: skip
+    return outcome(interactive.run(host, given))
 
 
 def status(host: Host, values: argparse.Namespace) -> Result:
@@ -612,7 +631,7 @@ VERBS = (
     ),
     Verb(
         "install",
-        "on a live machine that is provisioned: installs a release on its disk",
+        "on a live machine: installs a release on its disk; without --disk it asks, step by step",
         "mosinit install --disk /dev/disk/by-id/nvme-disk --dir /run/provision --plan",
         install,
         (

@@ -228,6 +228,12 @@ class Flow:
         elif job and self.at in ("progress", "enrolment"):
             self.at = "enrolment" if job.waiting else "progress"
 
+    def close(self, seconds: float) -> None:
+        """Stop what still runs, and give it a while to close what it opened."""
+        for job in filter(None, (self.job, self.installing)):
+            job.stop()
+            job.join(seconds)
+
     # --- Work
 
     def _work(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import urwid
 
 from mosinit import pages
-from mosinit.host import Usage, printable
+from mosinit.host import printable
 
 TICK_SECONDS = 0.25
 # An arrow is several bytes, which a slow line brings one after another: Esc alone is what nothing follows.
@@ -305,18 +305,8 @@ def _restored(fd: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-def need_terminal() -> None:
-    """Raise `Usage` unless a person is there."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Usage(
-            "installing step by step needs a terminal; without one, name the disk: "
-            "--disk /dev/disk/by-id/…, or --answers FILE"
-        )
-
-
 def run(flow: pages.Flow, environment: Mapping[str, str] = os.environ) -> None:
     """Lead a person through a flow, on standard input and output."""
-    need_terminal()
     look = Look(environment.get("TERM", ""), sys.stdout.encoding or "ascii")
     urwid.set_encoding("ascii" if look.plain else "utf-8")
     screen = Terminal()

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from mosinit import screens
-from mosinit.host import Usage
-from mosinit.installer import Flow
 from mosinit.screens import Look
-from tests.fakeworld import SSD, FakeWorld
+from tests.fakeworld import SSD
 from tests.terminals import Terminal, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,12 +334,7 @@ def test_a_serial_line_is_not_flooded_by_progress() -> None:
         assert 0 < seen <= (time.monotonic() - begun + 1) / screens.TICK_SECONDS * 240
 
 
-# --- Without a terminal ------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_there_is_one_clear_error() -> None:
-    with pytest.raises(Usage, match="needs a terminal; without one, name the disk"):
-        screens.run(Flow(FakeWorld()))
+# --- Which terminals ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

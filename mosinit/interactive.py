@@ -1,0 +1,380 @@
+"""The interactive installer on a live machine: `installer`'s pages, and behind them what the verbs do.
+
+Plan and act are `install`'s, request and answer `provision`'s, what carries them `enrolment`'s: nothing is
+decided here a second time. The installation runs in a thread of its own, which alone holds the lock and the
+mounts; the screen goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mosinit import enrolment, init, install, installed, installer, layout, network, provision
+from mosinit.host import Failure, Host
+from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
+from mosinit.jobs import Job, Stopped
+from mosinit.sources import open_source
+from mosinit.tpm import DEVICE, open_tpm
+
+if TYPE_CHECKING:
+    from mosinit.registry import Access
+
+ONLINE_SECONDS = 30
+POLL_SECONDS = 0.5
+LEAVE_SECONDS = 20.0  # for the work to close what it opened
+PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
+
+
+class Shown(install.Installer):
+    """An installation's seam whose messages and progress go to a job instead of the terminal."""
+
+    def __init__(self, job: Job[Any]) -> None:
+        super().__init__()
+        self._job = job
+
+    def say(self, text: str) -> None:
+        """Tell a line."""
+        self._job.say(text)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not for who wants to stop."""
+        self._job.sleep(seconds)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Measure a step."""
+        with self._job.measure(label, total) as advance:
+            yield advance
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says already, and where things are: tests have them elsewhere."""
+
+    source: str = ""
+    state: Path = enrolment.STATE
+    tls_ca: Path | None = None
+    login: Path | None = None
+    timeout: float = 120.0
+    token_hosts: tuple[str, ...] = ()
+    left: Path = install.LEFT
+    loader: Path = install.BOOT_LOADER
+    tcti: str = DEVICE
+    event_log: Path = provision.EVENT_LOG
+    port: Path = PORT
+
+
+def run(host: Host, given: Given) -> dict[str, object]:
+    """Lead a person through an installation; return what was done. Raises what it failed with."""
+    from mosinit import screens  # with urwid, which nothing else needs
+
+    if os.geteuid() != 0:
+        raise Failure("installing needs root: run it as root")
+    # What is mounted from here ends with this process, sticks included.
+    host.unshare_mounts()
+    flow = Flow(Live(host, given), Choices(source=given.source))
+    try:
+        screens.run(flow)
+    finally:
+        flow.close(LEAVE_SECONDS)
+    return ending(flow)
+
+
+def ending(flow: Flow) -> dict[str, object]:
+    """Return what was done, or raise why nothing was."""
+    if flow.error and not isinstance(flow.error, Stopped):
+        raise flow.error
+    if flow.status == installer.INTERRUPTED:
+        raise KeyboardInterrupt
+    if flow.outcome is None:
+        raise Failure("left before anything was installed: start it again when you like")
+    data: dict[str, object] = flow.outcome.data
+    return {**data, "next": "remove the medium and restart"}
+
+
+# --- The machine -------------------------------------------------------------------------------------------
+
+
+class Live:
+    """What the pages can do on a live machine."""
+
+    def __init__(self, host: Host, given: Given) -> None:
+        self._host, self._given = host, given
+
+    def facts(self) -> Facts:
+        """Say what this machine is, from what the bring-up left and the TPM says."""
+        try:
+            policy = install.policy_of_live(self._given.left)
+            report = installed.running(installed.Paths(self._given.left)).report
+        except (Failure, init.Refused) as error:
+            return Facts("unknown", "unknown", "unknown", self._tpm(), str(error))
+        return Facts(
+            policy.product,
+            f"sequence {report.get('sequence')}, epoch {report.get('epoch')}",
+            secure_boot(report),
+            self._tpm(),
+        )
+
+    def _tpm(self) -> str:
+        try:
+            with open_tpm(self._given.tcti) as machine:
+                flags, _ = machine.flags()
+        except (Failure, init.Refused, OSError) as error:
+            return f"cannot be used: {error}"
+        if (self._given.state / "seal.json").exists():
+            return "2.0, provisioned for this installation"
+        if flags & provision.PASSWORDS:
+            return "2.0, provisioned before: to be cleared in the firmware's setup, or with consent"
+        return "2.0, ready to be provisioned"
+
+    # --- Network
+
+    def links(self, job: Job[Any]) -> Sequence[LinkView]:
+        """List the network interfaces."""
+        return [LinkView(link.name, words_of(link), link) for link in network.links(Shown(job))]
+
+    def use_dhcp(self, job: Job[Any], link: LinkView) -> str:
+        """Have an interface configured by DHCP; say how it is then."""
+        host = Shown(job)
+        network.use_dhcp(host, link.link)
+        return self._online(host, link.name)
+
+    def use_static(self, job: Job[Any], link: LinkView, address: str, gateway: str, dns: str) -> str:
+        """Configure an interface; say how it is then."""
+        host = Shown(job)
+        network.use_static(host, link.link, address, gateway, dns)
+        return self._online(host, link.name)
+
+    def _online(self, host: Host, name: str) -> str:
+        network.wait_online(host, ONLINE_SECONDS)
+        now = next((link for link in network.links(host) if link.name == name), None)
+        return f"{name}: {words_of(now)}" if now else f"{name} is gone"
+
+    # --- Source
+
+    def look_at_source(self, job: Job[Any], choices: Choices) -> str:
+        """Verify a release; say what it is."""
+        policy = install.policy_of_live(self._given.left)
+        source = open_source(choices.source or install.MEDIUM_RELEASE, self._access(choices))
+        return words_of_release(install.verify_release(Shown(job), source, policy), choices)
+
+    def _access(self, choices: Choices) -> Access | None:
+        """Return how a registry is reached, with the login that was typed or the one that was named."""
+        if not choices.source:
+            return None
+        from mosinit import registry
+
+        reference = registry.parse_reference(choices.source)
+        given = self._given
+        login = None if choices.user else given.login
+        access = registry.open_access(
+            given.tls_ca, login, given.timeout, choices.source, [], given.token_hosts
+        )
+        if not choices.user:
+            return access
+        if ":" in choices.user or not (choices.user + choices.password).isprintable():
+            raise Failure("this is no login: a user has no colon in it, and both are printable")
+        words = f"{choices.user}:{choices.password}"
+        return replace(access, login=registry.Login(reference.host, words))
+
+    # --- Disk and plan
+
+    def disks(self, job: Job[Any]) -> Sequence[DiskView]:
+        """List the disks."""
+        return [view(disk) for disk in layout.disks(Shown(job))]
+
+    def _options(self, choices: Choices, disk: layout.Disk) -> install.Options:
+        """Return what is to be installed where. That a person consents is seen to by the pages: this is the
+        consent to that disk as it was seen, and to no other.
+        """
+        given = self._given
+        return install.Options(
+            disk.path, given.state, source=choices.source or install.MEDIUM_RELEASE,
+            consent=layout.Consent(disk.word, members=True), state=choices.state << 20, left=given.left,
+            loader=given.loader, access=self._access(choices),
+        )  # fmt: skip
+
+    def plan(self, job: Job[Any], choices: Choices) -> Planned:
+        """Plan the installation; nothing is written."""
+        assert choices.disk
+        host = Shown(job)
+        seen = layout.inspect(host, choices.disk)
+        made = install.plan(host, self._options(choices, seen))
+        return planned(made)
+
+    def check_unchanged(self, job: Job[Any], planned: Planned) -> None:
+        """Look at the planned disk again."""
+        before: layout.Disk = planned.plan[0].disk
+        try:
+            now = layout.inspect(Shown(job), before.path)
+            layout.check_consent(now, layout.Consent(before.word, members=True))
+        except Failure as error:
+            raise installer.Changed(str(error)) from error
+
+    # --- Installing
+
+    def install(self, job: Job[Any], choices: Choices, planned: Planned) -> Outcome:
+        """Provision and install, as the plan says."""
+        host, state = Shown(job), self._given.state
+        layout_plan, release, policy = planned.plan
+        with install.alone(host):
+            if not (state / "seal.json").exists():
+                self._enrol(host, job)
+            self.check_unchanged(job, planned)
+            provisioned = install.read_provisioned(state, policy)
+            done = install.act(host, layout_plan, release, policy, provisioned, self._given.loader)
+        return Outcome(
+            (
+                f"sequence {done['sequence']} on {done['disk']}, in {done['seconds']} s",
+                f"generation {done['generation']}",
+                f"boot entry: {done['boot entry'] or 'none, the firmware took none'}",
+            ),
+            done,
+        )
+
+    def _enrol(self, host: Shown, job: Job[Any]) -> None:
+        """Make a request, and wait for the answer to it: whichever way it comes."""
+        given = self._given
+        host.say("provisioning: identity, epoch and seal in the TPM")
+        if not (given.state / "closing").exists():
+            organisation = given.left / "organisation"
+            provision.request(
+                host,
+                provision.Options(organisation, given.state, event_log=given.event_log, tcti=given.tcti),
+            )
+        if given.port.exists():
+            threading.Thread(target=self._by_port, args=(host,), daemon=True).start()
+        waiting = Enrolment(enrolment.serial(given.state), ways(host, given.port))
+        tried, job.waiting = (0, 0), waiting
+        while True:
+            if (now := stamp(given.state / enrolment.ANSWER.name)) != tried:
+                tried = now
+                try:
+                    provision.finish(host, given.state, given.state / enrolment.ANSWER.name, given.tcti)
+                    break
+                except (Failure, init.Refused, OSError) as error:
+                    job.waiting = replace(waiting, wrong="; ".join(filter(None, installer.reason(error))))
+            job.sleep(POLL_SECONDS)
+        job.waiting = None
+
+    def _by_port(self, host: Shown) -> None:
+        """Ask whoever listens at a virtual machine's port; what comes is looked at like every answer."""
+        from mosinit import unattended
+
+        with contextlib.suppress(Failure, init.Refused, OSError, Stopped):
+            reply = unattended.exchange(self._given.port, enrolment.read_request(self._given.state))
+            enrolment.put_answer(host, reply, str(self._given.port), self._given.state)
+
+    # --- By hand
+
+    def sticks(self, job: Job[Any]) -> Sequence[tuple[str, object]]:
+        """List USB sticks."""
+        return [(stick.title, stick) for stick in enrolment.sticks(Shown(job))]
+
+    def save_request(self, job: Job[Any], stick: object) -> str:
+        """Save the request on a stick; say where."""
+        assert isinstance(stick, enrolment.Stick)
+        name = enrolment.save_request(Shown(job), stick, self._given.state)
+        return f"saved as {name}: the stick can be taken out"
+
+    def take_answer(self, job: Job[Any], stick: object) -> str:
+        """Take the answer from a stick; say so."""
+        assert isinstance(stick, enrolment.Stick)
+        return f"{enrolment.take_answer(Shown(job), stick, self._given.state)} is taken"
+
+    def restart(self) -> None:
+        """Restart the machine."""
+        self._host.run(["systemctl", "reboot"], timeout=60)
+
+
+# --- How things read ---------------------------------------------------------------------------------------
+
+
+def secure_boot(report: Any) -> str:
+    """Say what the bring-up saw of Secure Boot: it starts nothing without."""
+    rows = [row for row in report.get("checks", []) if isinstance(row, dict) and row.get("id") == "SB-DB"]
+    return "on, with this organisation's keys alone" if rows and rows[-1].get("ok") else "on"
+
+
+def words_of(link: network.Link) -> str:
+    """Say how an interface is."""
+    if not link.carrier:
+        return f"{link.mac}  no cable"
+    addresses = ", ".join(link.addresses) or "no address"
+    return f"{link.mac}  {addresses} ({link.how}){f' via {link.gateway}' if link.gateway else ''}"
+
+
+def words_of_release(release: install.Release, choices: Choices) -> str:
+    """Say what a release is."""
+    contents = release.manifest.contents
+    origin = choices.source or "this medium"
+    return f"sequence {contents.sequence}, epoch {contents.epoch}, {release.size >> 20} MiB, from {origin}"
+
+
+def view(disk: layout.Disk) -> DiskView:
+    """Return what a person sees of a disk."""
+    rows = tuple(map(str, disk.rows)) or ((disk.content,) if disk.content else ())
+    if disk.unfinished:
+        rows = ("an installation that was broken off: it can be begun anew", *rows)
+    return DiskView(
+        disk.path, disk.name, disk.model, disk.serial, disk.size, disk.transport, rows, disk.unusable
+    )
+
+
+def planned(made: tuple[layout.Plan, install.Release, init.Policy]) -> Planned:
+    """Return what a person sees of a plan."""
+    plan, release, _ = made
+    disk = plan.disk
+    keeps = bool(disk.content) and not disk.unfinished
+    lines = [f"On {disk.path} ({disk.model or 'no model'}, serial {disk.serial}) will be made:"]
+    lines += [
+        f"  {part.number} {part.name:<16}{part.size >> 20:>8} MiB  {part.holds}" for part in plan.partitions
+    ]
+    lines += [
+        f"Copied: {release.size >> 20} MiB of sequence {release.manifest.contents.sequence}, read back "
+        "before the disk starts anything.",
+        "The firmware gets a boot entry for it; those of others stay.",
+    ]
+    lost = (tuple(map(str, disk.rows)) or (disk.content,)) if keeps else ()
+    members = "; ".join(map(str, disk.members)) if keeps else ""
+    return Planned(tuple(lines), lost, disk.serial if keeps else "", members, made)
+
+
+def ways(host: Host, port: Path) -> tuple[str, ...]:
+    """Say how a request gets to the organisation from here."""
+    said: list[str] = []
+    if fingerprint := enrolment.ssh_fingerprint():
+        addresses = [address.partition("/")[0] for link in _links(host) for address in link.addresses]
+        address = addresses[0] if addresses else "ADDRESS (there is no network)"
+        said += [
+            "Over SSH, from where the keyset is:",
+            f"  ssh root@{address} request > request.json",
+            "  mosinit enroll request.json --keys DIR --out answer.json",
+            f"  ssh root@{address} answer < answer.json",
+            f"This machine's host key: {fingerprint}",
+        ]
+    if port.exists():
+        said.append("By the virtual machine's port org.mosinit.exchange: the request went out there.")
+    return (*said, "By a USB stick, with what is below.")
+
+
+def _links(host: Host) -> tuple[network.Link, ...]:
+    try:
+        return network.links(host)
+    except (Failure, OSError):
+        return ()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return what changes when a file is replaced; zeros if there is none."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return 0, 0
+    return seen.st_mtime_ns, seen.st_ino
