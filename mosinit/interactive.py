@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosinit import enrolment, init, install, installed, installer, layout, network, provision
 from mosinit.host import Failure, Host
+from mosinit.install import Installer
 from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
 from mosinit.jobs import Job, Stopped
 from mosinit.sources import open_source
@@ -68,6 +69,8 @@ class Given:
     tcti: str = DEVICE
     event_log: Path = provision.EVENT_LOG
     port: Path = PORT
+    medium: str = install.MEDIUM_RELEASE
+    shown: Callable[[Job[Any]], install.Installer] = Shown
 
 
 def run(host: Host, given: Given) -> dict[str, object]:
@@ -137,17 +140,17 @@ class Live:
 
     def links(self, job: Job[Any]) -> Sequence[LinkView]:
         """List the network interfaces."""
-        return [LinkView(link.name, words_of(link), link) for link in network.links(Shown(job))]
+        return [LinkView(link.name, words_of(link), link) for link in network.links(self._given.shown(job))]
 
     def use_dhcp(self, job: Job[Any], link: LinkView) -> str:
         """Have an interface configured by DHCP; say how it is then."""
-        host = Shown(job)
+        host = self._given.shown(job)
         network.use_dhcp(host, link.link)
         return self._online(host, link.name)
 
     def use_static(self, job: Job[Any], link: LinkView, address: str, gateway: str, dns: str) -> str:
         """Configure an interface; say how it is then."""
-        host = Shown(job)
+        host = self._given.shown(job)
         network.use_static(host, link.link, address, gateway, dns)
         return self._online(host, link.name)
 
@@ -161,8 +164,8 @@ class Live:
     def look_at_source(self, job: Job[Any], choices: Choices) -> str:
         """Verify a release; say what it is."""
         policy = install.policy_of_live(self._given.left)
-        source = open_source(choices.source or install.MEDIUM_RELEASE, self._access(choices))
-        return words_of_release(install.verify_release(Shown(job), source, policy), choices)
+        source = open_source(choices.source or self._given.medium, self._access(choices))
+        return words_of_release(install.verify_release(self._given.shown(job), source, policy), choices)
 
     def _access(self, choices: Choices) -> Access | None:
         """Return how a registry is reached, with the login that was typed or the one that was named."""
@@ -187,7 +190,7 @@ class Live:
 
     def disks(self, job: Job[Any]) -> Sequence[DiskView]:
         """List the disks."""
-        return [view(disk) for disk in layout.disks(Shown(job))]
+        return [view(disk) for disk in layout.disks(self._given.shown(job))]
 
     def _options(self, choices: Choices, disk: layout.Disk) -> install.Options:
         """Return what is to be installed where. That a person consents is seen to by the pages: this is the
@@ -195,7 +198,7 @@ class Live:
         """
         given = self._given
         return install.Options(
-            disk.path, given.state, source=choices.source or install.MEDIUM_RELEASE,
+            disk.path, given.state, source=choices.source or self._given.medium,
             consent=layout.Consent(disk.word, members=True), state=choices.state << 20, left=given.left,
             loader=given.loader, access=self._access(choices),
         )  # fmt: skip
@@ -203,7 +206,7 @@ class Live:
     def plan(self, job: Job[Any], choices: Choices) -> Planned:
         """Plan the installation; nothing is written."""
         assert choices.disk
-        host = Shown(job)
+        host = self._given.shown(job)
         seen = layout.inspect(host, choices.disk)
         made = install.plan(host, self._options(choices, seen))
         return planned(made)
@@ -212,7 +215,7 @@ class Live:
         """Look at the planned disk again."""
         before: layout.Disk = planned.plan[0].disk
         try:
-            now = layout.inspect(Shown(job), before.path)
+            now = layout.inspect(self._given.shown(job), before.path)
             layout.check_consent(now, layout.Consent(before.word, members=True))
         except Failure as error:
             raise installer.Changed(str(error)) from error
@@ -221,7 +224,7 @@ class Live:
 
     def install(self, job: Job[Any], choices: Choices, planned: Planned) -> Outcome:
         """Provision and install, as the plan says."""
-        host, state = Shown(job), self._given.state
+        host, state = self._given.shown(job), self._given.state
         layout_plan, release, policy = planned.plan
         with install.alone(host):
             if not (state / "seal.json").exists():
@@ -238,7 +241,7 @@ class Live:
             done,
         )
 
-    def _enrol(self, host: Shown, job: Job[Any]) -> None:
+    def _enrol(self, host: Installer, job: Job[Any]) -> None:
         """Make a request, and wait for the answer to it: whichever way it comes."""
         given = self._given
         host.say("provisioning: identity, epoch and seal in the TPM")
@@ -250,7 +253,9 @@ class Live:
             )
         if given.port.exists():
             threading.Thread(target=self._by_port, args=(host,), daemon=True).start()
-        waiting = Enrolment(enrolment.serial(given.state), ways(host, given.port))
+        waiting = Enrolment(
+            enrolment.serial(given.state), ways(_links(host), enrolment.ssh_fingerprint(), given.port)
+        )
         tried, job.waiting = (0, 0), waiting
         while True:
             if (now := stamp(given.state / enrolment.ANSWER.name)) != tried:
@@ -263,7 +268,7 @@ class Live:
             job.sleep(POLL_SECONDS)
         job.waiting = None
 
-    def _by_port(self, host: Shown) -> None:
+    def _by_port(self, host: Installer) -> None:
         """Ask whoever listens at a virtual machine's port; what comes is looked at like every answer."""
         from mosinit import unattended
 
@@ -275,18 +280,18 @@ class Live:
 
     def sticks(self, job: Job[Any]) -> Sequence[tuple[str, object]]:
         """List USB sticks."""
-        return [(stick.title, stick) for stick in enrolment.sticks(Shown(job))]
+        return [(stick.title, stick) for stick in enrolment.sticks(self._given.shown(job))]
 
     def save_request(self, job: Job[Any], stick: object) -> str:
         """Save the request on a stick; say where."""
         assert isinstance(stick, enrolment.Stick)
-        name = enrolment.save_request(Shown(job), stick, self._given.state)
+        name = enrolment.save_request(self._given.shown(job), stick, self._given.state)
         return f"saved as {name}: the stick can be taken out"
 
     def take_answer(self, job: Job[Any], stick: object) -> str:
         """Take the answer from a stick; say so."""
         assert isinstance(stick, enrolment.Stick)
-        return f"{enrolment.take_answer(Shown(job), stick, self._given.state)} is taken"
+        return f"{enrolment.take_answer(self._given.shown(job), stick, self._given.state)} is taken"
 
     def restart(self) -> None:
         """Restart the machine."""
@@ -346,11 +351,11 @@ def planned(made: tuple[layout.Plan, install.Release, init.Policy]) -> Planned:
     return Planned(tuple(lines), lost, disk.serial if keeps else "", members, made)
 
 
-def ways(host: Host, port: Path) -> tuple[str, ...]:
-    """Say how a request gets to the organisation from here."""
+def ways(links: Sequence[network.Link], fingerprint: str, port: Path) -> tuple[str, ...]:
+    """Say how a request gets to the organisation from here; without a fingerprint nobody comes by SSH."""
     said: list[str] = []
-    if fingerprint := enrolment.ssh_fingerprint():
-        addresses = [address.partition("/")[0] for link in _links(host) for address in link.addresses]
+    if fingerprint:
+        addresses = [address.partition("/")[0] for link in links for address in link.addresses]
         address = addresses[0] if addresses else "ADDRESS (there is no network)"
         said += [
             "Over SSH, from where the keyset is:",
