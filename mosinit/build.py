@@ -49,21 +49,23 @@ def build(
     sequence: int = 1,
     manifest: Path | None = None,
     profile: str | None = None,
+    installer_keys: Path | None = None,
 ) -> dict[str, object]:
     """Build everything; returns paths, sizes in bytes and ids.
 
     Without an `epoch` it is the keyset's, without a `manifest` of the caller's the medium carries hostfs and
-    bootkit alone. Raises `Failure`, `Refused`.
+    bootkit alone, without `installer_keys` nobody installs by SSH. Raises `Failure`, `Refused`.
     """
     keyset = keys.open_keyset(host, keyset_folder)
     epoch = keys.choose_epoch(epoch, keyset.epoch)
     keys.check_out(out, keyset.folder)
     if out.exists() and not out.is_dir():
         raise Failure(f"{out} is not a folder: name another one with --out")
+    ssh = hostfs.read_installer_keys(installer_keys) if installer_keys else b""
     if manifest is not None:
         sequence = check_manifest(manifest, out, epoch).sequence
     out.mkdir(parents=True, exist_ok=True)
-    key = inputs_key(keyset, manifest, [epoch, sequence, profile])
+    key = inputs_key(keyset, manifest, [epoch, sequence, profile, ssh.decode()])
     done = _read_record(out / "build.json", key)
     if done is not None:
         host.say(f"{out} holds this very build already")
@@ -71,7 +73,7 @@ def build(
     (out / "build.json").unlink(missing_ok=True)
     bootable = make_bootable(host, keyset, out, epoch)
     host.say("hostfs")
-    hostfs.build(host, out, profile)
+    hostfs.build(host, out, profile, ssh)
     written = manifest or _write_manifest(host, out, keyset.product, epoch, sequence)
     release = out / "release"
     published = publish.publish(host, written, keyset, f"oci:{release}", cache=images.open_cache(host))

@@ -114,6 +114,7 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     if values.manifest and values.sequence:
         raise Usage("--sequence goes without --manifest, which names its own")
     options = {"sequence": values.sequence or 1, "manifest": values.manifest, "profile": values.profile}
+    options["installer_keys"] = values.installer_keys
     return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
 
 
@@ -524,6 +525,8 @@ VERBS = (
             number("--sequence", "order of the default manifest of the product", init.MAX_SEQUENCE, None),
             Option("--profile", "a profile of mkosi for hostfs: `demo` is root's at the console, for tests",
                    {"metavar": "NAME"}),
+            folder("--installer-keys", "who may install by SSH on the live medium: public keys, one a line",
+                   "FILE"),
         ),
         checkout=True,
         secrets=True,

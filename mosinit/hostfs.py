@@ -6,10 +6,12 @@ the user's cache under a name derived from everything it was built from, so that
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,8 @@ KERNEL_INPUTS = {
 # Changes whenever the way this module calls mkosi changes what comes out.
 RECIPE = "1"
 KEPT = 3
+INSTALLER_KEYS = "mkosi.extra/etc/mosinit/installer_keys"  # mosinit-live-ssh.service looks there
+TOKEN_KEYS = ("sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com")
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,15 @@ class KernelTree:
     modules: Path
 
 
-def build(host: Host, out: Path, profile: str | None = None) -> Path:
-    """Return the OCI layout of hostfs at `out/hostfs`, building it if need be; `profile` is mkosi's."""
+def build(host: Host, out: Path, profile: str | None = None, installer_keys: bytes = b"") -> Path:
+    """Return the OCI layout of hostfs at `out/hostfs`, building it if need be; `profile` is mkosi's, and
+    `installer_keys` are who may install by SSH.
+    """
     names = [name for name in _configuration() if name != "mkosi.images"]
     words = ["--dependency=", *(["--profile", profile] if profile else [])]
-    return _place(host, _cached(host, "hostfs", [*names, "mosinit", "mosinit.py"], words), out / "hostfs")
+    more = {INSTALLER_KEYS: installer_keys} if installer_keys else {}
+    cached = _cached(host, "hostfs", [*names, "mosinit", "mosinit.py"], words, more)
+    return _place(host, cached, out / "hostfs")
 
 
 def kernel(host: Host, out: Path) -> KernelTree:
@@ -66,6 +74,47 @@ def kernel(host: Host, out: Path) -> KernelTree:
             f"mkosi.images/bootkit must install one kernel, it has {len(versions)}: change its Packages="
         )
     return KernelTree(versions[0], modules / versions[0] / "vmlinuz", modules / versions[0])
+
+
+def read_installer_keys(path: Path) -> bytes:
+    """Read who may install by SSH: plain public keys, one a line. Raises `Failure`.
+
+    Options in front of a key are for commands and forwardings, and there are none.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeError) as error:
+        raise Failure(
+            f"cannot read the keys {path}: name a file as ~/.ssh/authorized_keys is one"
+        ) from error
+    lines = [line.strip() for line in text.splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    for line in keys:
+        _check_ssh_key(path, line.split())
+    if not keys:
+        raise Failure(f"{path} holds no public key: put one a line into it, as `ssh-keygen` writes them")
+    return "".join(f"{line}\n" for line in keys).encode()
+
+
+def _check_ssh_key(path: Path, words: list[str]) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import dsa, rsa
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    what = f"{path}: {' '.join(words)[:40]!r}"
+    try:
+        blob = base64.b64decode("".join(words[1:2]), validate=True)
+        if not blob.startswith(len(words[0]).to_bytes(4) + words[0].encode()):
+            raise ValueError("another kind inside")
+        if words[0] in TOKEN_KEYS:
+            return  # of a token: sshd reads those itself
+        key = load_ssh_public_key(" ".join(words[:2]).encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise Failure(
+            f"{what} is no public key of SSH: write `ssh-ed25519 AAAA… NAME`, one a line"
+        ) from error
+    if isinstance(key, dsa.DSAPublicKey) or (isinstance(key, rsa.RSAPublicKey) and key.key_size < 3072):
+        raise Failure(f"{what} is too weak a key: use an Ed25519 key, or an RSA key of 3072 bits or more")
 
 
 # --- What a build is made from ------------------------------------------------------------------------
@@ -106,13 +155,21 @@ def key_of(source: Path, words: list[str]) -> str:
 # --- Running mkosi ------------------------------------------------------------------------------------
 
 
-def _cached(host: Host, image: str, names: list[str], words: list[str]) -> Path:
-    """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole."""
+def _cached(
+    host: Host, image: str, names: list[str], words: list[str], more: Mapping[str, bytes] | None = None
+) -> Path:
+    """Return the cached result of mkosi's `image`; if there is none, build it and put it there whole.
+
+    `more` are files beside those of the checkout.
+    """
     cache = tools.own_cache()
     with host.scratch(near=cache / image) as folder:
         source = folder / "source"
         source.mkdir()
         stage(tools.checkout(), names, source)
+        for name, content in (more or {}).items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(content)
         result = cache / f"{image}-{key_of(source, words)}"
         if not result.exists():
             # One at a time: another process may be building just this.
