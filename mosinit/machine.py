@@ -49,6 +49,7 @@ class Hardware:
 
     `bus` is what the boot disk hangs on, `extra_bus` what the others do; `nic` is QEMU's name of a card.
     `network` is QEMU's user network: "restricted" reaches nothing outside, "user" what the host reaches.
+    `ssh` is a port of this computer's own 127.0.0.1 that leads to the machine's port 22.
     `smbios` are strings of type 11. With `snapshot` the disks keep nothing of what is written to them.
     """
 
@@ -61,6 +62,7 @@ class Hardware:
     extra_bus: Bus = "virtio"
     nic: Literal["virtio-net-pci", "e1000e"] = "virtio-net-pci"
     snapshot: bool = False
+    ssh: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def command_line(
         words += ["-smbios", f"type=11,value={_escape(text)}"]
     if hardware.network != "none":
         restrict = "on" if hardware.network == "restricted" else "off"
+        forward = f",hostfwd=tcp:127.0.0.1:{hardware.ssh}-:22" if hardware.ssh else ""
         words += [
             "-netdev",
-            f"user,id=net,restrict={restrict}",
+            f"user,id=net,restrict={restrict}{forward}",
             "-device",
             f"{hardware.nic},netdev=net,romfile=",
         ]

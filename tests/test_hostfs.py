@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from mosinit import hostfs, tools
 from mosinit.host import Failure, Host
@@ -184,3 +187,107 @@ def test_every_change_of_an_input_is_another_key(change: str, tmp_path: Path) ->
     assert hostfs.key_of(tmp_path, []) == before
     subprocess.run(change, shell=True, cwd=tmp_path, check=True)
     assert hostfs.key_of(tmp_path, []) != before
+
+
+# --- Who may install by SSH --------------------------------------------------------------------------------
+
+
+def public_key(kind: str = "ed25519", bits: int = 3072) -> str:
+    """Return a line of ~/.ssh/authorized_keys."""
+    key = (
+        ed25519.Ed25519PrivateKey.generate()
+        if kind == "ed25519"
+        else rsa.generate_private_key(public_exponent=65537, key_size=bits)
+    )
+    encoded = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return f"{encoded.decode()} somebody"
+
+
+def token_key() -> str:
+    kind = hostfs.TOKEN_KEYS[0].encode()
+    return f"{kind.decode()} {base64.b64encode(len(kind).to_bytes(4) + kind + bytes(48)).decode()}"
+
+
+def test_installer_keys_are_part_of_the_image(mkosi: RecordedMkosi, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    lines = [public_key(), public_key("rsa"), token_key()]
+    path.write_text(f"# of the team\n\n  {lines[0]}  \n{lines[1]}\n{lines[2]}")
+    keys = hostfs.read_installer_keys(path)
+    assert keys.decode().splitlines() == lines
+    hostfs.build(mkosi, tmp_path / "with", installer_keys=keys)
+    assert mkosi.sources["mkosi.extra/etc/mosinit/installer_keys"] == keys.decode()
+    hostfs.build(mkosi, tmp_path / "without")
+    assert "mkosi.extra/etc/mosinit/installer_keys" not in mkosi.sources
+    assert len(mkosi.builds) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no public key: put"), ("# nobody\n", "no public key: put"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n", "no public key of SSH"),
+        ("ssh-ed25519 AAAA", "no public key of SSH"), ("ssh-ed25519", "no public key of SSH"),
+        ('command="sh" KEY', "no public key of SSH"), ("cert-authority KEY", "no public key of SSH"),
+        ("ssh-rsa BLOB", "no public key of SSH"),
+        ("sk-ssh-ed25519@openssh.com BLOB", "no public key of SSH"),
+        ("KEY\nssh-ed25519 ?", "no public key of SSH"), ("WEAK", "too weak"), (b"\xff\xfe", "cannot read"),
+    ],
+)  # fmt: skip
+def test_what_is_no_key_of_an_installer(text: str | bytes, says: str, tmp_path: Path) -> None:
+    path, key = tmp_path / "keys", public_key()
+    if isinstance(text, str):
+        text = text.replace("KEY", key).replace("BLOB", key.split()[1]).encode()
+        text = text.replace(b"WEAK", public_key("rsa", 2048).encode()) if b"WEAK" in text else text
+    path.write_bytes(text)
+    with pytest.raises(Failure, match=says) as failure:
+        hostfs.read_installer_keys(path)
+    assert "\n" not in str(failure.value)
+
+
+def test_keys_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="cannot read the keys"):
+        hostfs.read_installer_keys(tmp_path / "none")
+
+
+# --- What a live system has, and an installed one never starts ---------------------------------------------
+
+UNITS = {
+    "mosinit-consoles.service": "mkosi.conf.d/production/mkosi.extra",
+    "mosinit-console@.service": "mkosi.conf.d/production/mkosi.extra",
+    "mosinit-live-ssh.service": "mkosi.extra",
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_what_is_for_a_person_at_a_live_machine_is_for_no_other(unit: str) -> None:
+    lines = (ROOT / UNITS[unit] / "usr/lib/systemd/system" / unit).read_text().splitlines()
+    assert "ConditionPathExists=!/run/mosinit/volume-secret" in lines
+
+
+def test_sshd_of_a_live_system_takes_keys_of_the_image_for_one_command() -> None:
+    """What must never be lost from its configuration; that sshd obeys is seen in a VM."""
+    lines = (ROOT / "mkosi.extra/usr/lib/mosinit/sshd_config").read_text().splitlines()
+    settings = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+    closed = ("PasswordAuthentication", "KbdInteractiveAuthentication", "HostbasedAuthentication", "UsePAM",
+              "GSSAPIAuthentication", "PermitUserRC", "PermitUserEnvironment")  # fmt: skip
+    assert {name: settings[name] for name in closed} == dict.fromkeys(closed, "no")
+    wanted = {
+        "AuthenticationMethods": "publickey", "AuthorizedKeysFile": "/etc/mosinit/installer_keys",
+        "ForceCommand": "/usr/lib/mosinit/live ssh", "DisableForwarding": "yes", "AllowUsers": "root",
+        "HostKey": "/run/mosinit-ssh/host_key", "StrictModes": "yes",
+    }  # fmt: skip
+    assert {name: settings[name] for name in wanted} == wanted
+    # Each of these would be another way in, or another command.
+    assert not set(settings) & {"Include", "Subsystem", "Match", "AcceptEnv", "AuthorizedKeysCommand"}
+
+
+def test_no_other_sshd_starts(tmp_path: Path) -> None:
+    hostfs.stage(ROOT, ["mkosi.extra"], tmp_path)
+    extra = tmp_path / "mkosi.extra"
+    preset = (extra / "usr/lib/systemd/system-preset/10-mosinit.preset").read_text().splitlines()
+    assert {"disable ssh.service", "disable ssh.socket", "disable sshd.service"} <= set(preset)
+    # It makes sockets of its own for sshd on each machine that has one.
+    generator = extra / "etc/systemd/system-generators/systemd-ssh-generator"
+    assert os.readlink(generator) == "/dev/null"

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from installed import Installed
+from world import World
 
-from mosinit import accelerator, init, vm
+from mosinit import accelerator, firmware, init, vm
 from mosinit.console import Lines
 from mosinit.host import Host
 from mosinit.machine import VARIABLES, Hardware, Machine, powered
@@ -119,6 +120,19 @@ async def running(made: Installed, saved: Path | None) -> AsyncIterator[Driven]:
     """Let a saved machine go on with the disk of `made`; without one, switch that machine on."""
     hardware = made.options().hardware
     async with started(made.world.host, hardware, [made.disk], made.state, saved) as machine:
+        yield machine
+
+
+@contextlib.asynccontextmanager
+async def attended(
+    world: World, folder: Path, hardware: Hardware, disks: list[Path]
+) -> AsyncIterator[Driven]:
+    """Switch on a machine with these disks, the boot disk first; a new `folder` trusts the keyset."""
+    if not folder.exists():
+        folder.mkdir()
+        certificates = firmware.certificates_of_keyset(world.keyset.folder)
+        firmware.enroll(world.host, folder / VARIABLES, certificates)
+    async with started(world.host, hardware, disks, folder, None) as machine:
         yield machine
 
 

@@ -53,6 +53,20 @@ def test_nobody_can_log_in(members: dict[str, tarfile.TarInfo]) -> None:
         assert members[f"/etc/systemd/system/{unit}.service"].linkname == "/dev/null"
 
 
+def test_of_ssh_there_is_what_a_live_system_answers_with(members: dict[str, tarfile.TarInfo]) -> None:
+    assert {"/usr/sbin/sshd", "/usr/lib/mosinit/sshd_config"} <= set(members)
+    # A host key in an image would be the key of every machine; the rest are programs for others' machines.
+    unwanted = ("/etc/ssh/ssh_host_", "/usr/bin/ssh", "/usr/bin/scp", "/usr/bin/sftp", "/root/.ssh")
+    assert [path for path in members if path.startswith(unwanted)] == []
+    assert [path for path in members if path.endswith(("sftp-server", "installer_keys"))] == []
+    enabled = [path for path in members if ".wants/" in path or ".requires/" in path]
+    ours = "/etc/systemd/system/multi-user.target.wants/mosinit-live-ssh.service"
+    assert [path for path in enabled if "ssh" in path and "/user/" not in path and "/var/" not in path] == [
+        ours
+    ]
+    assert members["/etc/systemd/system-generators/systemd-ssh-generator"].linkname == "/dev/null"
+
+
 def test_nothing_in_var_replaces_usr_or_etc(members: dict[str, tarfile.TarInfo]) -> None:
     for unit in uki.EXTENSIONS:
         assert members[f"/etc/systemd/system/{unit}"].linkname == "/dev/null"

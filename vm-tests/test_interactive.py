@@ -1,0 +1,132 @@
+"""A person installs a machine at its serial line, and enrolls it by SSH; then it starts from its disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from driven import Driven, attended
+from probed import add_layer
+from serial import ENTER, Screen
+from world import World, make_tar
+
+from mosinit import disk, hostfs, layout
+from mosinit.machine import Hardware
+
+pytestmark = pytest.mark.cold
+
+SSH_SECONDS = 60.0
+
+
+@dataclass
+class Site:
+    """A medium that lets a key in, an empty disk, and a port that leads to the machine's SSH."""
+
+    world: World
+    folder: Path
+    medium: Path
+    port: int
+
+    @property
+    def disk(self) -> Path:
+        return self.folder / "disk.raw"
+
+    async def ssh(self, *words: str, key: str = "key", stdin: bytes = b"") -> tuple[int, bytes, str]:
+        """Say something by SSH; return status, output and messages."""
+        command: list[str | Path] = [
+            "ssh", "-F", "none", "-p", str(self.port), "-i", self.folder / key, "-o", "IdentitiesOnly=yes",
+            "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
+            "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}", "-o", "ConnectTimeout=30",
+            *words,
+        ]  # fmt: skip
+        done = await asyncio.to_thread(
+            lambda: subprocess.run(
+                command, input=stdin, capture_output=True, timeout=SSH_SECONDS, check=False
+            )
+        )
+        return done.returncode, done.stdout, done.stderr.decode(errors="replace")
+
+
+def write_key(path: Path) -> bytes:
+    """Write a private key of SSH; return the line of the public one."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+
+
+@pytest.fixture(scope="module")
+def site(world: World) -> Site:
+    folder = world.folder / "interactive"
+    folder.mkdir()
+    write_key(folder / "other")
+    image = world.folder / "interactive-hostfs"
+    shutil.copytree(hostfs.build(world.host, folder / "debian"), image)
+    # `build --installer-keys` has mkosi put the same file there.
+    add_layer(image, make_tar({"etc/mosinit/installer_keys": write_key(folder / "key")}))
+    medium, release = folder / "medium.raw", world.release("interactive", None)
+    disk.live_medium(world.host, world.bootable.ukis["live"].path, release, world.keyset, medium)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made = Site(world, folder, medium, port)
+    made.disk.touch()
+    os.truncate(made.disk, layout.SMALLEST)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def live(site: Site) -> AsyncIterator[Driven]:
+    """Boot the medium beside the empty disk."""
+    hardware = Hardware(network="restricted", ssh=site.port)
+    async with attended(site.world, site.folder / "state", hardware, [site.medium, site.disk]) as machine:
+        yield machine
+
+
+async def check_ssh(site: Site, machine: Driven) -> None:
+    """A key of the image, one command; nobody and nothing else."""
+    said = (await machine.says(b"(ED25519)")).decode(errors="replace")
+    status, out, error = await site.ssh("root@127.0.0.1", "request")
+    assert (status, out) == (1, b""), error
+    assert "this machine has made no request yet" in error
+    listed = site.world.host.run(["ssh-keygen", "-l", "-f", site.folder / "known_hosts"]).decode()
+    assert listed.split()[1] in said
+    for words in (["sh"], ["-s", "sftp"], ["cat", "/etc/shadow"], ["request", "x"]):
+        options = [word for word in words if word.startswith("-")]
+        rest = [word for word in words if not word.startswith("-")]
+        status, out, error = await site.ssh(*options, "root@127.0.0.1", *rest)
+        assert (status, out) == (2, b""), (words, error)
+    status, _, error = await site.ssh("-W", "127.0.0.1:22", "root@127.0.0.1")
+    assert status == 255, error
+    for key, user in (("other", "root"), ("key", "nobody"), ("key", "sshd")):
+        status, out, error = await site.ssh(f"{user}@127.0.0.1", "request", key=key)
+        assert (status, out) == (255, b"")
+        assert "Permission denied (publickey)" in error
+
+
+async def install(site: Site) -> None:
+    """Install it."""
+    async with live(site) as machine:
+        screen = Screen(machine)
+        await check_ssh(site, machine)
+        await screen.shows("mosinit")
+        await screen.type(ENTER)
+
+
+def test_a_person_installs_a_machine(site: Site) -> None:
+    asyncio.run(install(site))
