@@ -19,6 +19,7 @@ import datetime
 import fcntl
 import hashlib
 import hmac
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -460,11 +461,17 @@ def alone(host: Host, lock: Path = LOCK, mapped: Path = Path("/dev/mapper")) -> 
     """Be the only installation of this machine, with mounts that end with this process whatever ends it;
     what a killed one left open is closed. Raises `Failure`.
     """
-    with lock.open("w") as file:
+    with lock.open("a+") as file:
+        file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Failure(f"another installation runs ({lock}): wait for its end") from error
+            where = file.read(200) or str(lock)
+            raise Failure(
+                f"another installation runs ({where}): go on there, or wait for its end"
+            ) from error
+        file.truncate(0)
+        print(_terminal(), end="", file=file, flush=True)
         host.unshare_mounts()
         left = sorted(path.name for path in mapped.glob(f"{OPENED}*"))
         try:
@@ -474,6 +481,13 @@ def alone(host: Host, lock: Path = LOCK, mapped: Path = Path("/dev/mapper")) -> 
                 f"{left[0]}, which another installation left, cannot be closed ({error}): restart"
             ) from error
         yield
+
+
+def _terminal() -> str:
+    """Say where a person finds this process."""
+    with contextlib.suppress(OSError):
+        return f"on {os.ttyname(0)}"
+    return f"without a terminal, as process {os.getpid()}"
 
 
 def _close(host: Host, left: list[str]) -> None:

@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import bootentry, generations, init, install, keys, layout, luks
+from mosinit import bootentry, generations, init, install, keys, layout, luks, tools
 from mosinit.host import Failure, Host
 from mosinit.layout import Consent
 from tests import installation
@@ -325,6 +326,29 @@ def test_two_installations_at_a_time(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(Failure, match="another installation runs"), install.alone(Host(), lock):
             raise AssertionError("not alone")
+
+
+def test_who_comes_second_is_told_where_the_first_is(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    ours, theirs = os.openpty()
+    first = (
+        "import pathlib, signal; from mosinit import install; from mosinit.host import Host\n"
+        "host = Host(); host.unshare_mounts = lambda: None\n"
+        f"with install.alone(host, pathlib.Path({str(lock)!r}), pathlib.Path({str(tmp_path)!r})):\n"
+        "    print(flush=True); signal.pause()"
+    )
+    command = [sys.executable, "-c", first]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, cwd=tools.checkout()) as child:
+        assert child.stdout
+        child.stdout.readline()
+        says = f"another installation runs \\(on {os.ttyname(theirs)}\\): go on there"
+        try:
+            with pytest.raises(Failure, match=says), install.alone(Host(), lock):
+                raise AssertionError("not alone")
+        finally:
+            child.kill()
+    os.close(ours)
+    os.close(theirs)
 
 
 class Leftover(Host):
