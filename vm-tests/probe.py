@@ -572,6 +572,33 @@ def a_unit_from_credentials() -> object:
 
 
 @probe
+def what_a_live_system_offers() -> object:
+    units = ("mosinit-live-ssh.service", "mosinit-consoles.service", "mosinit-console@ttyS0.service")
+    run("systemctl", "start", *units)
+    states = ("--property=LoadState", "--property=ConditionResult", "--property=ActiveState")
+    return {unit: run("systemctl", "show", "--value", *states, unit).split() for unit in units}
+
+
+@probe
+def units_of_ssh() -> object:
+    listed = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "*ssh*").splitlines()
+    return [line.split()[0] for line in listed if "inactive" not in line.split()]
+
+
+@probe
+def ports_that_others_reach() -> object:
+    # linux/tcp_states.h: 0A is TCP_LISTEN. 127.0.0.0/8 and ::1 are this machine's alone.
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    places = [row[1].split(":") for row in rows if row[3] == "0A"]
+    own = "0" * 24 + "01000000"
+    return sorted(int(port, 16) for host, port in places if not host.endswith("7F") and host != own)
+
+
+@probe
 def accounts_with_a_password() -> object:
     lines = Path("/etc/shadow").read_text().splitlines()
     return [line.split(":")[0] for line in lines if line.split(":")[1] not in ("*", "!", "!*", "!!")]

@@ -292,6 +292,17 @@ def test_no_program_that_anybody_could_log_in_by(told: dict[str, Any]) -> None:
     assert told["accounts with a password"] == []
 
 
+def test_nothing_that_a_live_system_offers(told: dict[str, Any]) -> None:
+    """Neither by itself nor when it is asked to: the installer, and sshd although the image has a key."""
+    offered = told["what a live system offers"]
+    assert set(offered) == {
+        "mosinit-live-ssh.service", "mosinit-consoles.service", "mosinit-console@ttyS0.service",
+    }  # fmt: skip
+    assert {tuple(sorted(state)) for state in offered.values()} == {("inactive", "loaded", "no")}
+    assert told["units of ssh"] == []
+    assert told["ports that others reach"] == []
+
+
 def test_credentials_of_the_hypervisor_have_no_effect(told: dict[str, Any]) -> None:
     assert told["credentials in the firmwares table"] == len(CREDENTIALS)
     assert told["credentials"] == []
