@@ -20,17 +20,18 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from driven import Driven, attended
+from driven import SECONDS, Driven, attended
 from probed import add_layer
 from serial import ENTER, Screen
 from world import World, make_tar
 
-from mosinit import disk, hostfs, layout
+from mosinit import disk, enroll, hostfs, init, layout, vm
 from mosinit.machine import Hardware
 
 pytestmark = pytest.mark.cold
 
 SSH_SECONDS = 60.0
+LOST = b"what somebody forgot on this disk ".ljust(4096, b".")
 
 
 @dataclass
@@ -45,6 +46,11 @@ class Site:
     @property
     def disk(self) -> Path:
         return self.folder / "disk.raw"
+
+    def head(self) -> bytes:
+        """Return the beginning of the disk."""
+        with self.disk.open("rb") as file:
+            return file.read(len(LOST))
 
     async def ssh(self, *words: str, key: str = "key", stdin: bytes = b"") -> tuple[int, bytes, str]:
         """Say something by SSH; return status, output and messages."""
@@ -85,7 +91,7 @@ def site(world: World) -> Site:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     made = Site(world, folder, medium, port)
-    made.disk.touch()
+    made.disk.write_bytes(LOST)
     os.truncate(made.disk, layout.SMALLEST)
     return made
 
@@ -119,14 +125,61 @@ async def check_ssh(site: Site, machine: Driven) -> None:
         assert "Permission denied (publickey)" in error
 
 
+async def choose(screen: Screen) -> None:
+    """Go from the first page to the consent, with keys alone."""
+    await screen.shows("This installs a verified system")
+    await screen.type(ENTER)
+    await screen.shows("Where does the release come from?")
+    await screen.type(ENTER)
+    shown = await screen.shows("Choose the disk")
+    assert "the medium that this system was booted from" in shown
+    await screen.type(ENTER)
+    shown = await screen.shows("ALL OF THIS WILL BE LOST")
+    assert "type the serial of this disk: extra1" in shown
+
+
+async def enroll_by_hand(site: Site, screen: Screen) -> None:
+    """Save the request on the medium, get it by SSH too, and send the answer."""
+    await screen.shows("waits to be enrolled")
+    await screen.type(ENTER)
+    await screen.shows("the medium itself")
+    await screen.type(ENTER)
+    await screen.shows("saved as mosinit/request-")
+    status, request, error = await site.ssh("root@127.0.0.1", "request")
+    assert status == 0, error
+    asked, answer = site.folder / "request.json", site.folder / "answer.json"
+    asked.write_bytes(request)
+    told = await asyncio.to_thread(enroll.enroll, site.world.host, asked, site.world.keyset, answer)
+    status, out, error = await site.ssh("root@127.0.0.1", "answer", stdin=request)
+    assert (status, out) == (1, b""), error
+    assert "the answer is no answer of schema 1" in error
+    status, out, error = await site.ssh("root@127.0.0.1", "answer", stdin=answer.read_bytes())
+    assert (status, out) == (0, b"the answer was taken: the installation goes on\n"), error
+    saved = site.world.host.run(
+        ["mtype", "-i", f"{site.medium}@@{init.MIB}", f"::mosinit/request-{told['serial']}.json"]
+    )
+    assert saved == request
+
+
 async def install(site: Site) -> None:
-    """Install it."""
+    """Install the machine as a person does."""
     async with live(site) as machine:
         screen = Screen(machine)
         await check_ssh(site, machine)
-        await screen.shows("mosinit")
-        await screen.type(ENTER)
+        await choose(screen)
+        await screen.type(b"another" + ENTER)
+        await screen.shows("'another' is not the serial of this disk: nothing was written")
+        assert site.head() == LOST
+        await screen.type(b"\x7f" * 7 + b"extra1" + ENTER)
+        await enroll_by_hand(site, screen)
+        await screen.shows("Installed")
 
 
 def test_a_person_installs_a_machine(site: Site) -> None:
     asyncio.run(install(site))
+    options = vm.BootOptions(site.disk, site.folder / "state", timeout=SECONDS)
+    outcome = vm.boot(site.world.host, options)
+    assert outcome.status == 0, outcome.console.read_text(errors="replace")[-3000:]
+    assert outcome.report is not None
+    assert outcome.report["mode"] == "run"
+    assert outcome.system["failed_units"] == []
