@@ -17,6 +17,9 @@ UP, DOWN, ENTER, TAB, ESCAPE = b"\x1b[A", b"\x1b[B", b"\r", b"\t", b"\x1b"
 class _Window:
     """What an emulated terminal is in: it answers nobody."""
 
+    def __init__(self) -> None:
+        self.term_modes = vterm.TermModes()
+
     def respond(self, words: str) -> None:
         """Answer a question for the kind of terminal."""
 

@@ -78,7 +78,7 @@ def write_key(path: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def site(world: World) -> Site:
-    folder = world.folder / "interactive"
+    folder = world.folder / "person"
     folder.mkdir()
     write_key(folder / "other")
     image = world.folder / "interactive-hostfs"
