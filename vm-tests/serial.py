@@ -11,7 +11,7 @@ from urwid import vterm
 from mosinit.console import FRAME
 
 COLUMNS, ROWS = 80, 24
-UP, DOWN, ENTER, TAB, ESCAPE = b"\x1b[A", b"\x1b[B", b"\r", b"\t", b"\x1b"
+ENTER, BACK_TAB = b"\r", b"\x1b[Z"
 
 
 class _Window:
