@@ -132,7 +132,7 @@ async def choose(screen: Screen) -> None:
     await screen.shows("Where does the release come from?")
     await screen.type(ENTER)
     shown = await screen.shows("Choose the disk")
-    assert "the medium" in shown
+    assert "cannot be chosen: is the medium" in shown
     await screen.type(ENTER)
     shown = await screen.shows("ALL OF THIS WILL BE LOST")
     assert "type the serial of this disk: extra1" in shown
