@@ -82,11 +82,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, as `install --plan` says it: what will be lost, what will be done. `serial` is what a person
-    types, empty if there is nothing to lose; `members` is what other machines' sets the disk belongs to,
-    which takes a word more. `plan` is the plan itself.
+    """A plan, as `install --plan` says it: which disk, what will be done, what will be lost. A person types
+    `serial`, empty if there is nothing to lose; `members` is what of it is encrypted or may belong to other
+    disks too, which takes a word more. `plan` is the plan itself.
     """
 
+    disk: str
     lines: tuple[str, ...]
     lost: tuple[str, ...]
     serial: str
@@ -499,24 +500,25 @@ class Flow:
     def _page_plan(self) -> Page:
         planned = self.planned
         assert planned
-        items: list[Item] = []
+        items: list[Item] = [Text(planned.disk, "strong")]
         if planned.lost:
             items += [
-                Text("ALL OF THIS WILL BE LOST:", "warning"),
-                *(Text(f"  {row}") for row in planned.lost),
-            ]
+                Text("ALL OF THIS WILL BE LOST:", "warning"), *(Text(f"  {row}") for row in planned.lost)
+            ]  # fmt: skip
         else:
-            items.append(Text("The disk holds nothing that could be lost.", "good"))
-        items += [Text(""), *(Text(line) for line in planned.lines), Text("")]
+            items.append(Text("It holds nothing that could be lost.", "good"))
+        items.append(Text(""))
         if planned.serial:
             items.append(Text(f"To consent, type the serial of this disk: {planned.serial}", "strong"))
             items.append(Field("serial", "Serial"))
         if planned.members:
-            words = f"It belongs to a set of disks ({planned.members}). To break that, type: {MEMBERS_WORD}"
+            words = f"Encrypted, or of a set of disks: {planned.members}. To lose it, type: {MEMBERS_WORD}"
             items += [Text(words, "warning"), Field("members", "Word  ")]
         items += self._problem()
         label = "Erase this disk and install" if planned.lost else "Install"
         items += [Button("install", label), Button("sizes", "Sizes"), Button("back", "Another disk")]
+        items += [Text(""), Text("What will be done, in this order:", "strong")]
+        items += [Text(line) for line in planned.lines]
         keys = "Arrows, PgUp, PgDn: read   Tab: move   Enter: choose   Esc: back"
         return Page("plan", f"Plan and consent (step 4 of {LAST_STEP})", tuple(items), keys=keys)
 

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mosinit import enrolment, init, install, installed, installer, layout, network, provision
+from mosinit import enrolment, init, install, installed, installer, layout, network, provision, unattended
 from mosinit.host import Failure, Host
 from mosinit.install import Installer
 from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ONLINE_SECONDS = 30
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 20.0  # for the work to close what it opened
-PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
+Made: TypeAlias = tuple[layout.Plan, install.Release, init.Policy]
 
 
 class Shown(install.Installer):
@@ -68,7 +68,7 @@ class Given:
     loader: Path = install.BOOT_LOADER
     tcti: str = DEVICE
     event_log: Path = provision.EVENT_LOG
-    port: Path = PORT
+    port: Path = unattended.PORT
     medium: str = install.MEDIUM_RELEASE
     shown: Callable[[Job[Any]], install.Installer] = Shown
 
@@ -99,6 +99,17 @@ def ending(flow: Flow) -> dict[str, object]:
         raise Failure("left before anything was installed: start it again when you like")
     data: dict[str, object] = flow.outcome.data
     return {**data, "next": "remove the medium and restart"}
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a person decides on: a disk as it was seen, and what is done with it. Without `made` an
+    installation that was broken off is finished.
+    """
+
+    disk: layout.Disk
+    options: install.Options
+    made: Made | None = None
 
 
 # --- The machine -------------------------------------------------------------------------------------------
@@ -200,20 +211,24 @@ class Live:
         return install.Options(
             disk.path, given.state, source=choices.source or self._given.medium,
             consent=layout.Consent(disk.word, members=True), state=choices.state << 20, left=given.left,
-            loader=given.loader, access=self._access(choices),
+            loader=given.loader, access=self._access(choices), tcti=given.tcti,
         )  # fmt: skip
 
     def plan(self, job: Job[Any], choices: Choices) -> Planned:
         """Plan the installation; nothing is written."""
         assert choices.disk
         host = self._given.shown(job)
-        seen = layout.inspect(host, choices.disk)
-        made = install.plan(host, self._options(choices, seen))
-        return planned(made)
+        disk = layout.inspect(host, choices.disk)
+        options = self._options(choices, disk)
+        if broken := install.find_broken_off(host, disk, without_consent(options)):
+            lines = tuple(f"{step.name}: {step.does}" for step in broken.steps)
+            return Planned(name_of(disk), lines, (), "", plan=Decided(disk, options))
+        made = install.plan(host, options)
+        return planned(made, options)
 
     def check_unchanged(self, job: Job[Any], planned: Planned) -> None:
         """Look at the planned disk again."""
-        before: layout.Disk = planned.plan[0].disk
+        before: layout.Disk = planned.plan.disk
         try:
             now = layout.inspect(self._given.shown(job), before.path)
             layout.check_consent(now, layout.Consent(before.word, members=True))
@@ -223,45 +238,47 @@ class Live:
     # --- Installing
 
     def install(self, job: Job[Any], choices: Choices, planned: Planned) -> Outcome:
-        """Provision and install, as the plan says."""
-        host, state = self._given.shown(job), self._given.state
-        layout_plan, release, policy = planned.plan
+        """Provision and install, as the plan says; or finish what was broken off."""
+        host, decided = self._given.shown(job), planned.plan
         with install.alone(host):
-            if not (state / "seal.json").exists():
-                self._enrol(host, job)
-            self.check_unchanged(job, planned)
-            provisioned = install.read_provisioned(state, policy)
-            done = install.act(host, layout_plan, release, policy, provisioned, self._given.loader)
-        return Outcome(
-            (
-                f"sequence {done['sequence']} on {done['disk']}, in {done['seconds']} s",
-                f"generation {done['generation']}",
-                f"boot entry: {done['boot entry'] or 'none, the firmware took none'}",
-            ),
-            done,
+            return outcome(self._install(host, job, planned, decided))
+
+    def _install(
+        self, host: Installer, job: Job[Any], planned: Planned, decided: Decided
+    ) -> dict[str, object]:
+        options, made = decided.options, decided.made
+        if made is None:
+            if done := install.resume(host, without_consent(options)):
+                return done
+            made = install.plan(host, options)  # the TPM was set back: all begins anew
+        if not (options.provisioned / "seal.json").exists():
+            self._enrol(host, job)
+        self.check_unchanged(job, planned)
+        layout_plan, release, policy = made
+        provisioned = install.read_provisioned(options.provisioned, policy)
+        closing = install.Closing(
+            install.closing_of(options), lambda: provision.close(host, options.provisioned, options.tcti)
         )
+        return install.act(host, layout_plan, release, policy, provisioned, options.loader, closing)
 
     def _enrol(self, host: Installer, job: Job[Any]) -> None:
         """Make a request, and wait for the answer to it: whichever way it comes."""
         given = self._given
         host.say("provisioning: identity, epoch and seal in the TPM")
-        if not (given.state / "closing").exists():
-            organisation = given.left / "organisation"
-            provision.request(
-                host,
-                provision.Options(organisation, given.state, event_log=given.event_log, tcti=given.tcti),
-            )
+        organisation = given.left / "organisation"
+        provision.request(
+            host, provision.Options(organisation, given.state, event_log=given.event_log, tcti=given.tcti)
+        )
         if given.port.exists():
             threading.Thread(target=self._by_port, args=(host,), daemon=True).start()
-        waiting = Enrolment(
-            enrolment.serial(given.state), ways(_links(host), enrolment.ssh_fingerprint(), given.port)
-        )
+        said = ways(_links(host), enrolment.ssh_fingerprint(), given.port)
+        waiting = Enrolment(enrolment.serial(given.state), said)
         tried, job.waiting = (0, 0), waiting
         while True:
             if (now := stamp(given.state / enrolment.ANSWER.name)) != tried:
                 tried = now
                 try:
-                    provision.finish(host, given.state, given.state / enrolment.ANSWER.name, given.tcti)
+                    provision.take(host, given.state, given.state / enrolment.ANSWER.name, given.tcti)
                     break
                 except (Failure, init.Refused, OSError) as error:
                     job.waiting = replace(waiting, wrong="; ".join(filter(None, installer.reason(error))))
@@ -270,8 +287,6 @@ class Live:
 
     def _by_port(self, host: Installer) -> None:
         """Ask whoever listens at a virtual machine's port; what comes is looked at like every answer."""
-        from mosinit import unattended
-
         with contextlib.suppress(Failure, init.Refused, OSError, Stopped):
             reply = unattended.exchange(self._given.port, enrolment.read_request(self._given.state))
             enrolment.put_answer(host, reply, str(self._given.port), self._given.state)
@@ -332,23 +347,43 @@ def view(disk: layout.Disk) -> DiskView:
     )
 
 
-def planned(made: tuple[layout.Plan, install.Release, init.Policy]) -> Planned:
-    """Return what a person sees of a plan."""
+def name_of(disk: layout.Disk) -> str:
+    """Say which disk it is."""
+    return f"{disk.path}  {disk.model or 'no model'}  serial {disk.serial}  {disk.size / layout.GIB:.1f} GiB"
+
+
+def planned(made: Made, options: install.Options) -> Planned:
+    """Return what a person sees of a plan: what `install --plan` says. What is lost and the consent to that
+    have places of their own.
+    """
     plan, release, _ = made
+    shown = install.describe(plan, release, install.closing_of(options))
+    text = install.plan_text(shown).splitlines()
+    lines = tuple(line for line in text if not line.startswith(("disk ", "lost ", "consent ")))
     disk = plan.disk
-    keeps = bool(disk.content) and not disk.unfinished
-    lines = [f"On {disk.path} ({disk.model or 'no model'}, serial {disk.serial}) will be made:"]
-    lines += [
-        f"  {part.number} {part.name:<16}{part.size >> 20:>8} MiB  {part.holds}" for part in plan.partitions
-    ]
-    lines += [
-        f"Copied: {release.size >> 20} MiB of sequence {release.manifest.contents.sequence}, read back "
-        "before the disk starts anything.",
-        "The firmware gets a boot entry for it; those of others stay.",
-    ]
-    lost = (tuple(map(str, disk.rows)) or (disk.content,)) if keeps else ()
+    keeps = bool(shown["erase"])
+    lost = (tuple(map(str, disk.rows)) or (plan.lost,)) if keeps else ()
     members = "; ".join(map(str, disk.members)) if keeps else ""
-    return Planned(tuple(lines), lost, disk.serial if keeps else "", members, made)
+    decided = Decided(disk, options, made)
+    return Planned(name_of(disk), lines, lost, disk.serial if keeps else "", members, decided)
+
+
+def without_consent(options: install.Options) -> install.Options:
+    """Return options by which an installation that was broken off is finished, and nothing is begun."""
+    return replace(options, consent=layout.Consent())
+
+
+def outcome(done: dict[str, object]) -> Outcome:
+    """Say how an installation ended, in three lines."""
+    entry = f"boot entry: {done['boot entry'] or 'none, the firmware took none'}"
+    if "sequence" not in done:
+        return Outcome((f"{done['disk']}: what was broken off is finished", entry), done)
+    lines = (
+        f"sequence {done['sequence']} on {done['disk']}, in {done['seconds']} s",
+        f"generation {done['generation']}",
+        entry,
+    )
+    return Outcome(lines, done)
 
 
 def ways(links: Sequence[network.Link], fingerprint: str, port: Path) -> tuple[str, ...]:

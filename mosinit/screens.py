@@ -131,7 +131,8 @@ class View(urwid.WidgetWrap):
         for item in page.items:
             rows += self._widgets(item)
         self._rows = urwid.SimpleFocusListWalker(rows or [urwid.Text("")])
-        body = urwid.ScrollBar(urwid.ListBox(self._rows), thumb_char=look.full, trough_char=look.trough)
+        self._list = urwid.ListBox(self._rows)
+        body = urwid.ScrollBar(self._list, thumb_char=look.full, trough_char=look.trough)
         head = urwid.AttrMap(urwid.Text(look.clean(f" mosinit | {page.title}"), wrap="ellipsis"), "head")
         self._details = urwid.Text("")
         head = urwid.Pile([head, urwid.Divider()])
@@ -180,8 +181,13 @@ class View(urwid.WidgetWrap):
         for place in self._places():
             row = self._rows[place]
             if self._name(place) == wanted if wanted else isinstance(row, Line) and row.details:
-                self._rows.set_focus(place)
+                self._go(place)
                 return
+
+    def _go(self, place: int) -> None:
+        """Make a line the current one, with what is around it."""
+        self._list.set_focus(place)
+        self._list.set_focus_valign("middle")
 
     def _move(self, by: int) -> None:
         """Go to the next or the last line that can be chosen."""
@@ -227,7 +233,7 @@ class View(urwid.WidgetWrap):
         name = before._name(before._rows.focus or 0)
         for place in self._places():
             if name and self._name(place) == name:
-                self._rows.set_focus(place)
+                self._go(place)
         self._show_details()
 
     def keypress(self, size: tuple[int, int], key: str) -> str | None:

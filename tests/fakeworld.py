@@ -127,17 +127,26 @@ class FakeWorld:
         """Plan what the real one would."""
         self._note("plan", choices.disk, choices.state)
         disk = next(disk for disk in self.seen if disk.path == choices.disk)
+        volume = (f"partition state          {choices.state:>6} MiB  /var, encrypted",)
         lines = (
-            f"On {disk.path} ({disk.model}, serial {disk.serial}) will be made:",
-            "  1 esp              512 MiB  boot loader and UKIs, FAT32",
-            "  2 machine-config   128 MiB  /config, encrypted with integrity",
-            "  3 machine-store   7900 MiB  /atomfs-cache, encrypted",
-            "  4 machine-scratch 3900 MiB  /scratch-writes, encrypted anew at each boot",
-            *((f"  5 state           {choices.state:>5} MiB  /var, encrypted",) if choices.state else ()),
-            "Copied: 214 MiB. The firmware gets a boot entry; others' are not touched.",
+            "release   this medium  sequence 42",
+            "partition esp               512 MiB  boot loader and UKIs, FAT32",
+            "partition machine-config    128 MiB  /config, encrypted with integrity",
+            "partition machine-store    7900 MiB  /atomfs-cache, encrypted",
+            "partition machine-scratch  3900 MiB  /scratch-writes, encrypted anew at each boot",
+            *(volume if choices.state else ()),
+            "step 1    partitions: marked as unfinished",
+            "step 2    machine-config: manifest.git, the machine's identity, what the TPM opens it by",
+            "step 3    machine-store: 31 blobs, each compared with its digest",
+            "step 4    esp: boot loader and UKI, nothing that firmware finds yet",
+            "step 5    reading everything back: by what the boot itself calls",
+            "step 6    TPM: it is provisioned first, then closed",
+            "step 7    start: from here the disk starts a machine",
+            "step 8    boot entry: first in the firmware's order, others stay",
         )
+        name = f"{disk.path}  {disk.model}  serial {disk.serial}"
         members = "linux_raid_member nas:0" if disk == MEMBER else ""
-        return Planned(lines, disk.rows, disk.serial if disk.rows else "", members, plan=disk)
+        return Planned(name, lines, disk.rows, disk.serial if disk.rows else "", members, plan=disk)
 
     def check_unchanged(self, job: Job[Any], planned: Planned) -> None:
         """See whether the disk is what it was."""

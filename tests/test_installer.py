@@ -192,7 +192,7 @@ def test_every_partition_that_is_lost_is_named_before_consent() -> None:
 def test_an_empty_disk_needs_no_serial() -> None:
     world = FakeWorld()
     flow = at_plan(world, EMPTY)
-    assert "holds nothing that could be lost" in words(flow)
+    assert "It holds nothing that could be lost" in words(flow)
     assert not any(isinstance(item, pages.Field) for item in flow.page().items)
     flow.act("install", {})
     assert wrote(world) == ["install /dev/sda 0"]
@@ -240,7 +240,7 @@ def test_sizes_are_numbers_and_are_planned_with() -> None:
     flow.act("use", {"state": "2048"})
     assert flow.at == "plan"
     assert world.calls[-1] == "plan /dev/nvme0n1 2048"
-    assert "2048 MiB  /var" in words(flow)
+    assert "2048 MiB  /var, encrypted" in words(flow)
 
 
 def test_a_size_that_does_not_fit_leads_back_to_the_sizes() -> None:
