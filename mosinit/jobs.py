@@ -54,7 +54,7 @@ class Job(Generic[T]):
     def __init__(
         self, name: str, work: Callable[[Job[T]], T], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.name, self._work, self._clock = name, work, clock
+        self.name, self._work, self.clock = name, work, clock
         self.waiting: object = None  # what it waits for, if a person has to do something
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._samples: deque[tuple[float, int]] = deque(maxlen=64)
@@ -124,7 +124,7 @@ class Job(Generic[T]):
             return None
         with self._lock:
             samples = tuple(self._samples)
-        now = self._clock()
+        now = self.clock()
         begin = next((sample for sample in samples if now - sample[0] <= WINDOW_SECONDS), None)
         moved = self._done - begin[1] if begin else 0
         rate = moved / max(now - begin[0], 0.001) if begin else 0.0
@@ -154,13 +154,13 @@ class Job(Generic[T]):
         self.say(label)
         with self._lock:
             self._samples.clear()
-            self._samples.append((self._clock(), 0))
+            self._samples.append((self.clock(), 0))
         self._label, self._done, self._total = label, 0, total
 
         def advance(more: int) -> None:
             self.check()
             self._done += more
-            now = self._clock()
+            now = self.clock()
             if now - self._samples[-1][0] >= WINDOW_SECONDS / 20:
                 with self._lock:
                     self._samples.append((now, self._done))
