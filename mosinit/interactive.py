@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -365,7 +366,12 @@ def planned(made: Made, options: install.Options) -> Planned:
     lost = (tuple(map(str, disk.rows)) or (plan.lost,)) if keeps else ()
     members = "; ".join(map(str, disk.members)) if keeps else ""
     decided = Decided(disk, options, made)
-    return Planned(name_of(disk), lines, lost, disk.serial if keeps else "", members, decided)
+    return Planned(name_of(disk), lines, lost, typed_serial(disk) if keeps else "", members, decided)
+
+
+def typed_serial(disk: layout.Disk) -> str:
+    """Return what a person types for a serial: any keyboard has these signs, whatever a device says."""
+    return re.sub(r"[^!-~]+", "_", disk.serial)[:64]
 
 
 def without_consent(options: install.Options) -> install.Options:

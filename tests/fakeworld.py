@@ -245,7 +245,8 @@ def main() -> int:
     """Show it; write down what was called, and how it ended."""
     from mosinit import cli, screens
 
-    signal.signal(signal.SIGTERM, cli._terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, cli._terminated)
     folder, *words = Path(sys.argv[1]), *sys.argv[2:]
     world = gated(folder, words)
     flow = Flow(world)

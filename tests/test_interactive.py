@@ -276,6 +276,12 @@ def test_an_installation_that_was_broken_off_is_called_one(bench: Bench) -> None
     assert rows[1:] == interactive.view(disk).rows != ()
 
 
+def test_a_serial_that_no_keyboard_has_can_be_typed(bench: Bench) -> None:
+    disk = layout.inspect(bench.site.host, bench.disk)
+    for serial, typed in (("S5GX 12/é3", "S5GX_12_3"), ("WD-WCC4E1", "WD-WCC4E1"), ("QM00001", "QM00001")):
+        assert interactive.typed_serial(dataclasses.replace(disk, serial=serial)) == typed
+
+
 def test_secure_boot_is_told_as_the_bring_up_saw_it() -> None:
     report = {"checks": [{"id": "SB-DB", "ok": True}]}
     assert interactive.secure_boot(report) == "on, with this organisation's keys alone"

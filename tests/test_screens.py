@@ -18,7 +18,7 @@ import pytest
 from mosinit import screens
 from mosinit.screens import Look
 from tests.fakeworld import SSD
-from tests.terminals import Terminal, terminal
+from tests.terminals import SECONDS, Terminal, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,6 +142,18 @@ def test_neither_ctrl_z_nor_ctrl_backslash_leads_to_a_shell_or_a_core() -> None:
     with installer() as shown:
         shown.press("C-z", "C-\\")
         to_disks(shown)
+
+
+def test_an_installer_whose_terminal_is_gone_ends(tmp_path: Path) -> None:
+    with installer(first="echo $$ > FOLDER/pid") as shown:
+        to_disks(shown)
+        (child,) = Path(f"/proc/{(shown.folder / 'pid').read_text().strip()}/task").glob("*/children")
+        pid = int(child.read_text().split()[0])
+        shown.close()
+        deadline = time.monotonic() + SECONDS
+        while Path(f"/proc/{pid}/fd/0").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.03)
 
 
 def test_a_terminated_installer_leaves_the_terminal_as_it_was() -> None:
