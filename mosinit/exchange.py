@@ -5,6 +5,7 @@
     answer     back: the SUDI certificate, approvals of PCR 7, the epoch order
     recovery   what only the organisation keeps: passwords of the TPM, recovery key of the disk
     consent    organisation to machine: that a provisioned machine may be provisioned again
+    approvals  organisation to its machines: values of PCR 7 in which they may open
 
 Each is read strictly: all keys, no others, sizes bounded. What is read is untrusted until somebody verifies
 it.
@@ -27,6 +28,7 @@ from mosinit.host import Failure
 LOG_BYTES = 1 << 20
 DOCUMENT_BYTES = 4 << 20
 HIERARCHIES = ("owner", "endorsement", "lockout")
+APPROVALS = 16  # in one file, and in one header: see `init.parse_luks_header`
 Reader: TypeAlias = Callable[[object], object]
 
 
@@ -59,6 +61,23 @@ class Answer(NamedTuple):
     certificate: bytes  # DER
     approvals: Mapping[str, init.PlatformApproval]  # by PCR 7 in hex
     order: Order
+
+
+class Approval(NamedTuple):
+    """The platform key's signature for one PCR 7, up to an epoch, and what it is for, in words."""
+
+    pcr7: bytes
+    epoch: int
+    signature: bytes
+    reason: str
+
+
+class Approvals(NamedTuple):
+    """Approvals for every machine of a product. Nothing in it is verified."""
+
+    product: str
+    platform_key: bytes  # its TPM name
+    approvals: tuple[Approval, ...]
 
 
 class Recovery(NamedTuple):
@@ -201,8 +220,8 @@ def _named(record: Request) -> list[tuple[str, object]]:
 
 
 def _approvals(value: object) -> Mapping[str, init.PlatformApproval]:
-    if not isinstance(value, dict) or not 1 <= len(value) <= 16:
-        raise ValueError("1 to 16 approvals")
+    if not isinstance(value, dict) or not 1 <= len(value) <= APPROVALS:
+        raise ValueError(f"1 to {APPROVALS} approvals")
     return {_hex(32)(pcr7).hex(): _approval(item) for pcr7, item in value.items()}
 
 
@@ -287,6 +306,47 @@ def parse_seal(value: object) -> Seal:
     if not isinstance(value, dict) or set(value) != {"public", "private"}:
         raise ValueError("a sealed secret")
     return Seal(_bytes(512)(value["public"]), _bytes(512)(value["private"]))
+
+
+# --- Approvals of PCR 7, in advance ------------------------------------------------------------------
+
+_APPROVAL: Mapping[str, Reader] = {
+    "pcr7": _hex(32),
+    "epoch": _epoch,
+    "signature": _hex(256),
+    "reason": _text("[ -~]{1,200}", "1 to 200 letters and signs"),
+}
+
+
+def _listed_approvals(value: object) -> tuple[Approval, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= APPROVALS:
+        raise ValueError(f"a list of 1 to {APPROVALS} approvals")
+    if any(not isinstance(item, dict) or set(item) != set(_APPROVAL) for item in value):
+        raise ValueError(f"a list of approvals: {', '.join(_APPROVAL)}")
+    listed: list[dict[str, Any]] = [
+        {name: reader(item[name]) for name, reader in _APPROVAL.items()} for item in value
+    ]
+    if len({item["pcr7"] for item in listed}) != len(listed):
+        raise ValueError("one approval for each PCR 7")
+    return tuple(Approval(**item) for item in listed)
+
+
+def encode_approvals(made: Approvals) -> bytes:
+    """Encode approvals."""
+    rows = [
+        {**each._asdict(), "pcr7": each.pcr7.hex(), "signature": each.signature.hex()}
+        for each in made.approvals
+    ]
+    fields = {"product": made.product, "platform_key": made.platform_key.hex(), "approvals": rows}
+    return _dump("approvals", fields)
+
+
+def parse_approvals(untrusted: bytes, name: str) -> Approvals:
+    """Parse approvals."""
+    fields: Mapping[str, Reader] = {
+        "product": _product, "platform_key": _hex(34), "approvals": _listed_approvals,
+    }  # fmt: skip
+    return Approvals(**_fields(untrusted, name, "approvals", fields))
 
 
 # --- Recovery record ---------------------------------------------------------------------------------

@@ -27,11 +27,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives import serialization
 
-from mosinit import eventlog, exchange, explain, init, keys, records
+from mosinit import eventlog, exchange, explain, init, keys, records, reseal
 from mosinit.host import Failure, Host, Usage, closed_environment
 from mosinit.tpm import DEVICE, Tpm, WrongAuth, open_tpm
 
@@ -631,16 +629,8 @@ def verify_approvals(
     organisation: keys.Organisation, policy: init.PolicyKeys, approvals: Mapping[str, init.PlatformApproval]
 ) -> None:
     """Raise Refused unless the platform key signed each approval: the TPM would say so only at boot."""
-    key = serialization.load_pem_public_key(organisation.files["platform.pub"])
-    assert isinstance(key, rsa.RSAPublicKey)  # `init.policy_keys` saw it
     for pcr7, approval in approvals.items():
-        signed = policy.platform_policy(bytes.fromhex(pcr7), approval.epoch) + init.PLATFORM_REF
-        try:
-            key.verify(approval.signature, signed, padding.PKCS1v15(), hashes.SHA256())
-        except InvalidSignature as error:
-            raise init.Refused(
-                "TPM-APPROVAL", expected="signatures of the platform key", seen=f"another for {pcr7}"
-            ) from error
+        reseal.verify_approval(organisation.files["platform.pub"], policy, pcr7, approval)
 
 
 def _check_same_tpm(
