@@ -8,16 +8,29 @@ tells of nothing but Secure Boot with the certificates of the keyset.
 from __future__ import annotations
 
 import hashlib
-import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from mosinit import eventlog, firmware, images, init, pe
+from mosinit.eventlog import (
+    DB,
+    DBX,
+    EV_AUTHORITY,
+    EV_SEPARATOR,
+    EV_VARIABLE,
+    KEK,
+    PK,
+    PLATFORM,
+    SECURE_BOOT,
+    SEPARATOR,
+    Variable,
+    encode_variable,
+    parse_variable,
+)
 from mosinit.host import Failure
 from mosinit.keys import Keyset
 
@@ -29,24 +42,6 @@ STUB_ORDER = (
 UNMEASURED = {".text", ".rodata", ".data", ".reloc", ".sdmagic", ".pcrsig"}
 APPROVAL = ".pcrsig"
 
-# TCG PC Client Platform Firmware Profile, 10.4.1
-EV_SEPARATOR = 0x4
-EV_VARIABLE = 0x80000001  # EV_EFI_VARIABLE_DRIVER_CONFIG
-EV_ACTION = 0x80000007  # EV_EFI_ACTION
-EV_AUTHORITY = 0x800000E0  # EV_EFI_VARIABLE_AUTHORITY
-KINDS = {
-    eventlog.EV_NO_ACTION: "EV_NO_ACTION",
-    EV_SEPARATOR: "EV_SEPARATOR",
-    EV_VARIABLE: "EV_EFI_VARIABLE_DRIVER_CONFIG",
-    EV_ACTION: "EV_EFI_ACTION",
-    EV_AUTHORITY: "EV_EFI_VARIABLE_AUTHORITY",
-}
-SEPARATOR = bytes(4)  # any other one says that the firmware met an error
-PLATFORM = init.PLATFORM_STATE[0]  # PCR 7
-
-SECURE_BOOT = (init.EFI_GLOBAL, "SecureBoot")
-PK, KEK = (init.EFI_GLOBAL, "PK"), (init.EFI_GLOBAL, "KEK")
-DB, DBX = (init.EFI_IMAGE_SECURITY, "db"), (init.EFI_IMAGE_SECURITY, "dbx")
 REQUIRED = (SECURE_BOOT, PK, KEK, DB, DBX)
 # Not every firmware has or measures them. Who is in dbr may start a recovery, and dbt excuses from dbx.
 OPTIONAL = {
@@ -120,36 +115,6 @@ def approve_uki(keyset: Keyset, uki: bytes, epoch: int) -> bytes:
 # --- PCR 7: whom the firmware trusts ------------------------------------------------------------------
 
 
-class Variable(NamedTuple):
-    """A variable of the firmware as PCR 7 has it: (vendor, name), and the content."""
-
-    name: tuple[str, str]
-    content: bytes
-
-
-# UEFI_VARIABLE_DATA: vendor, characters of the name, bytes of the content; both follow.
-_VARIABLE = struct.Struct("<16sQQ")
-assert _VARIABLE.size == 32
-
-
-def encode_variable(variable: Variable) -> bytes:
-    """Encode what the firmware hashes of a variable (TCG PFP, 10.2.6)."""
-    (vendor, name), content = variable
-    head = _VARIABLE.pack(uuid.UUID(vendor).bytes_le, len(name), len(content))
-    return head + name.encode("utf-16-le") + content
-
-
-def parse_variable(data: bytes) -> Variable:
-    """Parse what the firmware hashed of a variable; ValueError for anything else."""
-    if len(data) < _VARIABLE.size:
-        raise ValueError("a variable that is cut short")
-    vendor, characters, size = _VARIABLE.unpack_from(data)
-    start = _VARIABLE.size + 2 * characters
-    if start + size != len(data):
-        raise ValueError("a variable of another size")
-    return Variable((init.format_guid(vendor), data[32:start].decode("utf-16-le")), data[start:])
-
-
 def platform_events(
     certificates: firmware.Certificates, dbx: bytes = b"", loader: x509.Certificate | None = None
 ) -> tuple[eventlog.Event, ...]:
@@ -217,6 +182,13 @@ def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificat
     if seen != pcr7:
         said = f"gives PCR 7 {seen.hex()}, its TPM has {pcr7.hex()}"
         raise Failure(f"the machine's event log {said}: {_NEW_LOG}")
+    return check_platform(events, certificates, _ENROLL)
+
+
+def check_platform(
+    events: Sequence[eventlog.Event], certificates: firmware.Certificates, remedy: str
+) -> Platform:
+    """Return what these events make of PCR 7, if it may be approved: see `read_platform_log`."""
     found: dict[tuple[str, str], bytes] = {}
     begun = started = False
     for number, event in enumerate(events):
@@ -235,13 +207,13 @@ def read_platform_log(log: bytes, pcr7: bytes, certificates: firmware.Certificat
             else:
                 raise ValueError("nothing of this kind belongs there")
         except ValueError as error:
-            raise Failure(
-                f"event {number} of PCR 7 in the machine's event log, {_name(event)}: {error}; {_ENROLL}"
-            ) from error
+            where = f"event {number} of PCR 7 in the machine's event log, {eventlog.name(event)}"
+            raise Failure(f"{where}: {error}; {remedy}") from error
     missing = [name[1] for name in REQUIRED if name not in found]
     missing += [word for word, there in (("separator", begun), ("authority", started)) if not there]
     if missing:
-        raise Failure(f"the machine's event log has no {missing[0]} for PCR 7: {_ENROLL}")
+        raise Failure(f"the machine's event log has no {missing[0]} for PCR 7: {remedy}")
+    pcr7 = eventlog.replay(events, PLATFORM)
     return Platform(pcr7, found[DBX], tuple(name[1] for name in found if name in OPTIONAL))
 
 
@@ -278,15 +250,6 @@ def _check_authority(variable: Variable, certificates: firmware.Certificates) ->
 
 def _fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
-
-
-def _name(event: eventlog.Event) -> str:
-    """Name an event for people."""
-    kind = KINDS.get(event.kind, f"kind {event.kind:#x}")
-    try:
-        return f"{kind} {parse_variable(event.data).name[1]!r}"
-    except ValueError:
-        return f"{kind} {event.data[:40]!r}"
 
 
 def approve_platform(keyset: Keyset, pcr7: bytes, epoch: int) -> init.PlatformApproval:

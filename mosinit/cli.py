@@ -148,10 +148,19 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
 
 def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     """Provision this machine's TPM: make a request, or take its answer."""
-    if bool(values.organisation) == bool(values.answer):
-        raise Usage("name --organisation ORG to make a request, or --answer ANSWER to take its answer")
-    if values.answer:
+    if sum(bool(word) for word in (values.organisation, values.answer, values.approvals)) != 1:
+        raise Usage(
+            "name --organisation ORG to make a request, --answer ANSWER to take its answer, or, on an "
+            "installed machine, --approvals FILE"
+        )
+    if not values.organisation:
         _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
+    if values.approvals:
+        from mosinit import installed
+
+        return outcome(installed.take_approvals(host, values.approvals))
+    if not values.dir:
+        raise Usage("--dir names where what is made lies")
     if bool(values.again) != bool(values.auths):
         raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
@@ -190,6 +199,22 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
         return outcome(enroll.consent(host, values.consent, keyset, values.out, values.machines))
     places = (values.request, keyset, values.out, values.machines)
     return outcome(enroll.enroll(host, *places, values.epoch, again=values.again))
+
+
+def approve_platform(host: Host, values: argparse.Namespace) -> Result:
+    """Approve what PCR 7 will be."""
+    from mosinit import approve, keys
+
+    changes = {name: getattr(values, name) for name in ("pk", "kek", "db", "dbx")}
+    options = approve.Options(
+        logs=values.logs,
+        machine=values.machine,
+        machines=values.machines,
+        changes={name: path for name, path in changes.items() if path},
+        epoch=values.epoch,
+        reason=values.reason,
+    )
+    return outcome(approve.approve(host, keys.open_keyset(host, values.keys), values.out, options))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:
@@ -305,16 +330,37 @@ def boot_good(host: Host, values: argparse.Namespace) -> Result:
     return outcome(installed.boot_good(host))
 
 
-def explain_check(host: Host, values: argparse.Namespace) -> Result:
-    """Say what checks mean."""
-    if bool(values.id) == values.all:
-        raise Usage("explain takes one id, such as SB-OFF, or --all")
-    if values.id:
+def explain_boot(host: Host, values: argparse.Namespace) -> Result:
+    """Say what checks mean, or what happened in a boot."""
+    if values.what and values.all:
+        raise Usage("explain takes one id, such as SB-OFF, a report, or --all")
+    if not values.all:
         _only_with("--all", values, "markdown")
+    if bool(values.event_log) != bool(values.against):
+        raise Usage("--event-log and --against go together: the log of one boot, and that of a good one")
     if values.markdown:
         return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
-    checks = explain.explain_all() if values.all else [explain.explain(values.id)]
-    return Result(checks if values.all else checks[0], explain.text(checks))
+    report = values.what == "-" or (values.what and os.path.exists(values.what))
+    if values.all or (values.what and (values.what.upper() in init.CHECKS or not report)):
+        if values.event_log:
+            raise Usage("--event-log and --against go with a report, or alone")
+        checks = explain.explain_all() if values.all else [explain.explain(values.what)]
+        return Result(checks if values.all else checks[0], explain.text(checks))
+    if not values.what and not values.event_log:
+        told = explain.last_boot(host)
+        return Result(told, explain.story_text(told))
+    differences = None
+    if values.event_log:
+        from mosinit import exchange
+
+        logs = [exchange.read_event_log(path)[0] for path in (values.against, values.event_log)]
+        differences = explain.compare_logs(*logs)
+    if not values.what:
+        return Result(
+            [each._asdict() for each in differences or ()], explain.differences_text(differences or ())
+        )
+    told = explain.story(explain.read_report(Path(values.what)), differences)
+    return Result(told, explain.story_text(told))
 
 
 def print_schema(host: Host, values: argparse.Namespace) -> Result:
@@ -555,15 +601,17 @@ VERBS = (
     ),
     Verb(
         "provision",
-        "gives this machine's TPM identity, epoch and seal: writes a request, then takes the answer",
+        "gives this machine's TPM identity, epoch and seal: writes a request, takes answer and approvals",
         "mosinit provision --organisation ./organisation --dir /run/provision",
         provision_machine,
         (
             folder("--dir", "what is made, secrets too: on a live machine a folder in memory, such as one "
-                   "below /run", "STATE", required=True),
+                   "below /run", "STATE"),
             folder("--organisation", "make a request to the organisation whose public parts `mosinit keys "
                    "export` wrote there", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
+            folder("--approvals", "on an installed machine: take what `mosinit approve` wrote, before "
+                   "firmware, db or dbx change", "FILE"),
             epoch_option("the machine's epoch", "the organisation's"),
             folder("--event-log", "the firmware's event log (default: the kernel's copy, "
                    "/sys/kernel/security/tpm0/binary_bios_measurements)", "FILE"),
@@ -594,6 +642,31 @@ VERBS = (
             Option("--consent", "sign that this machine may be provisioned again", {"metavar": "SERIAL"}),
             folder("--open-recovery", "show a recovery record (passwords, recovery key), or write it to "
                    "--out", "FILE"),
+        ),
+        secrets=True,
+    ),
+    Verb(
+        "approve",
+        "approves the next PCR 7 of machines in advance: a new db or dbx, a firmware update",
+        "mosinit approve --machine 0123456789abcdef --dbx dbx.auth --keys ./keys --out approvals.json",
+        approve_platform,
+        (
+            positional("logs", "event logs of firmware, or machines' requests (the kernel's copy is "
+                       "/sys/kernel/security/tpm0/binary_bios_measurements); for a firmware update, the log "
+                       "of a machine of the same model that has it",
+                       type=Path, nargs="*", metavar="EVENTLOG"),
+            folder("--keys", "the keyset that signs", required=True),
+            folder("--out", "where the approvals go", "FILE", required=True),
+            Option("--machine", "take the log with which this machine was enrolled; beside an EVENTLOG, say "
+                   "what differs from it", {"metavar": "SERIAL"}),
+            folder("--machines", "where machines are filed (default: DIR/machines)", "FOLDER"),
+            folder("--dbx", "dbx will be this: signature lists that are all of it, or a signed update",
+                   "FILE"),
+            folder("--db", "db will be this", "FILE"),
+            folder("--kek", "KEK will be this", "FILE"),
+            folder("--pk", "PK will be this", "FILE"),
+            epoch_option("the last epoch in which they hold", "the keyset's"),
+            Option("--reason", "what it is for, in words", {"metavar": "TEXT"}),
         ),
         secrets=True,
     ),
@@ -674,13 +747,18 @@ VERBS = (
     ),
     Verb(
         "explain",
-        "says what a check means and what to do",
+        "says what a check means, or what happened in a boot, and what to do",
         "mosinit explain SB-OFF",
-        explain_check,
+        explain_boot,
         (
-            positional("id", "the check", nargs="?", metavar="ID"),
+            positional("what", "a check's id, or a file with a boot's report or console log (-: standard "
+                       "input); without one: the last boot of this machine", nargs="?", metavar="ID|REPORT"),
             flag("--all", "list every check"),
             flag("--markdown", "write them as the table of the README"),
+            folder("--event-log", "the firmware's event log of that boot, or a request: what of PCR 7 "
+                   "differs is named", "FILE"),
+            folder("--against", "the event log of a good boot, such as EFI/mosinit/eventlog.bin of a disk's "
+                   "boot partition", "FILE"),
         ),
         tools=False,
     ),

@@ -4,6 +4,7 @@ the machine needs to open its disk by itself.
     MACHINES/SERIAL/machine.json     serial, product, storage key, machine record and PCR 7 of the machine
     MACHINES/SERIAL/recovery.cms     its recovery record, as encrypted as it came
     MACHINES/SERIAL/certificate.pem  the last SUDI certificate issued
+    MACHINES/SERIAL/eventlog.bin     its firmware's event log, for `mosinit approve`
 
 A record that a filed machine got is the only one it gets, and a storage key belongs to one machine: another
 is refused, unless a person says that this serial is enrolled again. What was filed is kept then, in
@@ -61,6 +62,7 @@ class Verified:
     pcr7: bytes
     epoch: int
     recovery: bytes
+    event_log: bytes
 
 
 def enroll(
@@ -189,7 +191,8 @@ def verify_request(untrusted: exchange.Request, keyset: Keyset, epoch: int) -> V
             f"than this keyset's: export the keyset again, and {_AGAIN}"
         )
     serial = records.serial_of(key)
-    return Verified(serial, key, record, digest, names[0], untrusted.pcr7, epoch, untrusted.recovery)
+    rest = untrusted.pcr7, epoch, untrusted.recovery, untrusted.event_log
+    return Verified(serial, key, record, digest, names[0], *rest)
 
 
 def _verify_csr(untrusted: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes, bytes]:
@@ -253,6 +256,17 @@ def _read_filed(folder: Path) -> Filed:
         raise Failure(f"cannot read {path}: restore it from a backup") from error
 
 
+def read_filed_log(machines: Path, serial: str) -> bytes:
+    """Return the event log with which a machine was enrolled."""
+    if not serial.isalnum():
+        raise Usage(f"{serial!r} is no serial: name a folder of the machines")
+    _read_filed(machines / serial)
+    try:
+        return exchange.read_file(machines / serial / "eventlog.bin", exchange.LOG_BYTES)
+    except FileNotFoundError as error:
+        raise Failure(f"no event log of machine {serial} is filed: name a file with its log") from error
+
+
 def check_filed(known: list[Filed], wanted: Verified, again: str | None) -> list[str]:
     """Return the serials under which a TPM was enrolled before, if there is no other record of it.
 
@@ -286,6 +300,7 @@ def _file(
                     "is of no use any more"
                 )
             _write(host, folder / "certificate.pem", pem)
+            _write(host, folder / "eventlog.bin", wanted.event_log)
             return folder
         assert again == wanted.serial  # `check_filed` saw it
     machines.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -299,6 +314,7 @@ def _file(
         _write(host, fresh / "machine.json", (json.dumps(words, indent=1) + "\n").encode())
         _write(host, fresh / "recovery.cms", wanted.recovery)
         _write(host, fresh / "certificate.pem", pem)
+        _write(host, fresh / "eventlog.bin", wanted.event_log)
         if os.path.lexists(folder):
             folder.rename(_free_name(folder))
         fresh.rename(folder)

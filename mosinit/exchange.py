@@ -212,6 +212,15 @@ def parse_request(untrusted: bytes, name: str) -> Request:
     return Request(**_fields(untrusted, name, "request", _REQUEST))
 
 
+def read_event_log(path: Path) -> tuple[bytes, bytes | None]:
+    """Read an event log as a firmware keeps it, or the one in a request, which says what PCR 7 was, too."""
+    data = read_file(path, DOCUMENT_BYTES)
+    if data[:1] == b"{":
+        request = parse_request(data, path.name)
+        return request.event_log, request.pcr7
+    return data, None
+
+
 def _named(record: Request) -> list[tuple[str, object]]:
     return list(record._asdict().items())
 

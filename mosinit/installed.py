@@ -1,4 +1,5 @@
-"""An installed machine about itself: `status` says what runs and from where, `boot-good` that it runs well.
+"""An installed machine about itself: `status` says what runs and from where, `boot-good` that it runs well,
+and `provision --approvals` takes, before its firmware changes, what opens its disk after that.
 
 A boot that proved good is written down in three places, in this order: a mark in manifest.git; on the ESP
 the UKI loses its counter of tries (as systemd-bless-boot does it); the release's epoch order goes into the
@@ -8,13 +9,14 @@ header of the config volume, from where the next boot carries it out. The last s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import generations, init, luks, publish
+from mosinit import generations, init, lastgood, luks, publish, reseal
 from mosinit.generations import Elsewhere, Quiet
 from mosinit.host import Failure, Host
 
@@ -28,6 +30,8 @@ class Paths:
     left: Path = Path(init.LEFT)
     config: Path = Path(init.CONFIG)
     store: Path = Path(init.STORE)
+    event_log: Path = lastgood.EVENT_LOG
+    lock: Path = Path("/run/mosinit-header.lock")
 
     @property
     def repository(self) -> Path:
@@ -112,11 +116,27 @@ def _describe_machine(paths: Paths, machine: init.Machine, now: Running) -> dict
         "machine id": machine_id.read_text().strip() if machine_id.exists() else None,
         "config": str(device),
         "epoch order": order,
-        "approved firmware states": len(tokens.approvals),
+        "approved firmware states": _describe_approvals(tokens, machine),
         "generation": now.generation,
         "good": generations.is_good(paths.repository, now.generation),
         "generations": rows,
     }
+
+
+def _describe_approvals(tokens: init.Tokens, machine: init.Machine) -> list[dict[str, object]]:
+    now = current_pcr7(machine)
+    return [
+        {"pcr7": pcr7[:16], "epoch": approval.epoch, "in force": pcr7 == now}
+        for pcr7, approval in tokens.approvals.items()
+    ]
+
+
+def current_pcr7(machine: init.Machine) -> str | None:
+    """Return PCR 7 of this boot in hex, None without a TPM."""
+    if not machine.exists(init.TPM_SYSFS):
+        return None
+    with init.asking_tpm("PCR 7"):
+        return init.read_pcr(machine, init.PLATFORM_STATE[0]).hex()
 
 
 def selected_entry(machine: init.Machine) -> str | None:
@@ -173,6 +193,7 @@ def boot_good(host: Host, paths: Paths | None = None) -> dict[str, object]:
     try:
         with host.mounted(Path(os.readlink(f"/proc/self/fd/{esp}")), "vfat") as folder:
             blessed = bless(host, folder, now.sequence)
+            lastgood.keep(host, folder, paths.event_log)
     finally:
         machine.close(esp)
     return {
@@ -218,7 +239,7 @@ def lay_order(host: Host, policy: init.Policy, paths: Paths, machine: init.Machi
     there.
     """
     order = publish.read_epoch_order(Elsewhere({init.STORE: paths.store}), policy)
-    with open_config(machine) as (device, header):
+    with changing(paths), open_config(machine) as (device, header):
         tokens = header.tokens
         assert tokens  # of a config volume
         parts = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
@@ -232,3 +253,38 @@ def lay_order(host: Host, policy: init.Policy, paths: Paths, machine: init.Machi
         )
         luks.import_tokens(host, device, fresh)
     return order.epoch
+
+
+# --- provision --approvals -------------------------------------------------------------------------------
+
+
+def take_approvals(
+    host: Host, file: Path, paths: Paths | None = None, machine: init.Machine | None = None
+) -> dict[str, object]:
+    """Lay approvals into config's header before this machine's firmware changes; done twice, it changes
+    nothing the second time.
+
+    Raises `Refused` and changes nothing unless the organisation signed every one of them for this product.
+    """
+    paths, machine = paths or Paths(), machine or Quiet()
+    now = running(paths)
+    if now.policy.mode != "run":
+        raise Failure(
+            "this is a live system, and the disk's own system takes approvals: here, `mosinit recover "
+            "--reseal --approvals FILE` does"
+        )
+    approvals = reseal.read_approvals(file, now.policy)
+    current = current_pcr7(machine)
+    with changing(paths), open_config(machine) as (device, header):
+        laid = reseal.lay_approvals(
+            host, device, header, now.policy, approvals, [current] if current else []
+        )
+    return {"config": device, **laid.describe(), "in force": current}
+
+
+@contextlib.contextmanager
+def changing(paths: Paths) -> Iterator[None]:
+    """Be the only one that changes config's header: it is read, changed and written as a whole."""
+    with paths.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

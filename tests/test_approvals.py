@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosinit import approvals, eventlog, firmware, init, keys
-from mosinit.approvals import DB, DBX, EV_ACTION, EV_AUTHORITY, EV_SEPARATOR, EV_VARIABLE, Variable
+from mosinit.eventlog import DB, DBX, EV_ACTION, EV_AUTHORITY, EV_SEPARATOR, EV_VARIABLE, Variable
 from mosinit.host import Failure, Host
 from tests.eventlogs import encode_log, measured, unmeasured
 from tests.tpms import Swtpm, TpmMachine, swtpm
@@ -172,12 +172,12 @@ def test_published_values_of_another_project() -> None:
     }
 
     def variable(name: tuple[str, str], content: bytes) -> bytes:
-        return hashlib.sha256(approvals.encode_variable(Variable(name, content))).digest()
+        return hashlib.sha256(eventlog.encode_variable(Variable(name, content))).digest()
 
     for kind, value in values.items():
-        digests = [variable(approvals.SECURE_BOOT, b"\1")]
+        digests = [variable(eventlog.SECURE_BOOT, b"\1")]
         digests += [bytes.fromhex(theirs[name]) for name in ("PK", "KEK", "db")]
-        digests += [variable(DBX, firmware.EMPTY_DBX), hashlib.sha256(approvals.SEPARATOR).digest()]
+        digests += [variable(DBX, firmware.EMPTY_DBX), hashlib.sha256(eventlog.SEPARATOR).digest()]
         digests += [bytes.fromhex(theirs["shim"])]
         digests += [variable((shim, "SbatLevel"), b"sbat,1,2021030218\n")]
         digests += [variable((shim, "MokListTrusted"), b"\1"), bytes.fromhex(theirs[kind])]
@@ -191,13 +191,13 @@ names = st.tuples(st.uuids().map(str), st.text(st.characters(max_codepoint=0xD7F
 @given(names, st.binary(max_size=100))
 def test_variables_read_back(name: tuple[str, str], content: bytes) -> None:
     made = Variable(name, content)
-    assert approvals.parse_variable(approvals.encode_variable(made)) == made
+    assert eventlog.parse_variable(eventlog.encode_variable(made)) == made
 
 
 @given(st.binary(max_size=80))
 def test_no_bytes_are_another_variable(data: bytes) -> None:
     try:
-        assert approvals.encode_variable(approvals.parse_variable(data)) == data
+        assert eventlog.encode_variable(eventlog.parse_variable(data)) == data
     except ValueError:
         return
 
@@ -210,14 +210,14 @@ def read(events: Sequence[eventlog.Event], trusted: firmware.Certificates) -> ap
 
 
 def variable_event(name: tuple[str, str], content: bytes, kind: int = EV_VARIABLE) -> eventlog.Event:
-    return measured(7, kind, approvals.encode_variable(Variable(name, content)))
+    return measured(7, kind, eventlog.encode_variable(Variable(name, content)))
 
 
 def swap(events: Sequence[eventlog.Event], name: tuple[str, str], content: bytes) -> list[eventlog.Event]:
     """Give a variable other content, in an event that is right otherwise."""
     return [
         variable_event(name, content)
-        if event.kind == EV_VARIABLE and approvals.parse_variable(event.data).name == name
+        if event.kind == EV_VARIABLE and eventlog.parse_variable(event.data).name == name
         else event
         for event in events
     ]
@@ -249,7 +249,7 @@ def test_entries_of_another_owner_or_in_another_order_are_the_same_trust(
     assert read(approvals.platform_events(turned, loader=trusted.db[0]), trusted)
     lists = firmware.signature_list(trusted.pk)
     other = lists[:28] + bytes(16) + lists[44:]
-    assert read(swap(approvals.platform_events(trusted), approvals.PK, other), trusted)
+    assert read(swap(approvals.platform_events(trusted), eventlog.PK, other), trusted)
 
 
 Change = Callable[[Sequence[eventlog.Event], firmware.Certificates], Sequence[eventlog.Event]]
@@ -294,10 +294,10 @@ A_HASH = bytes(16) + struct.pack("<III", 76, 0, 48) + bytes(48)
 BAD_SEPARATOR = measured(7, EV_SEPARATOR, b"\1\0\0\0")
 # The good events: SecureBoot, PK, KEK, db, dbx, separator, authority.
 REFUSED: dict[str, tuple[Change, str]] = {
-    "Secure Boot off": (holding(approvals.SECURE_BOOT, lambda t: b"\0"), "'SecureBoot': its value is 00"),
-    "another PK": (holding(approvals.PK, lambda t: lists(t.kek)), "'PK': it holds other certificates"),
-    "no KEK": (holding(approvals.KEK, lambda t: b""), "'KEK': .* none"),
-    "one more in KEK": (holding(approvals.KEK, lambda t: lists(t.kek, t.pk)), "'KEK': it holds other"),
+    "Secure Boot off": (holding(eventlog.SECURE_BOOT, lambda t: b"\0"), "'SecureBoot': its value is 00"),
+    "another PK": (holding(eventlog.PK, lambda t: lists(t.kek)), "'PK': it holds other certificates"),
+    "no KEK": (holding(eventlog.KEK, lambda t: b""), "'KEK': .* none"),
+    "one more in KEK": (holding(eventlog.KEK, lambda t: lists(t.kek, t.pk)), "'KEK': it holds other"),
     "one more in db": (holding(DB, lambda t: lists(*t.db, t.pk)), "'db': it holds other certificates"),
     "one in db alone": (holding(DB, lambda t: lists(t.db[0])), "'db': it holds other certificates"),
     "one in db twice": (holding(DB, lambda t: lists(*t.db, t.db[0])), "'db': it holds other certificates"),
@@ -343,7 +343,7 @@ def test_what_is_not_just_the_keyset_is_not_approved(trusted: firmware.Certifica
 
 def test_a_log_that_says_another_thing_than_it_measured_is_refused(trusted: firmware.Certificates) -> None:
     good = list(approvals.platform_events(trusted))
-    bad = variable_event(approvals.SECURE_BOOT, b"\0")
+    bad = variable_event(eventlog.SECURE_BOOT, b"\0")
     with pytest.raises(Failure, match="'SecureBoot': what was measured is something else"):
         read([good[0]._replace(digest=bad.digest), *good[1:]], trusted)
 

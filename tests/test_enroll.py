@@ -70,7 +70,9 @@ def test_what_a_machine_gets(site: Site) -> None:
 def test_what_is_filed(site: Site) -> None:
     folder = site.machines / str(site.enroll()["serial"])
     assert (folder / "recovery.cms").read_bytes() == sent(site).recovery
-    assert {path.name for path in folder.iterdir()} == {"machine.json", "recovery.cms", "certificate.pem"}
+    names = {"machine.json", "recovery.cms", "certificate.pem", "eventlog.bin"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "eventlog.bin").read_bytes() == site.log.read_bytes()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 

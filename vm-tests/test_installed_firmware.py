@@ -109,9 +109,9 @@ class Changed:
         for signer in signers:
             entry = keyset.certificate(signer).public_bytes(Encoding.DER)
             content = uuid.UUID(firmware.OWNER).bytes_le + entry
-            data = approvals.encode_variable(approvals.Variable(approvals.DB, content))
+            data = eventlog.encode_variable(eventlog.Variable(eventlog.DB, content))
             before.append(authority._replace(digest=hashlib.sha256(data).digest(), data=data))
-        return eventlog.replay(before, approvals.PLATFORM)
+        return eventlog.replay(before, eventlog.PLATFORM)
 
     def sealed_again(self, *signers: str) -> Change:
         """Seal the disk to the new TPM; approve PCR 7 of these signers, or only what was approved before."""
