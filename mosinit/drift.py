@@ -190,16 +190,21 @@ def _others(old: Sequence[Event], new: Sequence[Event]) -> Iterator[Difference]:
     """Compare separators, actions, and whatever is none of the kinds that we know."""
     before, now = (Counter(event for event in events if not _is_variable(event)) for events in (old, new))
     came, gone = now - before, before - now
-    errors = [event for event in came if event.kind == EV_SEPARATOR and event.data != eventlog.SEPARATOR]
-    for event in errors:
+    errors = [[event for event in events if _is_error(event)] for events in (came, gone)]
+    for event in errors[0]:
         what = f"a separator says that the firmware met an error ({event.data.hex()[:WORDS]})"
         yield Difference("separator", what, "switch the machine off and on; mend its firmware")
-    for event in came:
-        if event not in errors:
-            yield _other(event, "new")
-    for event in gone:
-        if event.kind != EV_SEPARATOR or not errors:
-            yield _other(event, "gone")
+    for _ in errors[1]:
+        yield Difference("separator", "a separator says of an error no more", _ADVANCE)
+    for events, word in ((came, "new"), (gone, "gone")):
+        for event in events:
+            # Where an error was met, it stands in the place of the usual separator.
+            if event.kind != EV_SEPARATOR or not (errors[0] or errors[1]):
+                yield _other(event, word)
+
+
+def _is_error(event: Event) -> bool:
+    return event.kind == EV_SEPARATOR and event.data != eventlog.SEPARATOR
 
 
 def _other(event: Event, word: str) -> Difference:

@@ -51,7 +51,7 @@ def test_two_boots_of_one_firmware_do_not_differ() -> None:
 DBX_NOW = firmware.EMPTY_DBX + hashes(b"a", b"b", b"c")
 CHANGES: dict[str, tuple[Sequence[Event], str]] = {
     "Secure Boot off": (swap(GOOD, eventlog.SECURE_BOOT, b"\0"), "Secure Boot was switched off"),
-    "three more in dbx": (swap(GOOD, DBX, DBX_NOW), "dbx changed: 3 entries added: program ca978112ca1bbdca…"),
+    "three more in dbx": (swap(GOOD, DBX, DBX_NOW), "dbx changed: 3 entries added: program ca978112ca1bbd"),
     "dbx emptied": (swap(GOOD, DBX, b""), "dbx changed: 1 entry removed: program e3b0c44298fc1c14…"),
     "damaged dbx": (swap(GOOD, DBX, b"words"), "dbx changed, and cannot be read: a signature list is cut"),
     "one more in db": (
@@ -73,7 +73,7 @@ CHANGES: dict[str, tuple[Sequence[Event], str]] = {
     "an error": ([*GOOD[:5], measured(7, EV_SEPARATOR, b"\1\0\0\0"), GOOD[6]],
                  "a separator says that the firmware met an error (01000000)"),
     "no separator": ([*GOOD[:5], GOOD[6]], "a separator is gone"),
-    "debug mode": ([measured(7, EV_ACTION, b"UEFI Debug Mode\0"), *GOOD], "the firmware says: UEFI Debug Mo"),
+    "debug mode": ([measured(7, EV_ACTION, b"UEFI Debug Mode\0"), *GOOD], "the firmware says: UEFI Debug"),
     "an unknown kind": ([*GOOD, measured(7, 0x800000E1, b"x")], "an event is new: kind 0x800000e1 b'x'"),
     "a variable cut short": ([*GOOD, measured(7, EV_VARIABLE, b"x")], "an event is new: EV_EFI_VARIABLE_D"),
     "nothing started": (GOOD[:6], "nothing was started that is verified by the entry of db: certificate"),
@@ -101,7 +101,9 @@ def test_back_again_each_is_the_opposite() -> None:
         "program 2e7d2c03a9507ae2…"
     ]
     assert told(GOOD, [measured(7, EV_ACTION, b"x"), *GOOD]) == ["the firmware says no more: x"]
-    assert told(GOOD, [*GOOD[:5], measured(7, EV_SEPARATOR, b"\1\0\0\0"), GOOD[6]]) == ["a separator is new"]
+    assert told(GOOD, [*GOOD[:5], measured(7, EV_SEPARATOR, b"\1\0\0\0"), GOOD[6]]) == [
+        "a separator says of an error no more"
+    ]
     mode = (init.EFI_GLOBAL, "DeployedMode")
     two = [[*GOOD[:5], variable_event(mode, value), *GOOD[5:]] for value in (b"\1", b"\0", b"", b"\2")]
     assert told(two[1], two[0]) == ["DeployedMode was switched off"]
