@@ -27,6 +27,8 @@ def explain(check: str) -> dict[str, str]:
         near = difflib.get_close_matches(wanted, init.CHECKS, n=3, cutoff=0.5)
         near += [name for name in sorted(init.CHECKS) if name.startswith(f"{wanted}-") and name not in near]
         hint = f"did you mean {', '.join(near)}?" if near else "`mosinit explain --all` lists them"
+        if "/" in check or "." in check:
+            raise Usage(f"{printable(check[:200])} is neither a check's id nor a file: name a boot's report")
         raise Usage(f"no check has the id {printable(check[:60])}: {hint}")
     return {"id": wanted, "title": init.CHECKS[wanted].title, "remedy": init.CHECKS[wanted].remedy}
 

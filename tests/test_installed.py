@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import generations, images, init, installed, layout, luks
+from mosinit import approvals, exchange, generations, images, init, installed, lastgood, layout, luks
 from mosinit.generations import Quiet
 from mosinit.host import Failure, Host
 from tests import installation
+from tests.eventlogs import encode_log, measured
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.test_install import TOOLS
@@ -108,7 +109,9 @@ def running(
         shutil.copytree(setting.release, tmp_path / "store" / init.REPOSITORY)
         esp = partitions(device)[0].uuid
         machine = Machine(device, esp, "mosinit_7+2-1.efi")
-        paths = installed.Paths(tmp_path / "left", config, tmp_path / "store")
+        paths = installed.Paths(
+            tmp_path / "left", config, tmp_path / "store", tmp_path / "log", tmp_path / "lock"
+        )
         yield Running(setting, device, machine, paths, only.commit)
 
 
@@ -130,7 +133,9 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
         "tpm": {"present": False},
         "config": f"{running.disk}p2",
         "epoch order": 1,
-        "approved firmware states": 2,
+        "approved firmware states": [
+            {"pcr7": name * 8, "epoch": 2, "in force": False} for name in ("ab", "00")
+        ],
         "generation": running.commit,
         "good": False,
     }
@@ -217,6 +222,69 @@ def test_an_order_that_nobody_signed_is_not_laid(running: Running, host: Host) -
     with pytest.raises(init.Refused, match="EPOCH-ORDER"):
         installed.lay_order(host, policy, running.paths, running.machine)
     assert luks.read_header(host, device, "config") == before
+
+
+# --- Approvals, and the event log ------------------------------------------------------------------------
+
+
+def approved(running: Running, folder: Path, *names: int, epoch: int = 1) -> Path:
+    """Write approvals of the values of PCR 7 that these numbers name."""
+    keyset = running.setting.keyset
+    rows = []
+    for name in names:
+        made = approvals.approve_platform(keyset, bytes([name]) * 32, epoch)
+        rows.append(exchange.Approval(bytes([name]) * 32, made.epoch, made.signature, "a test"))
+    key = init.tpm_name(approvals.policy_keys(keyset).platform)
+    path = folder / "approvals.json"
+    path.write_bytes(exchange.encode_approvals(exchange.Approvals(keyset.product, key, tuple(rows))))
+    return path
+
+
+def test_approvals_are_taken_before_the_change(
+    running: Running, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed, "current_pcr7", lambda machine: "02" * 32)
+    device, machine = Path(f"{running.disk}p2"), running.machine
+    told = installed.take_approvals(host, approved(running, tmp_path, 1, 2), running.paths, machine)
+    wanted = {"added": ["01" * 32, "02" * 32], "kept": [], "dropped": ["ab" * 32, "00" * 32]}
+    assert told == {"config": device, **wanted, "in force": "02" * 32}
+    rows = installed.status(host, running.paths, machine)["approved firmware states"]
+    assert rows == [{"pcr7": name * 8, "epoch": 1, "in force": name == "02"} for name in ("01", "02")]
+    # Sixteen more: that of now stays, whatever else goes.
+    many = approved(running, tmp_path, *range(10, 25))
+    told = installed.take_approvals(host, many, running.paths, machine)
+    assert (told["kept"], told["dropped"]) == (["02" * 32], ["01" * 32])
+
+
+def test_approvals_of_others_are_not_taken(running: Running, host: Host, tmp_path: Path) -> None:
+    device = Path(f"{running.disk}p2")
+    before = luks.read_header(host, device, "config")
+    path = approved(running, tmp_path, 1)
+    words = json.loads(path.read_text())
+    words["approvals"][0]["pcr7"] = "03" * 32
+    path.write_text(json.dumps(words))
+    with pytest.raises(init.Refused, match="TPM-APPROVAL"):
+        installed.take_approvals(host, path, running.paths, running.machine)
+    assert luks.read_header(host, device, "config") == before
+
+
+def test_a_live_system_takes_no_approvals(setting: Setting, host: Host, tmp_path: Path) -> None:
+    left = installation.make_left(tmp_path / "left", setting.keyset)
+    with pytest.raises(Failure, match="mosinit recover --reseal --approvals FILE"):
+        installed.take_approvals(host, tmp_path / "none", installed.Paths(left), Machine(tmp_path, "", ""))
+
+
+def test_the_event_log_on_the_boot_partition_is_found(running: Running) -> None:
+    host = NativeInstaller()
+    log = running.paths.event_log
+    log.write_bytes(encode_log([measured(7, 4, bytes(4))]))
+    with host.mounted(Path(f"{running.disk}p1"), "vfat") as esp:
+        assert lastgood.keep(host, esp, log)
+    assert lastgood.find(host, running.machine) == [("vdz", log.read_bytes())]
+    assert [disk.name for disk in lastgood.installed_disks(running.machine)] == ["vdz"]
+    with host.mounted(Path(f"{running.disk}p1"), "vfat") as esp:
+        (esp / lastgood.PLACE).unlink()
+    assert lastgood.find(host, running.machine) == []
 
 
 def later(host: Host, running: Running, epoch: int, signer: str = "product") -> None:
