@@ -6,6 +6,7 @@ refused stand others like them that must be done: they show that the means work.
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import enum
 import errno
@@ -28,6 +29,7 @@ from mosinit import init, installed
 from mosinit.generations import Quiet
 
 HERE = Path("/usr/lib/probe")
+EVENT_LOG = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 PORT = "/dev/virtio-ports/org.mosinit.exchange"
 PROBES: dict[str, Callable[[], object]] = {}
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -668,15 +670,59 @@ def left_by_an_earlier_boot() -> object:
     return found
 
 
+# --- A change of firmware, approved before ----------------------------------------------------------------
+
+OLDER = Path("/var/lib/event-log")  # of the boot before, left by `change_dbx`
+
+
+@probe
+def the_event_log() -> object:
+    return base64.b64encode(EVENT_LOG.read_bytes()).decode()
+
+
+def verb(*words: str) -> object:
+    """Run a verb of mosinit and return its data, or why there is none."""
+    done = subprocess.run(["mosinit", *words, "--json"], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else [done.returncode, done.stderr]
+
+
+def change_dbx(answer: dict[str, str]) -> dict[str, object]:
+    """Let the machine take approvals, then append to dbx as an update does."""
+    file = Path("/run/approvals.json")
+    write(file, answer["approvals"].encode())
+    told = {"taken": verb("provision", "--approvals", str(file)), "status": verb("status")}
+    write(OLDER, EVENT_LOG.read_bytes())
+    variable = f"{init.EFIVARS}/dbx-{init.EFI_IMAGE_SECURITY}"
+    with held(variable, os.O_RDONLY) as fd:
+        fcntl.ioctl(fd, init.FS_IOC_SETFLAGS, struct.pack("<Q", 0))
+    # UEFI 2.10, 8.2: non-volatile, boot service, runtime, time-based authenticated, append
+    write(variable, struct.pack("<I", 0x67) + base64.b64decode(answer["update"]))
+    os.sync()
+    return told
+
+
+def after_the_change() -> dict[str, object]:
+    """Say what differs from the boot before."""
+    logs = ("--event-log", str(EVENT_LOG), "--against", str(OLDER))
+    told = {"differences": verb("explain", *logs), "last boot": verb("explain"), "status": verb("status")}
+    OLDER.unlink()
+    return told
+
+
 def main() -> None:
     """Try everything, tell it, and do what is answered."""
-    results = {name: outcome(work) for name, work in PROBES.items()}
+    if OLDER.exists():
+        results = {"after the change": outcome(after_the_change)}
+    else:
+        results = {name: outcome(work) for name, work in PROBES.items()}
     with open(PORT, "r+b", buffering=0) as port:
         port.write(json.dumps(results).encode() + b"\n")
-        answer = port.readline()
-    if b"restart" in answer:
+        answer = json.loads(port.readline())
+        if "update" in answer:
+            port.write(json.dumps(outcome(lambda: change_dbx(answer))).encode() + b"\n")
+    if answer.get("do") == "restart":
         subprocess.run(["systemctl", "--no-block", "reboot"], check=True)
-    if b"crash" in answer:
+    if answer.get("do") == "crash":
         # systemd catches it, and stays for ever.
         os.kill(1, signal.SIGSEGV)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import probed
 import pytest
@@ -20,7 +22,7 @@ from installed import KEPT, SIZES, UUIDS, Installed
 from programs import init_program
 from world import GOOD_HOSTFS, HELLO, World
 
-from mosinit import init, uki, vm
+from mosinit import approve, eventlog, exchange, firmware, init, lastgood, uki, vm
 from mosinit.console import FRAME, parse_report
 
 EVIL = base64.b64encode(b"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n").decode()
@@ -344,9 +346,57 @@ def session(base: Installed, made: Installed, answer: bytes, *events: tuple[str,
 
 
 @pytest.fixture(scope="module")
-def second(first: object, base: Installed, debian: Installed) -> Told:
-    """The next boot, until it restarts in an orderly way."""
-    return session(base, debian, b"restart", ("RESET", SECONDS))
+def update(world: World, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An update that appends to dbx: what is there already, and one program more."""
+    folder, keyset = tmp_path_factory.mktemp("update"), world.keyset
+    head, entry = firmware.EMPTY_DBX[:28], firmware.EMPTY_DBX[28:]
+    both = entry + entry[:16] + hashlib.sha256(b"a boot loader that was revoked").digest()
+    (folder / "list").write_bytes(head[:16] + struct.pack("<III", 28 + len(both), 0, 48) + both)
+    signer = ("-k", keyset.folder / "KEK.key", "-c", keyset.certificate_path("KEK"))
+    world.host.run(["sign-efi-sig-list", "-a", *signer, "dbx", folder / "list", folder / "auth"])
+    return (folder / "auth").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def approved(
+    world: World, told: dict[str, Any], update: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What the organisation approves in advance, from the log of the first boot."""
+    folder = tmp_path_factory.mktemp("approved")
+    (folder / "log").write_bytes(base64.b64decode(told["the event log"]))
+    (folder / "dbx.auth").write_bytes(update)
+    options = approve.Options([folder / "log"], changes={"dbx": folder / "dbx.auth"})
+    approve.approve(world.host, world.keyset, folder / "approvals.json", options)
+    return folder / "approvals.json"
+
+
+class Second(NamedTuple):
+    """The next boot, its orderly restart after dbx was changed, and the boot after that."""
+
+    told: dict[str, Any]
+    changed: dict[str, Any]
+    console: bytes
+    after: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def second(first: object, base: Installed, debian: Installed, approved: Path, update: bytes) -> Second:
+    """The next boots."""
+    answer = {
+        "do": "restart", "approvals": approved.read_text(), "update": base64.b64encode(update).decode(),
+    }  # fmt: skip
+
+    async def story() -> Second:
+        async with running(debian, saved(base)) as machine:
+            told = json.loads(await machine.asks())
+            place = len(machine.console)
+            await machine.answer(json.dumps(answer).encode())
+            changed = json.loads(await machine.asks())
+            await machine.happens("RESET")
+            said = bytes(machine.console[place:])
+            return Second(told, changed, said, json.loads(await machine.asks())["after the change"])
+
+    return asyncio.run(story())
 
 
 @pytest.fixture(scope="module")
@@ -355,16 +405,16 @@ def third(second: object, base: Installed, debian: Installed) -> Told:
     disk = debian.disk
     debian.world.host.run(["sfdisk", "--quiet", "--no-reread", "--part-label", disk, "5", "other"])
     # RuntimeWatchdogSec= of hostfs
-    return session(base, debian, b"crash", ("WATCHDOG", 60 + 30), ("RESET", SECONDS))
+    return session(base, debian, b'{"do": "crash"}', ("WATCHDOG", 60 + 30), ("RESET", SECONDS))
 
 
-def test_only_the_volume_state_outlives_a_boot(told: dict[str, Any], second: Told, third: Told) -> None:
-    left = [each["left by an earlier boot"] for each in (told, second[0], third[0])]
+def test_only_the_volume_state_outlives_a_boot(told: dict[str, Any], second: Second, third: Told) -> None:
+    left = [each["left by an earlier boot"] for each in (told, second.told, third[0])]
     assert left == [[], ["/var/lib/left"], []]
 
 
-def test_each_boot_has_what_the_machine_keeps(told: dict[str, Any], second: Told) -> None:
-    for each in (told, second[0]):
+def test_each_boot_has_what_the_machine_keeps(told: dict[str, Any], second: Second) -> None:
+    for each in (told, second.told):
         assert each["the id of the machine"] + "\n" == KEPT["etc/machine-id"]
         assert each["the host key of ssh"] == [KEPT["etc/ssh/ssh_host_ed25519_key"], "-rw-------"]
 
@@ -374,9 +424,50 @@ def test_nothing_in_var_is_laid_over_usr_or_etc(told: dict[str, Any]) -> None:
     assert told["laid over usr or etc"] == []
 
 
-def test_a_restart_in_an_orderly_way(second: Told) -> None:
-    assert b"reboot.target" in second[1]
-    assert b"Kernel panic" not in second[1]
+def test_a_restart_in_an_orderly_way(second: Second) -> None:
+    assert b"reboot.target" in second.console
+    assert b"Kernel panic" not in second.console
+
+
+# --- dbx changes, and was approved before ------------------------------------------------------------------
+
+
+def test_the_event_log_of_a_good_boot_lies_on_the_boot_partition(
+    told: dict[str, Any], first: object, debian: Installed, approved: Path
+) -> None:
+    esp = f"{debian.disk}@@{init.MIB}"
+    kept = debian.world.host.run(["mtype", "-i", esp, f"::{lastgood.PLACE}"])
+    assert eventlog.replay(eventlog.parse_event_log(kept), eventlog.PLATFORM)
+    assert base64.b64decode(told["the event log"]) == (approved.parent / "log").read_bytes()
+
+
+def test_the_machine_takes_approvals_before_the_change(second: Second, approved: Path) -> None:
+    (wanted,) = exchange.parse_approvals(approved.read_bytes(), "approvals").approvals
+    taken = second.changed["taken"]
+    assert (taken["added"], taken["kept"], taken["dropped"]) == (
+        [wanted.pcr7.hex()],
+        [taken["in force"]],
+        [],
+    )
+    states = {taken["in force"]: True, wanted.pcr7.hex(): False}
+    rows = [{"pcr7": pcr7[:16], "epoch": 1, "in force": now} for pcr7, now in states.items()]
+    rows[0]["epoch"] = init.MAX_EPOCH
+    assert second.changed["status"]["approved firmware states"] == rows
+
+
+def test_the_firmware_appends_as_was_predicted_and_the_disk_opens(second: Second) -> None:
+    """What is there already was skipped, or this boot would have been refused by TPM-POLICY."""
+    states = second.after["status"]["approved firmware states"]
+    assert [row["in force"] for row in states] == [False, True]
+
+
+def test_the_change_of_dbx_is_named(second: Second) -> None:
+    digest = hashlib.sha256(b"a boot loader that was revoked").hexdigest()
+    (only,) = second.after["differences"]
+    assert only["what"] == f"dbx changed: 1 entry added: program {digest[:16]}…"
+    # This boot has proved good already, and its own log is the one that is kept.
+    last = second.after["last boot"]
+    assert (last["result"], last["previous refusal"], last["differences"]) == ("pivoted", None, [])
 
 
 def test_a_systemd_that_died_is_restarted_by_the_watchdog(third: Told) -> None:
