@@ -6,7 +6,10 @@ Nothing that is wrong there opens the disk, and nothing asks a person for a pass
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import subprocess
+import sys
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +27,26 @@ from installed import (
 )
 from world import GOOD_HOSTFS, World, check_refused, make_cpio
 
-from mosinit import approvals, eventlog, firmware, images, init, pe, uki, vm
+from mosinit import (
+    approvals,
+    approve,
+    eventlog,
+    exchange,
+    firmware,
+    images,
+    init,
+    keys,
+    pe,
+    reseal,
+    tools,
+    uki,
+    vm,
+)
 from mosinit.console import Report
 from mosinit.host import Host
 from mosinit.machine import VARIABLES, Hardware
 from tests import sealed
+from tests.eventlogs import encode_log
 from tests.tpms import Swtpm
 
 
@@ -101,8 +119,10 @@ class Changed:
         size = (len(head) + len(entry) + len(more)).to_bytes(4, "little")
         return head[:16] + size + head[20:] + entry + more
 
-    def pcr7(self, *signers: str) -> bytes:
-        """Return PCR 7 where what was started was signed by these keys, one after the other."""
+    def events(self, *signers: str) -> list[eventlog.Event]:
+        """Return what the firmware measures where what was started was signed by these keys, one after the
+        other.
+        """
         keyset = self.machine.world.keyset
         trusted = firmware.certificates_of_keyset(keyset.folder)
         *before, authority = approvals.platform_events(trusted, self.dbx)
@@ -111,10 +131,30 @@ class Changed:
             content = uuid.UUID(firmware.OWNER).bytes_le + entry
             data = eventlog.encode_variable(eventlog.Variable(eventlog.DB, content))
             before.append(authority._replace(digest=hashlib.sha256(data).digest(), data=data))
-        return eventlog.replay(before, eventlog.PLATFORM)
+        return before
 
-    def sealed_again(self, *signers: str) -> Change:
-        """Seal the disk to the new TPM; approve PCR 7 of these signers, or only what was approved before."""
+    def pcr7(self, *signers: str) -> bytes:
+        """Return PCR 7 of these events."""
+        return eventlog.replay(self.events(*signers), eventlog.PLATFORM)
+
+    def before(self) -> list[eventlog.Event]:
+        """Return what the firmware measured before somebody had the machine."""
+        trusted = firmware.certificates_of_keyset(self.machine.world.keyset.folder)
+        return list(approvals.platform_events(trusted, firmware.EMPTY_DBX))
+
+    def approved_in_advance(self, folder: Path) -> exchange.Approvals:
+        """Return what `mosinit approve` writes about the new dbx, from the log of the time before."""
+        (folder / "log").write_bytes(encode_log(self.before()))
+        (folder / "dbx").write_bytes(self.dbx)
+        options = approve.Options([folder / "log"], changes={"dbx": folder / "dbx"}, epoch=init.MAX_EPOCH)
+        world = self.machine.world
+        approve.approve(world.host, world.keyset, folder / "approvals", options)
+        return exchange.parse_approvals((folder / "approvals").read_bytes(), "approvals")
+
+    def sealed_again(self, *signers: str, laid: exchange.Approvals | None = None) -> Change:
+        """Seal the disk to the new TPM; approve PCR 7 of these signers, or only what was approved before, or
+        lay what is given as a machine does.
+        """
 
         def tokens_of(machine: Installed, tokens: init.Tokens) -> init.Tokens:
             approved = dict(tokens.approvals)
@@ -122,6 +162,11 @@ class Changed:
                 value = self.pcr7(*signers)
                 keyset = machine.world.keyset
                 approved[value.hex()] = approvals.approve_platform(keyset, value, init.MAX_EPOCH)
+            if laid:
+                files = keys.open_organisation(organisation(machine)).files
+                policy = keys.trust(machine.world.keyset.product, files)
+                fresh = {a.pcr7.hex(): init.PlatformApproval(a.epoch, a.signature) for a in laid.approvals}
+                approved = reseal.merge(tokens, policy, fresh)
             record = machine.record(storage_key=self.storage_key)
             public, private = self.seal
             return tokens._replace(
@@ -139,6 +184,14 @@ class Changed:
             shutil.copytree(self.folder / "state", options.folder)
             return vm.boot(host, options)
         return vm.restore(host, self.folder / "saved", options)
+
+
+def organisation(machine: Installed) -> Path:
+    """Return the public parts of the machine's keyset."""
+    folder = machine.folder / "organisation"
+    if not folder.exists():
+        keys.export(machine.world.host, machine.world.keyset.folder, folder)
+    return folder
 
 
 def provision_again(tpm: Swtpm, secret: bytes) -> tuple[sealed.Seal, bytes]:
@@ -187,15 +240,36 @@ def test_a_tpm_that_was_cleared_and_provisioned_by_somebody(changed: Changed, tm
     assert seen.startswith(changed.storage_key.hex())
 
 
+def explained(
+    changed: Changed, outcome: vm.Outcome, folder: Path, approved: list[eventlog.Event]
+) -> list[str]:
+    """Return what `explain` names, from the console of a refused boot, and logs of it and of a good one."""
+    logs = {"now": changed.events("uki", "layer"), "good": approved}
+    for name, events in logs.items():
+        (folder / name).write_bytes(encode_log(events))
+    words = ["--event-log", str(folder / "now"), "--against", str(folder / "good"), "--json"]
+    command = [sys.executable, "-m", "mosinit", "explain", str(outcome.console), *words]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=tools.checkout()).stdout)
+    assert (told["failed"], told["refused"]["seen"]) == ("TPM-POLICY", changed.pcr7("uki", "layer").hex())
+    return [each["what"] for each in told["differences"]]
+
+
 def test_other_firmware_variables_without_approval(changed: Changed, tmp_path: Path) -> None:
     outcome = changed.go_on(tmp_path, changed.sealed_again())
     assert check_closed(outcome, "TPM-POLICY") == changed.pcr7("uki", "layer").hex()
+    dbx, loader = explained(changed, outcome, tmp_path, changed.before())
+    assert dbx.startswith("dbx changed: 1 entry added: program ")
+    assert loader.startswith("something more was started, verified by the entry of db: certificate ")
 
 
 def test_a_uki_signed_by_the_layer_key(changed: Changed, tmp_path: Path) -> None:
-    """The firmware starts it, and what it trusts is approved: but not that it started this."""
-    outcome = changed.go_on(tmp_path, changed.sealed_again("uki"))
+    """The firmware starts it, and what it trusts was approved in advance: but not that it started this."""
+    approved = changed.approved_in_advance(tmp_path)
+    assert [each.pcr7 for each in approved.approvals] == [changed.pcr7("uki")]
+    outcome = changed.go_on(tmp_path, changed.sealed_again(laid=approved))
     assert check_closed(outcome, "TPM-POLICY") == changed.pcr7("uki", "layer").hex()
+    (loader,) = explained(changed, outcome, tmp_path, changed.events("uki"))
+    assert loader.startswith("something more was started, verified by the entry of db: certificate ")
 
 
 def test_the_same_machine_once_its_state_is_approved(changed: Changed, tmp_path: Path) -> None:
