@@ -114,6 +114,11 @@ def _parent(folder: Path, commit: str | None) -> bytes | None:
     return None if commit is None else init.read_git_object(machine, commit, "commit")
 
 
+def set_branch(host: Host, folder: Path, commit: str) -> None:
+    """Let the branch name a commit that is there, durably."""
+    _write_ref(host, folder, BRANCH, commit)
+
+
 def mark_good(host: Host, folder: Path, commit: str) -> None:
     """Say durably that a generation has started well; said before, nothing changes."""
     reference = good_reference(commit)

@@ -323,6 +323,13 @@ class Host(init.Kernel):
         finally:
             os.close(fd)
 
+    def write_at(self, fd: int, offset: int, data: bytes) -> None:
+        """Write into an open file or device, durably."""
+        while data:
+            written = os.pwrite(fd, data, offset)
+            offset, data = offset + written, data[written:]
+        os.fsync(fd)
+
     def swap(self, one: Path, two: Path) -> None:
         """Let two names change places at once."""
         libc = ctypes.CDLL(None, use_errno=True)

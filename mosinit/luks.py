@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from mosinit import init
 from mosinit.host import Host
 
 SECRET_SLOT, RECOVERY_SLOT = 0, 1
+READ_ONLY = 1  # libcryptsetup.h, CRYPT_ACTIVATE_READONLY
 SECTOR = 512  # the unit of cryptsetup's --offset
 
 # Everything that `init.parse_luks_header` pins is asked for, whatever this cryptsetup's defaults are.
@@ -56,6 +58,58 @@ def add_recovery(host: Host, path: Path, secret: bytes | bytearray, recovery: by
     with _lent(recovery) as file:
         words = ("--batch-mode", "--key-slot", str(RECOVERY_SLOT), "--key-file", "-", *SLOT, *SLOW)
         host.run(["cryptsetup", "luksAddKey", *words, path, file], stdin=bytes(secret))
+
+
+def add_key(
+    host: Host, path: Path, slot: int, volume_key: bytes, secret: bytes, stretching: tuple[str, ...]
+) -> None:
+    """Give a volume whose own key is known one more key slot."""
+    with _lent(volume_key) as volume, _lent(secret) as file:
+        words = ("--batch-mode", "--key-slot", str(slot), "--volume-key-file", volume, *SLOT, *stretching)
+        host.run(["cryptsetup", "luksAddKey", *words, path, file])
+
+
+def read_volume_key(header: init.LuksHeader, slot: int, secret: bytes) -> bytes | None:
+    """Return the key that a volume's data is encrypted by, None if the slot does not take this secret."""
+    library = ctypes.CDLL("libcryptsetup.so.12")
+    library.crypt_token_external_disable()
+    file, context = os.memfd_create("luks"), ctypes.c_void_p()
+    key, size = ctypes.create_string_buffer(128), ctypes.c_size_t(128)
+    try:
+        os.write(file, init.detached_header(header))
+        code = library.crypt_init(ctypes.byref(context), f"/proc/self/fd/{file}".encode())
+        code = code or library.crypt_load(context, b"LUKS2", None)
+        if code == 0:
+            words = (slot, key, ctypes.byref(size), secret, ctypes.c_size_t(len(secret)))
+            code = library.crypt_volume_key_get(context, *words)
+        return key.raw[: size.value] if code >= 0 else None
+    finally:
+        library.crypt_free(context)
+        os.close(file)
+        ctypes.memset(key, 0, 128)
+
+
+def activate(
+    header: init.LuksHeader, device: Path, volume_key: bytes, name: str, *, read_only: bool
+) -> None:
+    """Open a volume by its own key and a header that was checked. Raises OSError."""
+    library = ctypes.CDLL("libcryptsetup.so.12")
+    library.crypt_token_external_disable()
+    os.putenv("DM_DISABLE_UDEV", "1")  # as the bring-up does it; who mounts waits for nobody
+    file, context = os.memfd_create("luks"), ctypes.c_void_p()
+    try:
+        os.write(file, init.detached_header(header))
+        paths = (f"/proc/self/fd/{file}".encode(), os.fsencode(device))
+        code = library.crypt_init_data_device(ctypes.byref(context), *paths)
+        code = code or library.crypt_load(context, b"LUKS2", None)
+        if code == 0:
+            words = (name.encode(), volume_key, ctypes.c_size_t(len(volume_key)), READ_ONLY * read_only)
+            code = library.crypt_activate_by_volume_key(context, *words)
+    finally:
+        library.crypt_free(context)
+        os.close(file)
+    if code < 0:
+        raise OSError(-code, f"cannot open {device}: {os.strerror(-code)}")
 
 
 @contextlib.contextmanager
