@@ -53,10 +53,13 @@ def format_volume(host: Host, path: Path, kind: str, uuid: str, secret: bytes | 
     host.run(format_command(path, kind, uuid), stdin=bytes(secret))
 
 
-def add_recovery(host: Host, path: Path, secret: bytes | bytearray, recovery: bytes | bytearray) -> None:
+def add_recovery(
+    host: Host, path: Path, secret: bytes | bytearray, recovery: bytes | bytearray,
+    stretching: tuple[str, ...] = SLOW,
+) -> None:  # fmt: skip
     """Give a volume the key slot of the recovery key."""
     with _lent(recovery) as file:
-        words = ("--batch-mode", "--key-slot", str(RECOVERY_SLOT), "--key-file", "-", *SLOT, *SLOW)
+        words = ("--batch-mode", "--key-slot", str(RECOVERY_SLOT), "--key-file", "-", *SLOT, *stretching)
         host.run(["cryptsetup", "luksAddKey", *words, path, file], stdin=bytes(secret))
 
 

@@ -78,12 +78,12 @@ def choose(untrusted: bytes, kind: str, tokens: init.Tokens | None = None) -> Fo
     alone = [_without(untrusted, offset) for offset in reversed(COPIES)]
     if tokens and kind == "config":
         alone += [_with_tokens(each, tokens) for each in alone]
-    headers = []
+    headers: list[init.LuksHeader] = []
     for each in alone:
         with contextlib.suppress(init.Refused, ValueError):
             headers.append(init.parse_luks_header(each, kind))
     # Either is what a boot would take, were it the only one: the newer, or as cryptsetup has it, the first.
-    return Found(max(headers, key=lambda header: header.seqid, default=None), fault)
+    return Found(max(headers, key=lambda header: header.seqid) if headers else None, fault)
 
 
 def _without(untrusted: bytes, offset: int) -> bytes:
@@ -116,8 +116,9 @@ def _dump(document: object) -> bytes:
 
 
 def renewed(
-    host: Host, header: init.LuksHeader, kind: str, volume_key: bytes, keys: Keys, tokens: init.Tokens | None
-) -> init.LuksHeader:
+    host: Host, header: init.LuksHeader, kind: str, volume_key: bytes, keys: Keys,
+    tokens: init.Tokens | None, stretching: tuple[str, ...] = luks.SLOW,
+) -> init.LuksHeader:  # fmt: skip
     """Return the header that takes these keys, and no others, for the same volume. Nothing is written.
 
     Raises `Refused` if a boot would not take it.
@@ -130,7 +131,7 @@ def renewed(
         free = (number for number in range(32) if number not in used)
         secret, recovery = next(free), next(free)
         luks.add_key(host, work, secret, volume_key, keys.secret, luks.QUICK)
-        luks.add_key(host, work, recovery, volume_key, keys.recovery, luks.SLOW)
+        luks.add_key(host, work, recovery, volume_key, keys.recovery, stretching)
         made = work.read_bytes()[: init.LUKS_BYTES]
     raw = json.loads(made[init.BLOCK : init.LUKS_COPY].rstrip(b"\0"))
     # Each is in a new place: the old ones are whole until the new header counts.

@@ -90,12 +90,13 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
         if not _keep_chain(host, folder, made, policy):
             named = read_refs(folder)
             kept = _usable(host, made, named, policy)
-            if not kept and release is None:
-                raise Failure("manifest.git holds no generation that can be used, and there is no release")
+            if not kept:
+                if release is None:
+                    raise Failure("manifest.git has no generation that holds, and there is no release")
+                kept = [(release, False)]
             shutil.rmtree(made)
             generations.create(host, made)
-            for new, good in kept or [(release, False)]:
-                assert new  # there is one
+            for new, good in kept:
                 commit = generations.add(host, made, new)
                 if good:
                     generations.mark_good(host, made, commit)

@@ -77,7 +77,7 @@ def test_the_new_keys_open_it_and_the_old_ones_do_not(renewed: Renewed) -> None:
         assert luks.read_volume_key(header, slot, new)
         assert luks.read_volume_key(header, slot, old) is None
     # Other people's program has the last word.
-    words = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", renewed.path]
+    words: list[str | Path] = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", renewed.path]
     Host().run(words, stdin=KEYS.recovery)
     with pytest.raises(Failure):
         Host().run(words, stdin=volumes.RECOVERY)

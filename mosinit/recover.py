@@ -1,0 +1,880 @@
+"""The `recover` verb: on the live medium, the way back into a machine that no longer opens by itself.
+
+1. Look: which disk, which of its volumes the recovery key opens, what is wrong with them. Nothing is
+   written: config is looked into through a copy in memory, since to open it is to replay its journal.
+2. Say it, and what is to be done; `--plan` ends here.
+3. Act, each step one that may be interrupted: the same command goes on from there.
+4. Read all of it back as a boot would.
+
+A disk is this machine's if the recovery key opens its config or store. Nothing else of it is written, and no
+check is weaker afterwards: headers are what the bring-up's list allows, releases and epoch orders are
+verified by its own functions, and none below the epoch of the TPM or of the disk counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mosinit import esp, explain, generations, init, install, layout, luks, rekey, repository, state
+from mosinit.generations import Elsewhere, Quiet
+from mosinit.host import Failure, Host
+from mosinit.install import Provisioned
+from mosinit.sources import Blob, open_source, read_checked
+
+if TYPE_CHECKING:
+    from mosinit.registry import Access
+
+KINDS = {"config": init.CONFIG_TYPE, "store": init.STORE_TYPE, "state": init.LINUX_TYPE}
+NAMES = {
+    init.ESP_TYPE: "esp",
+    init.CONFIG_TYPE: "config",
+    init.STORE_TYPE: "store",
+    init.SCRATCH_TYPE: "scratch",
+}
+MADE = ("config", "store")  # what can be made anew; what lies in state is nowhere else
+CHUNK = 4 * init.MIB
+OPENED = f"{install.OPENED}recover-"  # closed by the next run if a killed one left it
+# What recover mends, and how: the remedies of these checks say so.
+HANDLED = {
+    "TPM-CLEARED": "--dir", "TPM-SRK": "--dir", "TPM-IDENTITY": "--dir", "TPM-INDEX": "--dir",
+    "TPM-SEAL": "--dir", "TPM-STATE": "--dir", "RECORD-FORMAT": "--dir", "LUKS-TOKEN": "--dir",
+    "VOLUME-KEY": "--dir", "VOLUME-IDENTITY": "--dir",
+    "TPM-POLICY": "--reseal", "TPM-APPROVAL": "--reseal",
+    "LUKS-HEADER": "", "VOLUME-READ": "", "GIT-REF": "", "GIT-OBJECT": "", "GIT-PACKED": "",
+    "GENERATION": "", "STORE-BLOB": "", "IMAGE-DIGEST": "", "LAYER-SIZE": "", "LAYER-READ": "",
+}  # fmt: skip
+_PROVISION = (
+    "provision the machine (`mosinit provision`, `mosinit enroll`), then recover with --dir and the folder "
+    "that it made"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to recover, and what with. `anew` allows that config or store, if lost, is made anew."""
+
+    disk: Path | None = None
+    recovery: tuple[bytes, ...] = ()
+    provisioned: Path | None = None
+    source: str | None = None
+    anew: bool = False
+    left: Path = install.LEFT
+    loader: Path = install.BOOT_LOADER
+    access: Access | None = None
+
+
+class Recoverer(install.Installer):
+    """The package's seam, with what only a recovery does to volumes."""
+
+    stretching: tuple[str, ...] = luks.SLOW  # of the recovery key
+
+    def machine(self) -> init.Machine:
+        """Return the machine whose TPM this is."""
+        return Quiet()
+
+    @contextlib.contextmanager
+    def unlocked(
+        self, path: Path, header: init.LuksHeader, key: bytes, name: str, *, read_only: bool = False
+    ) -> Iterator[Path]:
+        """Open a volume by its own key, and yield its device."""
+        luks.activate(header, path, key, name, read_only=read_only)
+        close = ["cryptsetup", "close", name]
+        try:
+            yield Path("/dev/mapper", name)
+        except BaseException:
+            # What went wrong is told, not what cannot be closed because of it.
+            with contextlib.suppress(Failure):
+                self.run(close, timeout=60)
+            raise
+        self.patiently(lambda: self.run(close, timeout=60))
+
+    @contextlib.contextmanager
+    def seen(self, device: Path) -> Iterator[Path]:
+        """Mount a file system to look into it: its journal is not replayed."""
+        flags = init.RO_STRICT
+        with self.scratch() as folder:
+            point = folder / "seen"
+            point.mkdir()
+            self.mount(str(device), str(point), "ext4", flags, "noload")
+            try:
+                yield point
+            finally:
+                self.patiently(lambda: self.unmount(str(point)))
+
+    def e2fsck(self, device: Path, *words: str) -> int:
+        """Check a file system and return e2fsck's status; it never asks."""
+        command = ["e2fsck", "-f", *words, str(device)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return done.returncode
+
+
+class Finding(NamedTuple):
+    """What was found, by the check that a boot refuses it with, and what will be done; or what is left."""
+
+    check: str
+    found: str
+    will: str = ""
+    left: str = ""
+
+
+class Stored(NamedTuple):
+    """The release in a store, all of whose blobs are what they should be."""
+
+    manifest: init.Manifest
+    signed: generations.SignedManifest
+    blobs: tuple[Blob, ...]
+    uki: Blob
+    uki_id: str
+
+    def generation(self) -> generations.NewGeneration:
+        """Return the generation that this release is."""
+        return generations.of_release(self.manifest, self.uki_id, self.signed)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One encrypted volume of the disk."""
+
+    name: str
+    part: layout.Partition
+    device: Path
+    found: rekey.Found
+    key: bytes = field(default=b"", repr=False)  # its own; empty if nothing opens it
+    ours: bool = False  # slot 0 takes what provisioning left
+    broken: bool = False  # its file system needs a repair
+    lost: bool = False  # it is to be made anew
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of its header."""
+        return "config" if self.name == "config" else "plain"
+
+    @property
+    def header(self) -> init.LuksHeader:
+        """Return the header of a volume that was opened."""
+        assert self.found.header
+        return self.found.header
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that was found."""
+
+    options: Options
+    planned: layout.Plan
+    policy: init.Policy
+    volumes: Mapping[str, Volume]
+    provisioned: Provisioned | None
+    findings: tuple[Finding, ...] = ()
+    release: Stored | None = None  # of the store
+    repository: repository.State | None = None
+    incoming: install.Release | None = None  # with which the store is to be filled
+    good: frozenset[str] = frozenset()  # generations that have started well
+    other_identity: bool = False  # in config, than the one that was provisioned
+
+    @property
+    def loader(self) -> bytes:
+        """Return the boot loader of the medium."""
+        return self.options.loader.read_bytes()
+
+    def add(self, *findings: Finding, **changes: object) -> Look:
+        """Return the same with more findings, and changed."""
+        return replace(self, findings=(*self.findings, *findings), **changes)  # type: ignore[arg-type]
+
+
+# --- Which disk ------------------------------------------------------------------------------------------
+
+
+def find_disk(host: Host, named: Path | None) -> layout.Plan:
+    """Return the disk of a machine, with its partitions. Raises `Failure` if it has to be named, `Refused`
+    if it is no machine's.
+    """
+    disk = layout.inspect(host, named or _only_disk(host))
+    # Nothing is erased: what is on it is what this is about.
+    layout.check_usable(host, disk, disk.serial)
+    if disk.unfinished:
+        raise Failure(f"{disk.path} is of an installation that did not end: install again")
+    planned = read_partitions(host, disk)
+    # Kernel and table must agree on where a partition lies.
+    layout.wait_for_devices(host, planned)
+    return planned
+
+
+def _only_disk(host: Host) -> Path:
+    """Return the one disk that has a machine's partitions and is not the medium."""
+    found = []
+    for name in host.names("/sys/block"):
+        if name.startswith(("loop", "ram", "zram", "dm-", "md", "fd", "mtd", "sr", "nbd")):
+            continue
+        with contextlib.suppress(Failure, init.Refused, OSError):
+            disk = layout.inspect(host, Path("/dev", name))
+            if not layout.boot_medium(host, disk) and read_partitions(host, disk):
+                found.append(disk)
+    if len(found) != 1:
+        names = ", ".join(f"{disk.path} (serial {disk.serial})" for disk in found)
+        raise Failure(f"{names or 'no disk'} could be the machine's: name its disk by --disk")
+    return found[0].path
+
+
+def read_partitions(host: Host, disk: layout.Disk) -> layout.Plan:
+    """Return the partition table of a machine's disk, as the bring-up reads it."""
+    with init.held(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
+    parts = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
+    rows = []
+    for part in parts:
+        name = NAMES.get(part.kind, part.name if part.kind == init.LINUX_TYPE else "")
+        rows.append(layout.Partition(part.number, name, part.kind, part.uuid, part.start, part.size, ""))
+    names = [row.name for row in rows]
+    for name in ("esp", "config", "store", "scratch"):
+        if names.count(name) != 1:
+            expected = f"one partition {name} on {disk.path}"
+            raise init.Refused("DISK-PARTITION", expected=expected, seen=str(names.count(name)))
+    if names.count(init.STATE) > 1:
+        raise init.Refused("DISK-PARTITION", expected="at most one partition state", seen="more")
+    identity = init.format_guid(header[56:72])  # UEFI specification 5.3.2
+    return layout.Plan(disk, identity, tuple(rows), "")
+
+
+# --- Looking ---------------------------------------------------------------------------------------------
+
+
+def look(host: Recoverer, options: Options) -> Look:
+    """Look at everything, change nothing. Raises `Failure` or `Refused` if it is not this machine's."""
+    policy = install.policy_of_live(options.left)
+    planned = find_disk(host, options.disk)
+    provisioned = install.read_provisioned(options.provisioned, policy) if options.provisioned else None
+    volumes = {
+        part.name: prove(host, _volume(host, planned, part, provisioned), options, provisioned)
+        for part in planned.partitions
+        if part.name in KINDS
+    }
+    seen = Look(options, planned, policy, check_proved(planned, volumes, options), provisioned)
+    seen = look_at_headers(seen)
+    seen = look_at_tpm(host, seen)
+    seen = look_at_store(host, seen)
+    seen = look_at_config(host, seen)
+    return look_at_state(host, look_at_esp(host, seen))
+
+
+def _volume(
+    host: Host, planned: layout.Plan, part: layout.Partition, provisioned: Provisioned | None
+) -> Volume:
+    device = layout.device(planned, part)
+    kind = "config" if part.name == "config" else "plain"
+    tokens = provisioned.tokens if provisioned else None
+    return Volume(part.name, part, device, rekey.find_header(host, device, kind, tokens))
+
+
+def key_of(provisioned: Provisioned, name: str, uuid: str) -> bytes:
+    """Return what key slot 0 of a volume takes, as the bring-up derives it."""
+    if name == "config":
+        return provisioned.secret
+    secret = bytearray(provisioned.secret)
+    try:
+        return bytes(init.derive_key(secret, name, uuid))
+    finally:
+        init.wipe(secret)
+
+
+def prove(host: Host, volume: Volume, options: Options, provisioned: Provisioned | None) -> Volume:
+    """Open a volume by what provisioning left, or by the recovery key; return it with its own key."""
+    header = volume.found.header
+    if header is None:
+        return volume
+    if provisioned:
+        secret = key_of(provisioned, volume.name, volume.part.uuid)
+        if key := luks.read_volume_key(header, luks.SECRET_SLOT, secret):
+            return replace(volume, key=key, ours=True)
+    for recovery in options.recovery:
+        for slot in header.slots[1:]:
+            host.say(f"{volume.name}: trying the recovery key on slot {slot}")
+            if key := luks.read_volume_key(header, slot, recovery):
+                return replace(volume, key=key)
+    return volume
+
+
+def check_proved(
+    planned: layout.Plan, volumes: Mapping[str, Volume], options: Options
+) -> Mapping[str, Volume]:
+    """See that a disk is the recovery key's, whole; return its volumes, lost ones told apart."""
+    disk = planned.disk
+    opened = [volume.name for volume in volumes.values() if volume.key]
+    if not {"config", "store"} & set(opened):
+        if not options.recovery:
+            raise Failure("the recovery key is needed: name its file by --key, or type it (--key -)")
+        raise Failure(
+            f"the recovery key opens neither config nor store of {disk.path} (serial {disk.serial}): "
+            "nothing was changed; name the key of this machine's last provisioning"
+        )
+    checked = {}
+    for name, volume in volumes.items():
+        if volume.key:
+            checked[name] = volume
+        elif options.anew and name in MADE:
+            checked[name] = replace(volume, lost=True)
+        elif volume.found.header is not None:
+            # A damaged slot looks like somebody else's volume: whoever stands there has to say which.
+            expected = f"{name} opened by the recovery key that opens {' and '.join(opened)}"
+            raise _about_lost(init.Refused("VOLUME-KEY", expected=expected, seen="another key"), name)
+        else:
+            assert volume.found.fault
+            raise _about_lost(volume.found.fault, name)
+    return checked
+
+
+def _about_lost(refused: init.Refused, name: str) -> init.Refused:
+    remedy = f"{name} is lost: if it is to be made anew, say --anew"
+    if name == "config":
+        remedy += ", and --dir with what `mosinit provision` made; machine-id and SSH host keys will be new"
+    if name not in MADE:
+        remedy = f"{name} holds what is nowhere else: repair its header by hand, or install again"
+    return explain.advised(refused, remedy)
+
+
+def look_at_headers(seen: Look) -> Look:
+    """Say what is to be done with headers, and see that the record is of this organisation and no epoch
+    falls.
+    """
+    config, provisioned = seen.volumes["config"], seen.provisioned
+    if config.lost and not provisioned:
+        raise Failure(f"config is lost, and a new one needs the secret of a new provisioning: {_PROVISION}")
+    for name, volume in seen.volumes.items():
+        fault = volume.found.fault
+        if volume.lost:
+            what = str(fault or "it does not open by the recovery key")
+            note = "; machine-id and SSH host keys will be new" if name == "config" else ""
+            seen = seen.add(Finding(_check(fault, "LUKS-HEADER"), f"{name} is lost: {what}",
+                                    f"make {name} anew{note}"))  # fmt: skip
+            continue
+        if not volume.found.whole:
+            will = "make both copies of the header agree with the good one"
+            if fault and fault.check == "LUKS-TOKEN":
+                will = "write the tokens of the new provisioning" if provisioned else ""
+            left = "" if will else _PROVISION
+            what = f"{name}: {fault or volume.found.note}"
+            seen = seen.add(Finding(_check(fault, "LUKS-HEADER"), what, will, left))
+        if provisioned and (not volume.ours or _other_tokens(volume, provisioned)):
+            what = "new tokens" if volume.ours else "the key of the new provisioning and its recovery key"
+            will = f"give {name} {what} in place of the old"
+            seen = seen.add(Finding("TPM-IDENTITY", f"{name} is sealed to an earlier provisioning", will))
+    return seen if config.lost else _check_record(seen)
+
+
+def _check(refused: init.Refused | None, otherwise: str) -> str:
+    return refused.check if refused else otherwise
+
+
+def _other_tokens(volume: Volume, provisioned: Provisioned) -> bool:
+    """Say whether config's header lacks what provisioning left. Approvals that came later may stay."""
+    tokens = volume.header.tokens
+    if tokens is None:
+        return False
+    wanted = provisioned.tokens
+    more = set(wanted.approvals) - set(tokens.approvals)
+    return bool(more) or tokens._replace(approvals=wanted.approvals) != wanted
+
+
+def _check_record(seen: Look) -> Look:
+    tokens, policy = seen.volumes["config"].header.tokens, seen.policy
+    assert tokens  # of a config volume
+    order = 0
+    try:
+        init.verify_record(tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
+        order = _order_of(tokens, policy)
+    except init.Refused as refused:
+        # What cannot be read can be written anew; what says another organisation or product cannot.
+        if refused.check not in ("RECORD-FORMAT", "EPOCH-ORDER"):
+            raise
+        will = "write the tokens of the new provisioning" if seen.provisioned else ""
+        seen = seen.add(Finding(refused.check, str(refused), will, "" if will else _PROVISION))
+    fresh = _order_of(seen.provisioned.tokens, policy) if seen.provisioned else order
+    if order > policy.epoch:
+        expected, seen_epoch = f"a medium of epoch {order} or later", f"one of {policy.epoch}"
+        raise explain.advised(
+            init.Refused("EPOCH", expected=expected, seen=seen_epoch), f"recover with {expected}"
+        )
+    if fresh < order:
+        expected = f"an order of epoch {order} or later"
+        raise explain.advised(
+            init.Refused("EPOCH", expected=expected, seen=f"one of {fresh}"),
+            f"provision the machine for epoch {order} or later: a disk's epoch never falls",
+        )
+    # A release of the machine's own epoch is good, also on a medium of a later one.
+    return replace(seen, policy=policy._replace(epoch=max(order, fresh, 1)))
+
+
+def _order_of(tokens: init.Tokens, policy: init.Policy) -> int:
+    parts = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
+    return init.verify_epoch_order(*parts, policy)
+
+
+def look_at_tpm(host: Recoverer, seen: Look) -> Look:
+    """See that the TPM is the record's, and would open in this firmware."""
+    tokens = seen.provisioned.tokens if seen.provisioned else seen.volumes["config"].header.tokens
+    assert tokens  # config is lost only with a new provisioning
+    machine, medium = host.machine(), install.policy_of_live(seen.options.left)
+    try:
+        record = init.verify_record(tokens.record, medium.organisation["sudi-ca.pem"], medium.product)
+        init.check_tpm(machine, record, medium.epoch)
+        epoch = init.read_epoch(machine).bit_length()
+    except init.Refused as refused:
+        if seen.provisioned or refused.check == "EPOCH":
+            raise
+        return seen.add(Finding(refused.check, str(refused), left=_PROVISION))
+    seen = replace(seen, policy=seen.policy._replace(epoch=max(seen.policy.epoch, epoch)))
+    try:
+        init.find_approval(machine, tokens, seen.policy.epoch)
+    except init.Refused as refused:
+        return seen.add(
+            Finding(refused.check, str(refused), left="run `mosinit recover --reseal` after this")
+        )
+    return seen
+
+
+def stored_release(machine: init.Machine, policy: init.Policy, host: Host) -> Stored:
+    """Return the release of a store if it is whole, verified as the bring-up does it, every blob read.
+
+    Dates are not looked at: what was installed boots whatever the clock says.
+    """
+    manifest = init.verify_release(machine, policy)
+    _, bootkit = init.boot_targets(manifest.contents)
+    blobs = install.list_blobs(machine)
+    for target in manifest.contents.targets:
+        install.check_target(machine, target, blobs)
+    with host.progress("reading the store", sum(blob.size for blob in blobs)) as advance:
+        for blob in blobs:
+            for chunk in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):  # type: ignore[attr-defined]
+                advance(len(chunk))
+    signed = install._signed_manifest(machine, manifest)
+    return Stored(manifest, signed, blobs, *install.find_uki(machine, bootkit))
+
+
+def look_at_store(host: Recoverer, seen: Look) -> Look:
+    """Look into the store: its file system, and the release in it."""
+    store, fault = seen.volumes["store"], None
+    if not store.lost:
+        header = store.header
+        with host.unlocked(store.device, header, store.key, f"{OPENED}look-store", read_only=True) as device:
+            seen = _look_at_files(host, seen, store, device)
+            try:
+                with host.seen(device) as folder:
+                    release = stored_release(Elsewhere({init.STORE: folder}), seen.policy, host)
+                    return replace(seen, release=release)
+            except (init.Refused, OSError) as error:
+                fault = error
+    check = fault.check if isinstance(fault, init.Refused) else "STORE-BLOB"
+    what = f"the store has no whole release ({fault or 'it is lost'})"
+    source = seen.options.source
+    if source is None:
+        left = "name the release that is to be in it, or a later one: oci:DIR or docker://…"
+        if store.lost:
+            raise Failure(f"{what}: {left}")
+        return seen.add(Finding(check, what, left=left))
+    incoming = install.verify_release(host, open_source(source, seen.options.access), seen.policy)
+    return seen.add(Finding(check, what, f"fill the store from {source}"), incoming=incoming)
+
+
+def _look_at_files(host: Recoverer, seen: Look, volume: Volume, device: Path) -> Look:
+    """Check a file system without changing it."""
+    if host.e2fsck(device, "-n") == 0:
+        return seen
+    volumes = {**seen.volumes, volume.name: replace(volume, broken=True)}
+    finding = Finding("VOLUME-READ", f"the file system of {volume.name} has faults", "e2fsck -p")
+    return seen.add(finding, volumes=volumes)
+
+
+def look_at_state(host: Recoverer, seen: Look) -> Look:
+    """Check the file system of /var."""
+    volume = seen.volumes.get(init.STATE)
+    if volume is None:
+        return seen
+    header = volume.header
+    with host.unlocked(volume.device, header, volume.key, f"{OPENED}look-state", read_only=True) as device:
+        return _look_at_files(host, seen, volume, device)
+
+
+def look_at_config(host: Recoverer, seen: Look) -> Look:
+    """Look into config, through a copy in memory."""
+    config = seen.volumes["config"]
+    if config.lost:
+        return seen
+    with host.scratch() as work:
+        copy = work / "config"
+        _copy(config.device, copy)
+        with host.unlocked(copy, config.header, config.key, f"{OPENED}look-config") as device:
+            seen = _look_at_files(host, seen, config, device)
+            try:
+                with host.seen(device) as folder:
+                    found = repository.look(folder / "manifest.git", seen.policy)
+                    other = _other_identity(folder, seen.provisioned)
+                    good = _good(folder / "manifest.git", found)
+            except OSError as error:
+                refused = init.Refused("VOLUME-READ", expected="an ext4 file system", seen=str(error))
+                raise _about_lost(refused, "config") from error
+    if other:
+        seen = seen.add(Finding("TPM-IDENTITY", "config has another machine identity", "lay the new one"))
+    if not found.whole:
+        seen = _about_repository(seen, found)
+    seen = replace(seen, repository=found, good=good, other_identity=other)
+    return _about_generations(seen, found)
+
+
+def _good(git: Path, found: repository.State) -> frozenset[str]:
+    commits = [each.commit for each, _ in found.usable]
+    return frozenset(commit for commit in commits if generations.is_good(git, commit))
+
+
+def _about_generations(seen: Look, found: repository.State) -> Look:
+    """See that a generation runs the release of the store, which is no older than what the machine ran."""
+    release = seen.release or seen.incoming
+    if release is None or _runs(release, found):
+        return seen
+    newest = max((each.sequence for each, _ in found.usable), default=0)
+    sequence = release.manifest.contents.sequence
+    if sequence < newest:
+        refused = init.Refused("MANIFEST-SEQUENCE", expected=f"{newest} or later", seen=str(sequence))
+        raise explain.advised(refused, "name the release that this machine runs, or a later one, as SOURCE")
+    what = f"no generation runs the release {sequence}"
+    return seen.add(Finding("GENERATION", what, "add that generation to manifest.git"))
+
+
+def _runs(release: Stored | install.Release, found: repository.State) -> bool:
+    sha256 = release.manifest.sha256
+    return any(manifest.sha256 == sha256 for _, manifest in found.usable)
+
+
+def _copy(device: Path, target: Path) -> None:
+    with open(device, "rb") as source, target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            file.write(chunk)
+
+
+def _other_identity(folder: Path, provisioned: Provisioned | None) -> bool:
+    if provisioned is None:
+        return False
+    for name, content in provisioned.sudi:
+        path = folder / "sudi" / name
+        if not path.is_file() or not hmac.compare_digest(path.read_bytes(), content):
+            return True
+    return False
+
+
+def _about_repository(seen: Look, found: repository.State) -> Look:
+    what = str(found.fault) if found.fault else f"manifest.git has {', '.join(found.foreign)}"
+    will = "make manifest.git anew from the generations in it"
+    if not found.usable:
+        will = "make manifest.git anew: from what can be unpacked, or with the store's release"
+    return seen.add(Finding(_check(found.fault, "GIT-PACKED"), f"manifest.git: {what}", will))
+
+
+def entries_of(seen: Look, found: repository.State | None, good: frozenset[str]) -> list[esp.Entry]:
+    """Return what must lie on the ESP: the UKI of each generation whose release is in the store."""
+    release = seen.release or seen.incoming
+    if release is None:
+        return []
+    entries = [
+        esp.Entry(each.sequence, release.uki, each.commit in good)
+        for each, manifest in (found.usable if found else ())
+        if each.uki == release.uki_id
+    ]
+    sequence = release.manifest.contents.sequence
+    return entries or [esp.Entry(sequence, release.uki, False)]
+
+
+def look_at_esp(host: Recoverer, seen: Look) -> Look:
+    """Look at the EFI system partition."""
+    device = layout.device(seen.planned, seen.planned.named("esp"))
+    fault = esp.look(host, device, entries_of(seen, seen.repository, seen.good), seen.loader)
+    if not fault:
+        return seen
+    will = "make its FAT anew, with the medium's boot loader and the store's UKI"
+    finding = Finding("", f"the EFI system partition: {fault}", will)
+    if seen.release is None and seen.incoming is None:
+        finding = finding._replace(will="", left="name a release: its UKI has to come from the store")
+    return seen.add(finding)
+
+
+def describe(seen: Look) -> dict[str, object]:
+    """Return what was found, and what is to be done, as plain data."""
+    disk = seen.planned.disk
+    return {
+        "disk": str(disk.path),
+        "model": disk.model,
+        "serial": disk.serial,
+        "found": [f"{each.check}: {each.found}" if each.check else each.found for each in seen.findings],
+        "will do": [each.will for each in seen.findings if each.will],
+        "left": [each.left for each in seen.findings if each.left],
+    }
+
+
+def show_plan(host: Recoverer, options: Options) -> dict[str, object]:
+    """Return what a recovery would do."""
+    with install.alone(host):
+        return describe(look(host, options))
+
+
+# --- Acting ----------------------------------------------------------------------------------------------
+
+
+def recover(host: Recoverer, options: Options) -> dict[str, object]:
+    """Look, act, read back; returns what was done. Raises `Failure`, `Refused`."""
+    with install.alone(host):
+        return act(host, look(host, options))
+
+
+def act(host: Recoverer, seen: Look) -> dict[str, object]:
+    """Do what was found to be needed. Interrupted at any step, the same command goes on."""
+    check_same_disk(host, seen)
+    for finding in seen.findings:
+        host.say(f"found: {finding.found}; {finding.will or 'left'}")
+    volumes = {name: restore_header(host, seen, volume) for name, volume in seen.volumes.items()}
+    seen = replace(seen, volumes=volumes)
+    for volume in seen.volumes.values():
+        if volume.broken and not volume.lost:
+            with _opened(host, volume) as device:
+                repair(host, volume.name, device)
+    if seen.incoming is not None:
+        with _opened(host, seen.volumes["store"]) as device:
+            seen = replace(seen, release=refill(host, seen.incoming, seen.policy, device))
+    entries = restore_config(host, seen)
+    if seen.release is not None:
+        restore_esp(host, seen, entries)
+    read_back(host, seen)
+    done = {**describe(seen), "boot entry": install.add_boot_entry(host, seen.planned)}
+    done["status"] = 1 if done["left"] else 0
+    done["next"] = "remove the medium and restart" if not done["left"] else "see what is left"
+    return done
+
+
+def check_same_disk(host: Host, seen: Look) -> None:
+    """See that the disk is still the one that was looked at."""
+    now = find_disk(host, seen.planned.disk.path)
+    if now != seen.planned:
+        raise Failure(f"{now.disk.path} is not the disk that was looked at: nothing was changed; run again")
+
+
+@contextlib.contextmanager
+def _opened(host: Recoverer, volume: Volume, *, read_only: bool = False) -> Iterator[Path]:
+    name = f"{OPENED}{volume.name}"
+    with host.unlocked(volume.device, volume.header, volume.key, name, read_only=read_only) as device:
+        yield device
+
+
+def restore_header(host: Recoverer, seen: Look, volume: Volume) -> Volume:
+    """Make a volume's header one that a boot takes, with the keys of a new provisioning if there is one."""
+    provisioned = seen.provisioned
+    if volume.lost:
+        return make_anew(host, seen, volume)
+    if not volume.found.whole:
+        host.say(f"{volume.name}: both copies of its header")
+        rekey.heal(host, volume.device, volume.kind, volume.found)
+    if provisioned is None:
+        return _again(host, volume)
+    header, tokens = volume.header, None
+    if volume.name == "config":
+        assert header.tokens  # of a config volume
+        tokens = provisioned.tokens
+    if not volume.ours:
+        host.say(f"{volume.name}: the key of the new provisioning, and its recovery key")
+        secret = key_of(provisioned, volume.name, volume.part.uuid)
+        keys = rekey.Keys(secret, provisioned.recovery)
+        fresh = rekey.renewed(host, header, volume.kind, volume.key, keys, tokens, host.stretching)
+        rekey.write(host, volume.device, volume.kind, header, fresh)
+    else:
+        if tokens and _other_tokens(volume, provisioned):
+            luks.import_tokens(host, volume.device, tokens)
+        rekey.wipe_unused(host, volume.device, luks.read_header(host, volume.device, volume.kind))
+    return _again(host, volume)
+
+
+def _again(host: Host, volume: Volume) -> Volume:
+    """Read a header back; a boot must take it."""
+    return replace(volume, found=rekey.Found(luks.read_header(host, volume.device, volume.kind)))
+
+
+def make_anew(host: Recoverer, seen: Look, volume: Volume) -> Volume:
+    """Make a volume that is lost anew, with an empty file system."""
+    host.say(f"{volume.name}: made anew")
+    provisioned = seen.provisioned
+    if provisioned is None:
+        raise Failure(f"a new {volume.name} needs the secret of a new provisioning: {_PROVISION}")
+    secret = key_of(provisioned, volume.name, volume.part.uuid)
+    host.format_volume(volume.device, volume.kind, volume.part.uuid, secret, provisioned.recovery)
+    if volume.name == "config":
+        luks.import_tokens(host, volume.device, provisioned.tokens)
+    made = _again(host, volume)
+    key = luks.read_volume_key(made.header, luks.SECRET_SLOT, secret)
+    assert key  # it was made with it
+    made = replace(made, key=key, ours=True)
+    with _opened(host, made) as device:
+        words = ["-L", f"machine-{volume.name}", "-U", volume.part.uuid]
+        host.run([*install.EXT4, *words, device], timeout=600)
+    return made
+
+
+def repair(host: Recoverer, name: str, device: Path) -> None:
+    """Repair a file system as far as that loses nothing. Raises `Failure`."""
+    host.say(f"{name}: e2fsck -p")
+    code = host.e2fsck(device, "-p")
+    if code & ~3:
+        more = ", or say --anew" if name in MADE else ""
+        raise Failure(
+            f"e2fsck -p does not repair the file system of {name} (status {code}), and answering yes to its "
+            f"questions may lose files: open the volume by the recovery key and run e2fsck by hand{more}"
+        )
+
+
+def refill(host: Recoverer, release: install.Release, policy: init.Policy, device: Path) -> Stored:
+    """Fill the store with a release: what is there already stays."""
+    with host.mounted(device, "ext4") as folder:
+        target = folder / init.REPOSITORY
+        (target / "blobs/sha256").mkdir(parents=True, exist_ok=True)
+        with host.progress("copying the release", release.size) as advance:
+            for blob in release.blobs:
+                path = target / f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
+                if not _has(path, blob):
+                    with host.replacing(path) as fresh, fresh.open("wb") as file:
+                        file.writelines(release.source.blob(blob))
+                advance(blob.size)
+        for name in ("oci-layout", "index.json"):
+            with host.replacing(target / name) as fresh:
+                fresh.write_bytes(release.source.document(name))
+        install.sync_tree(host, folder)
+        return stored_release(Elsewhere({init.STORE: folder}), policy, host)
+
+
+def _has(path: Path, blob: Blob) -> bool:
+    try:
+        for _ in read_checked(str(path), blob):
+            pass
+    except (OSError, init.Refused):
+        return False
+    return True
+
+
+def restore_config(host: Recoverer, seen: Look) -> list[esp.Entry]:
+    """Bring manifest.git and the machine's identity in order; return what then belongs on the ESP."""
+    config, found = seen.volumes["config"], seen.repository
+    stale = found is None or not found.whole or (seen.release is not None and not _runs(seen.release, found))
+    if found is not None and not stale and not seen.other_identity:
+        return entries_of(seen, found, seen.good)
+    with _opened(host, config) as device, host.mounted(device, "ext4") as folder:
+        git = folder / "manifest.git"
+        if found is None or stale:
+            host.say("config: manifest.git")
+            found = bring_in_order(host, seen, git)
+        if seen.provisioned:
+            lay_identity(host, folder, seen.provisioned)
+        if config.lost:
+            (folder / "state").mkdir(mode=0o700, exist_ok=True)
+            state.make(host, folder / "state", volume=init.STATE in seen.volumes)
+        host.sync_file(folder)
+        return entries_of(seen, found, _good(git, found))
+
+
+def bring_in_order(host: Recoverer, seen: Look, git: Path) -> repository.State:
+    """Make manifest.git one that a boot takes, with a generation that the store can run."""
+    release = seen.release
+    new = release.generation() if release else None
+    found = repository.rebuild(host, git, seen.policy, new)
+    if release and new and not _runs(release, found):
+        generations.add(host, git, new)
+        found = repository.look(git, seen.policy)
+    return found
+
+
+def lay_identity(host: Host, folder: Path, provisioned: Provisioned) -> None:
+    """Lay the SUDI key of the new provisioning into config."""
+    (folder / "sudi").mkdir(mode=0o700, exist_ok=True)
+    for name, content in provisioned.sudi:
+        path = folder / "sudi" / name
+        if not path.is_file() or path.read_bytes() != content:
+            with host.replacing(path, mode=0o400) as fresh:
+                fresh.write_bytes(content)
+
+
+def restore_esp(host: Recoverer, seen: Look, entries: list[esp.Entry]) -> None:
+    """Make the EFI system partition anew if something is wrong with it, and no other partition."""
+    part = seen.planned.named("esp")
+    device = layout.device(seen.planned, part)
+    if not esp.look(host, device, entries, seen.loader):
+        return
+    host.say("esp: boot loader and UKI")
+    store = seen.volumes["store"]
+    with (
+        _opened(host, store, read_only=True) as mapped,
+        host.mounted(mapped, "ext4", read_only=True) as folder,
+    ):
+        esp.make(host, device, part.uuid, entries, seen.loader, folder)
+
+
+# --- Reading back ----------------------------------------------------------------------------------------
+
+
+def read_back(host: Recoverer, seen: Look) -> None:
+    """See that a boot would take what is on the disk, by what the boot itself calls."""
+    host.say("reading everything back")
+    check_headers(host, seen)
+    config, store = seen.volumes["config"], seen.volumes["store"]
+    with (
+        _opened(host, config) as config_device,
+        _opened(host, store, read_only=True) as store_device,
+        _mounted(host, config_device) as config_folder,
+        _mounted(host, store_device) as store_folder,
+    ):
+        machine = Elsewhere({init.CONFIG: config_folder, init.STORE: store_folder})
+        found = repository.look(config_folder / "manifest.git", seen.policy)
+        if seen.release is None:
+            return
+        policy = seen.policy._replace(uki_id=seen.release.uki_id)
+        manifest = init.pick_generation(machine, policy)
+        for target in init.boot_targets(manifest.contents):
+            image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
+            pairs = zip(image.layers, target.layer_signatures, strict=True)
+            for index, (layer, signature) in enumerate(pairs):
+                host.check_layer(machine, f"{OPENED}{target.service_name}-{index}", layer, signature)
+        entries = entries_of(seen, found, _good(config_folder / "manifest.git", found))
+    device = layout.device(seen.planned, seen.planned.named("esp"))
+    if fault := esp.look(host, device, entries, seen.loader):
+        raise Failure(f"{seen.planned.disk.path} does not keep what is written to it ({fault}): use another")
+
+
+@contextlib.contextmanager
+def _mounted(host: Host, device: Path) -> Iterator[Path]:
+    """Mount as the bring-up does, which looks at the superblock before."""
+    with host.scratch() as folder:
+        point = folder / "mounted"
+        point.mkdir()
+        init.mount_ext4(Quiet(), str(device), str(point), init.RO_STRICT)
+        try:
+            yield point
+        finally:
+            host.patiently(lambda: host.unmount(str(point)))
+
+
+def check_headers(host: Recoverer, seen: Look) -> None:
+    """See that headers are what a boot takes, and open by what its TPM will give."""
+    provisioned = seen.provisioned
+    for volume in seen.volumes.values():
+        header = luks.read_header(host, volume.device, volume.kind)
+        if header.note:
+            raise init.Refused("LUKS-HEADER", expected="two copies that agree", seen=header.note)
+        if provisioned is None:
+            continue
+        secret = bytearray(key_of(provisioned, volume.name, volume.part.uuid))
+        try:
+            init.open_volume(host, header, str(volume.device), secret, None)
+        finally:
+            init.wipe(secret)
+        if volume.name == "config":
+            if _other_tokens(replace(volume, found=rekey.Found(header)), provisioned):
+                raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="others")
+            install.check_tokens(provisioned, seen.policy)
