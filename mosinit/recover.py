@@ -133,10 +133,6 @@ class Stored(NamedTuple):
     uki: Blob
     uki_id: str
 
-    def generation(self) -> generations.NewGeneration:
-        """Return the generation that this release is."""
-        return generations.of_release(self.manifest, self.uki_id, self.signed)
-
 
 @dataclass(frozen=True)
 class Volume:
@@ -459,7 +455,7 @@ def stored_release(machine: init.Machine, policy: init.Policy, host: Host) -> St
 
 def look_at_store(host: Recoverer, seen: Look) -> Look:
     """Look into the store: its file system, and the release in it."""
-    store, fault = seen.volumes["store"], None
+    store, fault, told = seen.volumes["store"], None, "it is lost"
     if not store.lost:
         header = store.header
         with host.unlocked(store.device, header, store.key, f"{OPENED}look-store", read_only=True) as device:
@@ -470,8 +466,9 @@ def look_at_store(host: Recoverer, seen: Look) -> Look:
                     return replace(seen, release=release)
             except (init.Refused, OSError) as error:
                 fault = error
+                told = str(error).replace(str(folder), init.STORE)
     check = fault.check if isinstance(fault, init.Refused) else "STORE-BLOB"
-    what = f"the store has no whole release ({fault or 'it is lost'})"
+    what = f"the store has no whole release ({told})"
     source = seen.options.source
     if source is None:
         left = "name the release that is to be in it, or a later one: oci:DIR or docker://…"
@@ -514,6 +511,8 @@ def look_at_config(host: Recoverer, seen: Look) -> Look:
             try:
                 with host.seen(device) as folder:
                     found = repository.look(folder / "manifest.git", seen.policy)
+                    if not found.whole:
+                        seen = _about_repository(host, seen, found, folder / "manifest.git")
                     other = _other_identity(folder, seen.provisioned)
                     good = _good(folder / "manifest.git", found)
             except OSError as error:
@@ -521,8 +520,6 @@ def look_at_config(host: Recoverer, seen: Look) -> Look:
                 raise _about_lost(refused, "config") from error
     if other:
         seen = seen.add(Finding("TPM-IDENTITY", "config has another machine identity", "lay the new one"))
-    if not found.whole:
-        seen = _about_repository(seen, found)
     seen = replace(seen, repository=found, good=good, other_identity=other)
     return _about_generations(seen, found)
 
@@ -535,7 +532,7 @@ def _good(git: Path, found: repository.State) -> frozenset[str]:
 def _about_generations(seen: Look, found: repository.State) -> Look:
     """See that a generation runs the release of the store, which is no older than what the machine ran."""
     release = seen.release or seen.incoming
-    if release is None or _runs(release, found):
+    if release is None or not found.usable or _runs(release, found):
         return seen
     newest = max((each.sequence for each, _ in found.usable), default=0)
     sequence = release.manifest.contents.sequence
@@ -567,12 +564,22 @@ def _other_identity(folder: Path, provisioned: Provisioned | None) -> bool:
     return False
 
 
-def _about_repository(seen: Look, found: repository.State) -> Look:
+def _about_repository(host: Recoverer, seen: Look, found: repository.State, folder: Path) -> Look:
+    """Say what is wrong with manifest.git, and what it will be; made anew in memory to see that."""
     what = str(found.fault) if found.fault else f"manifest.git has {', '.join(found.foreign)}"
-    will = "make manifest.git anew from the generations in it"
-    if not found.usable:
-        will = "make manifest.git anew: from what can be unpacked, or with the store's release"
-    return seen.add(Finding(_check(found.fault, "GIT-PACKED"), f"manifest.git: {what}", will))
+    check = _check(found.fault, "GIT-PACKED")
+    release = seen.release or seen.incoming
+    try:
+        made = repository.preview(host, folder, seen.policy, new_generation(release) if release else None)
+    except Failure as failure:
+        return seen.add(Finding(check, what, left=f"{failure}: name one as SOURCE"))
+    listed = ", ".join(str(each.sequence) for each, _ in made.usable)
+    return seen.add(Finding(check, what, f"make manifest.git anew, with generation {listed}"))
+
+
+def new_generation(release: Stored | install.Release) -> generations.NewGeneration:
+    """Return the generation that runs a release."""
+    return generations.of_release(release.manifest, release.uki_id, release.signed)
 
 
 def entries_of(seen: Look, found: repository.State | None, good: frozenset[str]) -> list[esp.Entry]:
@@ -783,7 +790,7 @@ def restore_config(host: Recoverer, seen: Look) -> list[esp.Entry]:
 def bring_in_order(host: Recoverer, seen: Look, git: Path) -> repository.State:
     """Make manifest.git one that a boot takes, with a generation that the store can run."""
     release = seen.release
-    new = release.generation() if release else None
+    new = new_generation(release) if release else None
     found = repository.rebuild(host, git, seen.policy, new)
     if release and new and not _runs(release, found):
         generations.add(host, git, new)

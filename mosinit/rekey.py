@@ -77,7 +77,9 @@ def choose(untrusted: bytes, kind: str, tokens: init.Tokens | None = None) -> Fo
         fault = refused
     alone = [_without(untrusted, offset) for offset in reversed(COPIES)]
     if tokens and kind == "config":
-        alone += [_with_tokens(each, tokens) for each in alone]
+        for each in tuple(alone):
+            with contextlib.suppress(init.Refused, ValueError):
+                alone.append(_with_tokens(each, tokens))
     headers: list[init.LuksHeader] = []
     for each in alone:
         with contextlib.suppress(init.Refused, ValueError):

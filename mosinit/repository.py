@@ -62,6 +62,9 @@ def look(folder: Path, policy: init.Policy) -> State:
                 fault = fault if refused.check in ("MANIFEST-EPOCH", "MANIFEST-REVOKED") else refused
     except init.Refused as refused:
         fault = refused
+    if fault:
+        seen = fault.seen.replace(str(folder), init.MANIFEST_GIT)
+        fault = init.Refused(fault.check, expected=fault.expected, seen=seen)
     if not usable and fault is None:
         fault = init.Refused("GENERATION", expected="a generation that holds", seen="none")
     return State(tuple(usable), fault, tuple(foreign))
@@ -84,25 +87,7 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
     fresh = folder.with_name(NEW)
     shutil.rmtree(fresh, ignore_errors=True)
     with host.scratch() as work:
-        made = work / "git"
-        generations.create(host, made)
-        gather(host, folder, made)
-        if not _keep_chain(host, folder, made, policy):
-            named = read_refs(folder)
-            kept = _usable(host, made, named, policy)
-            if not kept:
-                if release is None:
-                    raise Failure("manifest.git has no generation that holds, and there is no release")
-                kept = [(release, False)]
-            shutil.rmtree(made)
-            generations.create(host, made)
-            for new, good in kept:
-                commit = generations.add(host, made, new)
-                if good:
-                    generations.mark_good(host, made, commit)
-        check(host, made)
-        _prune(made, policy)
-        shutil.copytree(made, fresh)
+        shutil.copytree(_made_anew(host, folder, work / "git", policy, release), fresh)
     sync_tree(host, fresh)
     if os.path.lexists(folder):
         host.swap(fresh, folder)
@@ -112,6 +97,35 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
     _remove(fresh)
     host.sync_file(folder.parent)
     return look(folder, policy)
+
+
+def preview(host: Host, folder: Path, policy: init.Policy, release: NewGeneration | None) -> State:
+    """Return what `rebuild` would make; nothing is changed. Raises `Failure`."""
+    with host.scratch() as work:
+        return look(_made_anew(host, folder, work / "git", policy, release), policy)
+
+
+def _made_anew(
+    host: Host, folder: Path, made: Path, policy: init.Policy, release: NewGeneration | None
+) -> Path:
+    """Make a repository of what is good in another, or of a release."""
+    generations.create(host, made)
+    gather(host, folder, made)
+    if not _keep_chain(host, folder, made, policy):
+        kept = _usable(host, made, read_refs(folder), policy)
+        if not kept:
+            if release is None:
+                raise Failure("manifest.git has no generation that holds, and there is no release")
+            kept = [(release, False)]
+        shutil.rmtree(made)
+        generations.create(host, made)
+        for new, good in kept:
+            commit = generations.add(host, made, new)
+            if good:
+                generations.mark_good(host, made, commit)
+    check(host, made)
+    _prune(made, policy)
+    return made
 
 
 def sync_tree(host: Host, folder: Path) -> None:

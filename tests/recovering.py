@@ -41,6 +41,11 @@ class NativeRecoverer(NativeInstaller, recover.Recoverer):
             raise KeyboardInterrupt
         super().write_at(fd, offset, data)
 
+    def format_volume(self, path: Path, kind: str, uuid: str, key: bytes, recovery: bytes) -> None:
+        """Make the header of a volume, its recovery key at no cost."""
+        super().format_volume(path, kind, uuid, key, recovery)
+        luks.add_recovery(self, path, key, recovery, luks.QUICK)
+
     def machine(self) -> init.Machine:
         """Return the machine with the TPM in software."""
         assert self.site
@@ -98,6 +103,7 @@ class Site:
         return recover.act(host, recover.look(host, self.options(disk, state, **changes)))
 
     def plan(self, disk: Path, state: Path | None = None, **changes: object) -> dict[str, object]:
+        """Say what would be done."""
         return recover.describe(recover.look(self.host, self.options(disk, state, **changes)))
 
     def boots(self, disk: Path, state: Path) -> init.Manifest:

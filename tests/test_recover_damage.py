@@ -1,5 +1,5 @@
-"""The way back into a machine whose disk is damaged, its TPM as it was: each fault is found, said, mended and
-read back; what a boot would refuse is what is told.
+"""The way back into a machine whose disk is damaged, its TPM as it was: each fault is found, said, mended
+and read back; what a boot would refuse is what is told.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def overwrite(path: str | Path, offset: int, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def mended(site: Site, disk: Path, check: str, will: str, **changes: object) -> dict[str, object]:
+def mended(site: Site, disk: Path, check: str, will: str, source: str | None = None) -> dict[str, object]:
     """See that a fault is found and mended, and then is none; the plan writes nothing."""
     image = disk_image(disk)
     before = fingerprint(image)
-    plan = site.plan(disk, **changes)
+    plan = site.plan(disk, source=source)
     assert fingerprint(image) == before
     assert check in str(plan["found"])
     assert will in str(plan["will do"])
-    done = site.recover(disk, **changes)
+    done = site.recover(disk, source=source)
     assert (done["found"], done["will do"], done["status"]) == (plan["found"], plan["will do"], 0)
     assert site.boots(disk, site.first).contents.sequence >= 7
     assert site.recover(disk)["found"] == []
@@ -156,7 +156,7 @@ def test_packs(site: Site, disk: Path) -> None:
         git(folder, "pack-refs", "--all")
 
     in_config(disk, pack)
-    mended(site, disk, "GIT-PACKED", "make manifest.git anew from the generations in it")
+    mended(site, disk, "GIT-PACKED", "make manifest.git anew, with generation 7")
     assert generations_of(disk, site.made.keyset.product) == [7]
 
 
@@ -170,7 +170,7 @@ def test_a_damaged_manifest_git(site: Site, disk: Path, what: str, check: str) -
 
     old = machine_id(disk)
     in_config(disk, remove)
-    mended(site, disk, check, "make manifest.git anew")
+    mended(site, disk, check, "make manifest.git anew, with generation 7")
     assert generations_of(disk, site.made.keyset.product) == [7]
     assert machine_id(disk) == old
 
@@ -240,7 +240,7 @@ def test_a_damaged_file_system(site: Site, disk: Path) -> None:
     """A free block is called used, as a kernel that died may leave it: nothing is asked, nothing lost."""
     for number in (2, 3, 5):
         with installation.data_behind(Path(f"{disk}p{number}")) as data:
-            words = ["debugfs", "-w", "-R", "setb 9000 20", data]
+            words: list[str | Path] = ["debugfs", "-w", "-R", "setb 9000 20", data]
             subprocess.run(words, check=True, capture_output=True)
             assert subprocess.run(["e2fsck", "-fn", data], capture_output=True, check=False).returncode == 4
     done = mended(site, disk, "VOLUME-READ", "e2fsck -p")
@@ -281,7 +281,7 @@ def test_an_older_release_does_not_fill_it(site: Site, disk: Path, tmp_path: Pat
 def test_a_newer_release_fills_it(site: Site, disk: Path, tmp_path: Path) -> None:
     in_store(disk, spoil_blob)
     newer = installation.make_release(Host(), tmp_path / "newer", site.made.keyset, 8)
-    mended(site, disk, "STORE", "add that generation", source=f"oci:{newer}")
+    mended(site, disk, "no whole release", "add that generation", source=f"oci:{newer}")
     assert generations_of(disk, site.made.keyset.product) == [8, 7]
     assert "EFI/Linux/mosinit_8+3.efi" in esp_files(disk)
 
