@@ -316,6 +316,33 @@ def _install_step_by_step(host: Host, values: argparse.Namespace) -> Result:
     return outcome(interactive.run(host, given))
 
 
+def recover_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Bring a machine back that no longer opens by itself."""
+    from mosinit import recover, recoverykey, resealing
+
+    recoverer = recover.Recoverer()
+    if values.reseal:
+        for name in ("key", "dir", "source", "anew"):
+            if getattr(values, name):
+                raise Usage(f"--{name} does not go with --reseal, which needs no secret")
+        options = resealing.Options(values.disk, values.approvals, values.out or Path("event-log"))
+        return outcome(resealing.run(recoverer, options, plan=values.plan))
+    _only_with("--reseal", values, "approvals", "out")
+    access = None
+    if values.source and values.source.startswith("docker:"):
+        from mosinit import registry
+
+        access = registry.open_access(
+            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
+        )
+    found = recover.Options(
+        values.disk, recoverykey.read(values.key), values.dir, values.source, values.anew, access=access
+    )
+    if values.plan:
+        return outcome(recover.show_plan(recoverer, found))
+    return outcome(recover.recover(recoverer, found))
+
+
 def status(host: Host, values: argparse.Namespace) -> Result:
     """Say what this machine runs."""
     from mosinit import installed
@@ -726,6 +753,32 @@ VERBS = (
             mebibytes("--scratch", "of the volume for what is lost at each boot (default: a quarter)"),
             flag("--plan", "only show what would be done"),
             folder("--answers", "provision and install without a person, as this file says", "FILE"),
+            *REGISTRY_OPTIONS,
+        ),
+        tools=False,
+        secrets=True,
+    ),
+    Verb(
+        "recover",
+        "on the live medium, with the recovery key: the way back into a machine that no longer opens",
+        "mosinit recover --key recovery.json --dir /run/provision --plan",
+        recover_machine,
+        (
+            Option("source", "the release that fills the store if it has none that is whole: oci:DIR or "
+                   "docker://HOST[:PORT]/NAME:TAG", {"nargs": "?", "metavar": "SOURCE"}),
+            folder("--disk", "the machine's disk (default: the only one that is a machine's)", "DEV"),
+            Option("--key", "the recovery key: what `mosinit enroll --open-recovery` wrote by --out, a file "
+                   "(mode 0600) with the key alone, or - to read it from standard input or the terminal; "
+                   "may be repeated", {"action": "append", "default": [], "metavar": "FILE"}),
+            folder("--dir", "a new board, or a TPM that was cleared: what `mosinit provision` made since",
+                   "STATE"),
+            flag("--anew", "config or store may be made anew if nothing of it can be used"),
+            flag("--plan", "only look, and say what would be done"),
+            flag("--reseal", "firmware changed without approval: lays one into the disk's header, without a "
+                 "key"),
+            folder("--approvals", "with --reseal: what `mosinit approve` wrote; without it, the event log "
+                   "that it takes is written", "FILE"),
+            folder("--out", "with --reseal: where the event log goes (default: ./event-log)", "FILE"),
             *REGISTRY_OPTIONS,
         ),
         tools=False,
