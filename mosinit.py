@@ -102,36 +102,36 @@ TPM-FENCE: the TPM does not close, so secrets could still be taken from it
 TPM-ANSWER: the TPM did not do what it was asked, or answered what makes no sense
     switch the machine off and on; if it repeats, the TPM is broken, or something sits on its bus
 TPM-STATE: the TPM is not in the state in which provisioning leaves it
-    finish `mosinit provision`, or clear the TPM in the firmware's setup and provision again
+    finish `mosinit provision`; or clear the TPM, provision and `mosinit recover --dir STATE --key FILE`
 TPM-LOCKOUT: the TPM is locked out after too many wrong passwords
     leave the machine on until the lockout ends, or end it with the lockout password of the recovery record
     (`tpm2_dictionarylockout --clear-lockout`)
 TPM-CLEARED: the TPM was cleared after this machine was provisioned
-    if it was you: provision the machine as a new one and seal its disk again with the recovery key
+    if it was you: provision again, then `mosinit recover --dir STATE --key FILE` on the live medium
 TPM-SRK: the TPM has no storage root key, although it was provisioned
-    somebody with the owner password removed it: clear the TPM and provision the machine again
+    clear the TPM, provision again, then `mosinit recover --dir STATE --key FILE` on the live medium
 TPM-IDENTITY: this TPM is not the one in the machine record: the disk of another machine, or a new TPM
-    put the disk back into its machine, or seal it to this one with the recovery key
+    put the disk back, or provision this one and `mosinit recover --dir STATE --key FILE` there
 TPM-INDEX: the TPM's epoch index is missing or is not the one that provisioning made
-    somebody with the owner password changed it: clear the TPM and provision the machine again
+    clear the TPM, provision again, then `mosinit recover --dir STATE --key FILE` on the live medium
 TPM-SEAL: the sealed secret was not made by this TPM for this system
-    seal the disk to this machine with the recovery key
+    boot the live medium, provision again and run `mosinit recover --dir STATE --key FILE`
 TPM-APPROVAL: an approval of this UKI or of this firmware's state is not valid
-    install the release again as it was published; after a raised epoch enroll the machine again
+    boot the live medium and run `mosinit recover --reseal`; if it is the UKI's, install again
 TPM-POLICY: the TPM does not open the disk: firmware, its keys or the boot loader changed without approval
-    undo the change; if it is to stay, provision and install again (the recovery key opens the volumes)
+    undo the change; if it is to stay, boot the live medium and run `mosinit recover --reseal`
 EPOCH: this system is older than what its publisher still calls safe
     boot or install a newer release
 EPOCH-ORDER: the order to raise the epoch is not valid
-    install the release again as it was published
+    publish or install the release again; or provision again and run `mosinit recover --dir STATE --key FILE`
 RECORD-FORMAT: the machine record is damaged
-    enroll the machine again, or restore its config volume's header
+    boot the live medium, provision again and run `mosinit recover --dir STATE --key FILE`
 RECORD-SIGNATURE: the machine record is not signed by this system's SUDI CA
     enroll the machine with the keyset that this UKI was built with
 RECORD-PRODUCT: the machine record is for another product
     use a UKI of the product that this machine was enrolled for
 VOLUME-IDENTITY: the config volume is not the one in the machine record: somebody else's was put in its place
-    do not use this disk: install the machine again, and find out who changed it
+    find out who changed it; `mosinit recover --anew --dir STATE --key FILE` makes a new one
 CMDLINE: the kernel command line is not the signed one
     remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI
 ESP-EXTRA: the boot stub took credentials, extensions or add-ons that the UKI does not sign
@@ -150,13 +150,13 @@ GPT-HEADER: the partition table's header is damaged
 GPT-ENTRY: an entry of the partition table is not valid
     write the medium again from its image
 LUKS-HEADER: the header of an encrypted volume is not one that mosinit makes
-    something changed it: restore its backup on live media, or install this machine again
+    boot the live medium and run `mosinit recover --key FILE`: of two copies it takes the good one
 LUKS-TOKEN: the config volume does not carry exactly the tokens of a provisioned machine
-    provision this machine again on live media, with the recovery key
+    boot the live medium, provision again and run `mosinit recover --dir STATE --key FILE`
 VOLUME-KEY: an encrypted volume does not open with this machine's key
-    use the disk that belongs to this machine, or the recovery key on live media
+    use this machine's own disk; or provision again and run `mosinit recover --dir STATE --key FILE`
 VOLUME-READ: an encrypted volume does not hold the file system that mosinit made there
-    the disk is damaged or was changed: install this machine again, or use its recovery key on live media
+    boot the live medium and run `mosinit recover --key FILE`: it repairs what loses no file
 VOLUME-STATE: /var lies in a volume `state`, and this machine's disk does not have it
     if the manifest names it first, install the machine again; if not, somebody took it away
 STORE-SEAL: the medium's seal is damaged
@@ -166,7 +166,7 @@ STORE-SIGNATURE: the kernel does not accept the signature of the medium's store
 STORE-READ: the store cannot be read as it was sealed
     the medium is damaged or was changed: write it again from its image, or use another one
 STORE-BLOB: a blob that belongs to the release is missing from the store, or cannot be read
-    the store is damaged or was not copied whole: fetch or write it again
+    the store is damaged: write the medium again; or `mosinit recover SOURCE --key FILE`
 MANIFEST-ABSENT: the store holds no install manifest
     make the medium again with `mosinit build`
 MANIFEST-FORMAT: the install manifest is not valid
@@ -188,29 +188,29 @@ MANIFEST-UKI: the install manifest belongs to another UKI than the one that runs
 MANIFEST-SEQUENCE: a generation says something else than the install manifests that it names
     install the release again, or boot another generation
 GENERATION: no generation of this machine belongs to the UKI that runs
-    boot a UKI that was installed on this machine, or install the release again
+    boot a UKI that was installed on this machine, or the live medium: `mosinit recover --key FILE`
 GIT-REF: manifest.git has no branch main
-    install this machine again
+    boot the live medium and run `mosinit recover --key FILE`: it makes manifest.git anew
 GIT-OBJECT: an object of manifest.git is missing or damaged
-    install this machine again
+    boot the live medium and run `mosinit recover --key FILE`: it makes manifest.git anew
 GIT-PACKED: somebody's git packed objects or refs of manifest.git
-    open the config volume with the recovery key and unpack them (`git unpack-objects`, `git update-ref`)
+    boot the live medium and run `mosinit recover --key FILE`: it unpacks them
 MANIFEST-TARGET: the install manifest does not name one hostfs and one bootkit to start from
     add the missing target to the manifest, or remove the doubled one, and publish it again
 IMAGE-DIGEST: an image manifest is not the signed one
-    the store is damaged: fetch or write it again
+    the store is damaged: write the medium again; or `mosinit recover SOURCE --key FILE`
 IMAGE-FORMAT: an image manifest is not valid
     publish the image again with `mosinit publish`
 LAYER-ROOTHASH: a layer has no dm-verity root hash
     publish the image again with `mosinit publish`, which converts layers
 LAYER-SIZE: a layer does not have its signed size
-    the store is damaged: fetch or write it again
+    the store is damaged: write the medium again; or `mosinit recover SOURCE --key FILE`
 LAYER-SUPERBLOCK: the dm-verity superblock of a layer is not what mosinit accepts
     publish the image again; verity data must be version 1, sha256, blocks of 4096 bytes
 LAYER-SIGNATURE: the kernel does not accept the signature of a layer
     publish the image again with the layer key that is in this firmware's db
 LAYER-READ: a layer does not hold what was signed
-    the store is damaged: fetch or write it again
+    the store is damaged: write the medium again; or `mosinit recover SOURCE --key FILE`
 LAYER-FILESYSTEM: a layer is neither erofs nor squashfs
     publish the image again with `mosinit publish`, which converts layers
 OVERLAY-MOUNT: the layers of hostfs cannot be stacked

@@ -41,14 +41,19 @@ NAMES = {
 MADE = ("config", "store")  # what can be made anew; what lies in state is nowhere else
 CHUNK = 4 * init.MIB
 OPENED = f"{install.OPENED}recover-"  # closed by the next run if a killed one left it
-# What recover mends, and how: the remedies of these checks say so.
+# What recover mends, and how it is called for that: the remedies of these checks, and no others, say so.
+_ANEW, _MENDED, _FILLED = "--dir STATE --key FILE", "--key FILE", "SOURCE --key FILE"
 HANDLED = {
-    "TPM-CLEARED": "--dir", "TPM-SRK": "--dir", "TPM-IDENTITY": "--dir", "TPM-INDEX": "--dir",
-    "TPM-SEAL": "--dir", "TPM-STATE": "--dir", "RECORD-FORMAT": "--dir", "LUKS-TOKEN": "--dir",
-    "VOLUME-KEY": "--dir", "VOLUME-IDENTITY": "--dir",
-    "TPM-POLICY": "--reseal", "TPM-APPROVAL": "--reseal",
-    "LUKS-HEADER": "", "VOLUME-READ": "", "GIT-REF": "", "GIT-OBJECT": "", "GIT-PACKED": "",
-    "GENERATION": "", "STORE-BLOB": "", "IMAGE-DIGEST": "", "LAYER-SIZE": "", "LAYER-READ": "",
+    **dict.fromkeys(
+        ("TPM-STATE", "TPM-CLEARED", "TPM-SRK", "TPM-IDENTITY", "TPM-INDEX", "TPM-SEAL", "EPOCH-ORDER",
+         "RECORD-FORMAT", "LUKS-TOKEN", "VOLUME-KEY"), _ANEW,
+    ),
+    **dict.fromkeys(("TPM-APPROVAL", "TPM-POLICY"), "--reseal"),
+    **dict.fromkeys(
+        ("LUKS-HEADER", "VOLUME-READ", "GENERATION", "GIT-REF", "GIT-OBJECT", "GIT-PACKED"), _MENDED
+    ),
+    **dict.fromkeys(("STORE-BLOB", "IMAGE-DIGEST", "LAYER-SIZE", "LAYER-READ"), _FILLED),
+    "VOLUME-IDENTITY": f"--anew {_ANEW}",
 }  # fmt: skip
 _PROVISION = (
     "provision the machine (`mosinit provision`, `mosinit enroll`), then recover with --dir and the folder "

@@ -9,6 +9,7 @@ keys or the new ones. What no slot uses is overwritten in the end, so that old s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -96,14 +97,22 @@ def _without(untrusted: bytes, offset: int) -> bytes:
 def _with_tokens(untrusted: bytes, tokens: init.Tokens) -> bytes:
     """Give the one copy of a header that is left other tokens; ValueError if there is none."""
     offset = next((at for at in COPIES if any(untrusted[at : at + init.BLOCK])), 0)
-    copy = init._parse_luks_copy(untrusted[: 2 * init.LUKS_COPY], offset)
-    raw = json.loads(copy.area.rstrip(b"\0")) if copy else None
-    if copy is None or not isinstance(raw, dict):
+    raw = untrusted[offset : offset + init.LUKS_COPY]
+    document = json.loads(raw[init.BLOCK :].rstrip(b"\0"))
+    if not isinstance(document, dict):
         raise ValueError("no header")
-    raw["tokens"] = _tokens(tokens)
-    area = _dump(raw).ljust(init.LUKS_COPY - init.BLOCK, b"\0")
-    changed = init._encode_luks_copy(offset, copy._replace(area=area))
+    document["tokens"] = _tokens(tokens)
+    area = _dump(document).ljust(init.LUKS_COPY - init.BLOCK, b"\0")
+    changed = _as_copy(raw[: init.BLOCK] + area, offset)
     return untrusted[:offset] + changed + untrusted[offset + init.LUKS_COPY :]
+
+
+def _as_copy(raw: bytes, offset: int) -> bytes:
+    """Return a copy of a header as the one at `offset`, with its checksum (LUKS2 specification, 2.1)."""
+    magic = b"SKUL\xba\xbe" if offset else b"LUKS\xba\xbe"
+    head = magic + raw[6:256] + offset.to_bytes(8, "big") + raw[264:448]
+    checksum = hashlib.sha256(head + bytes(64) + raw[512:]).digest()
+    return head + checksum + bytes(32) + raw[512:]
 
 
 def _tokens(tokens: init.Tokens) -> dict[str, object]:
@@ -173,17 +182,12 @@ def heal(host: Host, path: Path, kind: str, found: Found) -> None:
     assert found.header  # only such can be healed
     with _writing(path) as fd:
         untrusted = os.pread(fd, init.LUKS_BYTES, 0)
-        copies = {}
-        for offset in COPIES:
-            with contextlib.suppress(init.Refused):
-                copies[offset] = init._parse_luks_copy(untrusted[: 2 * init.LUKS_COPY], offset)
         good = next((at for at in COPIES if _reads_as(untrusted, kind, at, found.header)), None)
         if good is None:
             return
-        other, copy = init.LUKS_COPY - good, copies[good]
-        assert copy  # it was read
+        other = init.LUKS_COPY - good
         # To the byte: two texts that say the same would be two headers.
-        host.write_at(fd, other, init._encode_luks_copy(other, copy))
+        host.write_at(fd, other, _as_copy(untrusted[good : good + init.LUKS_COPY], other))
 
 
 def _reads_as(untrusted: bytes, kind: str, offset: int, header: init.LuksHeader) -> bool:
