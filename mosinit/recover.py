@@ -332,6 +332,8 @@ def check_proved(
 
 
 def _about_lost(refused: init.Refused, name: str) -> init.Refused:
+    if refused.check == "LUKS-TOKEN":
+        return explain.advised(refused, _PROVISION)
     remedy = f"{name} is lost: if it is to be made anew, say --anew"
     if name == "config":
         remedy += ", and --dir with what `mosinit provision` made; machine-id and SSH host keys will be new"
@@ -427,7 +429,12 @@ def look_at_tpm(host: Recoverer, seen: Look) -> Look:
         init.check_tpm(machine, record, medium.epoch)
         epoch = init.read_epoch(machine).bit_length()
     except init.Refused as refused:
-        if seen.provisioned or refused.check == "EPOCH":
+        if refused.check == "EPOCH":
+            explain.advised(refused, "recover with a medium of that epoch or later")
+            raise
+        if seen.provisioned:
+            what = f"{seen.options.provisioned} is not of this TPM's last provisioning: name that"
+            explain.advised(refused, what)
             raise
         return seen.add(Finding(refused.check, str(refused), left=_PROVISION))
     seen = replace(seen, policy=seen.policy._replace(epoch=max(seen.policy.epoch, epoch)))
@@ -644,7 +651,13 @@ def recover(host: Recoverer, options: Options) -> dict[str, object]:
 
 def act(host: Recoverer, seen: Look) -> dict[str, object]:
     """Do what was found to be needed. Interrupted at any step, the same command goes on."""
-    check_same_disk(host, seen)
+    # While it is open no other disk gets its name, should it be pulled.
+    with init.held(os.open(seen.planned.disk.path, os.O_RDONLY | os.O_CLOEXEC)):
+        check_same_disk(host, seen)
+        return _act(host, seen)
+
+
+def _act(host: Recoverer, seen: Look) -> dict[str, object]:
     for finding in seen.findings:
         host.say(f"found: {finding.found}; {finding.will or 'left'}")
     volumes = {name: restore_header(host, seen, volume) for name, volume in seen.volumes.items()}
@@ -694,7 +707,8 @@ def restore_header(host: Recoverer, seen: Look, volume: Volume) -> Volume:
     if volume.name == "config":
         assert header.tokens  # of a config volume
         tokens = provisioned.tokens
-    if not volume.ours:
+    fault = volume.found.fault
+    if not volume.ours or (fault and fault.check == "LUKS-TOKEN"):
         host.say(f"{volume.name}: the key of the new provisioning, and its recovery key")
         secret = key_of(provisioned, volume.name, volume.part.uuid)
         keys = rekey.Keys(secret, provisioned.recovery)
@@ -804,11 +818,16 @@ def bring_in_order(host: Recoverer, seen: Look, git: Path) -> repository.State:
 
 
 def lay_identity(host: Host, folder: Path, provisioned: Provisioned) -> None:
-    """Lay the SUDI key of the new provisioning into config."""
-    (folder / "sudi").mkdir(mode=0o700, exist_ok=True)
+    """Lay the SUDI key of the new provisioning into config, whatever root left in its place."""
+    sudi = folder / "sudi"
+    if sudi.is_symlink() or not sudi.is_dir():
+        repository.remove(sudi)
+        sudi.mkdir(mode=0o700)
     for name, content in provisioned.sudi:
-        path = folder / "sudi" / name
-        if not path.is_file() or path.read_bytes() != content:
+        path = sudi / name
+        if path.is_symlink() or not path.is_file():
+            repository.remove(path)
+        if not path.exists() or path.read_bytes() != content:
             with host.replacing(path, mode=0o400) as fresh:
                 fresh.write_bytes(content)
 

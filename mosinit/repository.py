@@ -94,7 +94,7 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
     else:
         fresh.rename(folder)
     host.sync_file(folder.parent)
-    _remove(fresh)
+    remove(fresh)
     host.sync_file(folder.parent)
     return look(folder, policy)
 
@@ -135,7 +135,7 @@ def sync_tree(host: Host, folder: Path) -> None:
     host.sync_file(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove what stood where manifest.git is now, whatever it was."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mosinit import generations, init, install, luks
+from mosinit import exchange, explain, generations, init, install, luks
 from mosinit.host import Failure, Host
 from tests import installation, recovering, volumes
 from tests.recovering import Site, fingerprint
@@ -298,6 +299,20 @@ def test_an_unusual_header_is_not_written(site: Site, disk: Path) -> None:
     assert fingerprint(disk_image(disk)) == before
 
 
+def test_a_config_that_somebody_else_put_there(site: Site, disk: Path, tmp_path: Path) -> None:
+    """The store is this machine's: with a word more config is made anew."""
+    other = volumes.config(Host(), tmp_path / "other", secret=bytes(32))
+    luks.import_tokens(Host(), other, volumes.TOKENS)
+    overwrite(config_of(disk), 0, other.read_bytes()[: init.LUKS_DATA])
+    before = fingerprint(disk_image(disk))
+    with pytest.raises(init.Refused, match="VOLUME-KEY") as error:
+        site.recover(disk, site.first)
+    assert "--anew" in explain.refusal(error.value)["remedy"]
+    assert fingerprint(disk_image(disk)) == before
+    assert site.recover(disk, site.first, anew=True)["status"] == 0
+    assert site.boots(disk, site.first).contents.sequence == 7
+
+
 def test_the_record_of_another_product_or_organisation(site: Site, disk: Path) -> None:
     header = luks.read_header(Host(), config_of(disk), "config")
     assert header.tokens
@@ -315,6 +330,51 @@ def test_a_damaged_record_takes_a_new_provisioning(site: Site, disk: Path) -> No
     done = site.recover(disk, site.first)
     assert (done["status"], "RECORD-FORMAT" in str(done["found"])) == (0, True)
     assert site.boots(disk, site.first).contents.sequence == 7
+
+
+def test_tokens_that_no_boot_takes(site: Site, disk: Path) -> None:
+    data = config_of(disk).open("rb").read(init.LUKS_BYTES)
+
+    def remove_order(document: dict[str, Any]) -> None:
+        del document["tokens"]["3"]
+
+    overwrite(config_of(disk), 0, volumes.changed(data, remove_order)[: 2 * init.LUKS_COPY])
+    with pytest.raises(init.Refused, match="LUKS-TOKEN") as error:
+        site.recover(disk)
+    assert "mosinit provision" in explain.refusal(error.value)["remedy"]
+    done = site.recover(disk, site.first)
+    assert (done["status"], "LUKS-TOKEN" in str(done["found"])) == (0, True)
+    assert site.boots(disk, site.first).contents.sequence == 7
+    assert site.recover(disk)["found"] == []
+
+
+def test_what_root_left_in_place_of_the_identity(site: Site, disk: Path) -> None:
+    def plant(folder: Path) -> None:
+        shutil.rmtree(folder / "sudi")
+        (folder / "sudi").symlink_to("/etc")
+
+    in_config(disk, plant)
+    before = sorted(os.listdir("/etc"))
+    done = site.recover(disk, site.first)
+    assert (done["status"], "machine identity" in str(done["found"])) == (0, True)
+    assert sorted(os.listdir("/etc")) == before
+    assert site.recover(disk, site.first)["found"] == []
+
+
+def test_a_state_of_another_provisioning(site: Site, disk: Path, tmp_path: Path) -> None:
+    """What was provisioned for another TPM, by this organisation, gives its disk to nobody."""
+    folder = tmp_path / "other"
+    shutil.copytree(site.first, folder)
+    sealed = exchange.parse_sealed((folder / "seal.json").read_bytes(), "seal")
+    other = installation.make_provisioned(site.made.keyset, secret=bytes(32))
+    answer = sealed.answer._replace(certificate=other.tokens.record)
+    (folder / "seal.json").write_bytes(exchange.encode_sealed(sealed._replace(answer=answer)))
+    (folder / "config.key").write_bytes(bytes(32))
+    before = fingerprint(disk_image(disk))
+    with pytest.raises(init.Refused, match="TPM-IDENTITY") as error:
+        site.recover(disk, folder)
+    assert "last provisioning" in explain.refusal(error.value)["remedy"]
+    assert fingerprint(disk_image(disk)) == before
 
 
 def test_the_boot_entry_of_a_new_board(site: Site, disk: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import probed
 import pytest
-from installed import RECOVERY, SIZES, Installed, place, put_tpm
+from installed import RECOVERY, Installed, place, put_tpm
 from test_installed_firmware import check_pivoted
 from world import GOOD_HOSTFS, World, make_tar
 
@@ -53,9 +53,8 @@ def live(world: World, story: str) -> Path:
 
 @pytest.fixture(scope="module")
 def shut(world: World) -> Installed:
-    """An installed machine, with a store in which there is room."""
-    sizes = {**SIZES, "store": 64 * init.MIB}
-    return Installed(world, world.folder / "shut", world.release("shut", GOOD_HOSTFS), sizes=sizes).make()
+    """An installed machine."""
+    return Installed(world, world.folder / "shut", world.release("opens", GOOD_HOSTFS)).make()
 
 
 def copy(made: Installed, folder: Path) -> Installed:
