@@ -133,7 +133,7 @@ def _rows(report: Mapping[str, object], name: str) -> list[Mapping[str, object]]
 
 # --- What happened in a boot ---------------------------------------------------------------------------
 
-LOG_BYTES = 64 * init.MIB  # of a console log
+LOG_BYTES = console.LOG_LIMIT + init.MIB  # of a console log
 POLICY = "TPM-POLICY"
 _RESTORED = (
     "nothing differs from the last good boot: what was changed is as it was, so restart; if the disk still "
@@ -145,21 +145,21 @@ _UNKNOWN = (
 
 
 def find_report(untrusted: bytes, name: str) -> console.Report:
-    """Return the boot report in a file: all of it, or the last one that a console log has.
+    """Return the boot report in a file: all of it, or the last one that is whole in a console log.
 
     Raises `Failure` if there is none.
     """
-    try:
-        if untrusted.lstrip()[:1] == b"{":
-            return console.parse_report(untrusted.strip())
-        framed = [line for line in untrusted.split(b"\n") if console.FRAME in line]
-        if not framed:
-            raise console.BadReport(f"it has no line `{console.FRAME.decode()}{{…}}`")
-        return console.parse_report(framed[-1].partition(console.FRAME)[2].strip())
-    except console.BadReport as error:
-        raise Failure(
-            f"{printable(name)} is no boot report ({error}): name a report's JSON or a console log"
-        ) from error
+    reports, reason = [untrusted], f"it has no line `{console.FRAME.decode()}{{…}}`"
+    if untrusted.lstrip()[:1] != b"{":
+        lines = (line.partition(console.FRAME) for line in untrusted.split(b"\n"))
+        reports = [report for _, frame, report in lines if frame]
+    for report in reversed(reports):
+        try:
+            return console.parse_report(report.strip())
+        except console.BadReport as error:
+            # Another program's message may have come into the line.
+            reason = str(error)
+    raise Failure(f"{printable(name)} is no boot report ({reason}): name a report's JSON or a console log")
 
 
 def read_report(path: Path) -> console.Report:

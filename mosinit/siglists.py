@@ -16,7 +16,7 @@ from mosinit.keys import Keyset
 NAMES = {"pk": PK, "kek": KEK, "db": DB, "dbx": DBX}
 SIGNERS = {PK: ("PK",), KEK: ("PK",), DB: ("KEK", "PK"), DBX: ("KEK", "PK")}  # UEFI 2.10, 8.2.2 and 32.3
 APPEND = 0x40  # UEFI 2.10, 8.2: EFI_VARIABLE_APPEND_WRITE
-LIMIT = init.MIB
+LIMIT = 128 << 10  # bytes of a file; no firmware keeps a variable of half of that
 _STAMP = 16  # EFI_TIME
 _CERTIFICATE = struct.Struct("<IHH16s")  # UEFI 2.10, 32.2.4: WIN_CERTIFICATE_UEFI_GUID
 

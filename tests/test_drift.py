@@ -126,6 +126,17 @@ def test_all_that_differs_is_told_in_order() -> None:
     assert [each.event for each in drift.compare(GOOD, now)] == ["SecureBoot", "dbx", "authority"]
 
 
+def test_other_pcrs_count_for_nothing() -> None:
+    log = [measured(4, EV_ACTION, b"words"), *swap(GOOD, eventlog.SECURE_BOOT, b"\0")]
+    assert told(log) == ["Secure Boot was switched off"]
+
+
+def test_what_a_log_says_is_cut_and_moves_no_cursor() -> None:
+    (what,) = told([measured(7, EV_ACTION, b"\x1b[2J" + b"x" * 1000), *GOOD])
+    assert what.startswith("the firmware says: ?[2Jxxx")
+    assert len(what) < 200
+
+
 def test_of_many_entries_some_are_named() -> None:
     now = swap(GOOD, DBX, firmware.EMPTY_DBX + hashes(*(bytes([n]) for n in range(9))))
     (what,) = told(now)

@@ -52,6 +52,12 @@ def test_a_report_is_found_in_its_file_and_in_a_console_log() -> None:
     assert explain.find_report(console(REFUSED, STARTED).replace(b"\x1b[2J", b""), "x") == STARTED
 
 
+def test_a_line_that_another_program_wrote_into_is_passed_over() -> None:
+    torn = console(REFUSED, STARTED).replace(b"\x1b[2J", b"")
+    place = torn.rindex(b'"result"')
+    assert explain.find_report(torn[:place] + b"[  1.0] kernel words" + torn[place:], "x") == REFUSED
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -128,10 +134,16 @@ def test_a_crash_and_a_check_of_another_version() -> None:
     assert explain.story({**REFUSED, "failed": "NEW-ID"})["do"] == [explain._UNKNOWN]
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text("a\x1b\n\x07\u202eé", max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=5,
+def test_a_report_moves_no_cursor() -> None:
+    for name in ("crash", "mode", "sequence", "uki_id"):
+        told = explain.story({**STARTED, "result": "crashed", "crash": "x", name: "\x1b[2J\n"})
+        text = explain.story_text(told)
+        assert ("\x1b" in text, "?[2J?" in text) == (False, True), name
+
+
+values = st.sampled_from(
+    [None, True, 7, "a\x1b[2J\n", "\u202e", [], ["x"], {}, [{"id": "\x1b"}], [{"ok": False, "seen": ["\n"]}]]
+    + [{"id": "\x07", "count": []}, [{"name": "\r", "ok": 1, "ms": {}}]]
 )
 keys = st.sampled_from([*STARTED, "crash", "id", "x"])
 

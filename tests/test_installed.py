@@ -245,12 +245,12 @@ def test_approvals_are_taken_before_the_change(
 ) -> None:
     monkeypatch.setattr(installed, "current_pcr7", lambda machine: "02" * 32)
     device, machine = Path(f"{running.disk}p2"), running.machine
-    told = installed.take_approvals(host, approved(running, tmp_path, 1, 2), running.paths, machine)
-    wanted = {"added": ["01" * 32, "02" * 32], "kept": [], "dropped": ["ab" * 32, "00" * 32]}
+    told = installed.take_approvals(host, approved(running, tmp_path, 2, 1), running.paths, machine)
+    wanted = {"added": ["02" * 32, "01" * 32], "kept": [], "dropped": ["ab" * 32, "00" * 32]}
     assert told == {"config": device, **wanted, "in force": "02" * 32}
     rows = installed.status(host, running.paths, machine)["approved firmware states"]
-    assert rows == [{"pcr7": name * 8, "epoch": 1, "in force": name == "02"} for name in ("01", "02")]
-    # Sixteen more: that of now stays, whatever else goes.
+    assert rows == [{"pcr7": name * 8, "epoch": 1, "in force": name == "02"} for name in ("02", "01")]
+    # Fifteen more: that of now stays, whatever else goes.
     many = approved(running, tmp_path, *range(10, 25))
     told = installed.take_approvals(host, many, running.paths, machine)
     assert (told["kept"], told["dropped"]) == (["02" * 32], ["01" * 32])
