@@ -403,12 +403,20 @@ def check_usable(host: Host, disk: Disk, consent: Consent = Consent()) -> None: 
 
     Raises `Failure`.
     """
+    check_free(host, disk, consent.word if consent.serial_is_enough else None)
+    check_consent(disk, consent)
+
+
+def check_free(host: Host, disk: Disk, serial: str | None = None) -> None:
+    """Refuse a disk that is in use, cannot be written, or cannot be told from another; `serial` is all that
+    somebody said of it. Raises `Failure`.
+    """
     if reason := why_not(host, disk):
         remedy = (
             "name another disk, or stop its user" if reason.startswith("is in use") else "name another disk"
         )
         raise Failure(f"{disk.path} {reason}: {remedy}")
-    by_serial = consent.serial_is_enough and consent.word == disk.serial
+    by_serial = serial == disk.serial
     twins = [
         other for other in _others(disk) if _same(disk, other) or (by_serial and disk.serial == other.serial)
     ]
@@ -417,7 +425,6 @@ def check_usable(host: Host, disk: Disk, consent: Consent = Consent()) -> None: 
         raise Failure(
             f"{disk.path} has the serial {disk.serial!r}, as {also} has: take out the one that is not meant"
         )
-    check_consent(disk, consent)
 
 
 def _others(disk: Disk, block: Path = Path("/sys/block")) -> list[Disk]:

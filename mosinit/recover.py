@@ -199,7 +199,7 @@ def find_disk(host: Host, named: Path | None) -> layout.Plan:
     """
     disk = layout.inspect(host, named or _only_disk(host))
     # Nothing is erased: what is on it is what this is about.
-    layout.check_usable(host, disk, disk.serial)
+    layout.check_free(host, disk)
     if disk.unfinished:
         raise Failure(f"{disk.path} is of an installation that did not end: install again")
     planned = read_partitions(host, disk)
