@@ -20,7 +20,7 @@ SHOWN = 6  # entries of a variable that are named one by one
 WORDS = 120  # characters of anything that a log says
 
 _UNDO = "undo it in the firmware's setup"
-_ADVANCE = "let the organisation approve it (`mosinit approve`) and seal the disk again (`mosinit recover`)"
+_ADVANCE = "let the organisation approve it (`mosinit approve`), and lay that by `mosinit recover --reseal`"
 _SETUP = {
     "SecureBoot": "switch Secure Boot on in the firmware's setup",
     "AuditMode": "leave audit mode in the firmware's setup",
