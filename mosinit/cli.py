@@ -156,6 +156,7 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     if not values.organisation:
         _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
     if values.approvals:
+        _only_with("--organisation or --answer", values, "dir")
         from mosinit import installed
 
         return outcome(installed.take_approvals(host, values.approvals))
