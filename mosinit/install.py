@@ -640,12 +640,13 @@ def find_broken_off(host: Host, disk: layout.Disk, options: Options) -> BrokenOf
     from mosinit import provision, tpm
 
     with tpm.open_tpm(options.tcti) as machine:
-        key, (flags, _) = machine.find_storage_key(), machine.flags()
+        key, (flags, _), others = machine.find_storage_key(), machine.flags(), machine.keeps_others()
     if key is None or init.tpm_name(key).hex() != disk.complete or not flags & provision.PASSWORDS:
         return None
     planned, closed = layout.plan_of(host, disk), flags & init.PROVISIONED == init.PROVISIONED
     kept = not closed and (options.provisioned / "auths.json").exists()
-    undo = not kept and not flags & (init.Permanent.LOCKOUT_AUTH | init.Permanent.CLEAR_DISABLED)
+    # Clearing would also end what another system keeps in this TPM: then it is closed to the end.
+    undo = not (kept or others or flags & (init.Permanent.LOCKOUT_AUTH | init.Permanent.CLEAR_DISABLED))
     if undo:
         step = Step("TPM", "cleared: closing it was broken off, and its passwords went with the power")
         return BrokenOff(planned, True, (step,))

@@ -550,6 +550,8 @@ def _open_same(host: Host, disk: Disk, flags: int) -> int:
 
 
 def _check_unchanged(host: Host, disk: Disk, fd: int) -> None:
+    # Not what this computer remembers of the disk: another one may have written to it.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     if fingerprint(disk, *read_ends(host, fd, disk.size)) != disk.fingerprint:
         raise Failure(
             f"{disk.path} changed since it was looked at (partition tables or signatures): nothing was "

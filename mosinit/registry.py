@@ -285,6 +285,8 @@ class Connection:
                     yield chunk
                 if size == begun or size >= blob.size:
                     break
+                if time.monotonic() > until:
+                    raise self.wire.late()
             except wire.Interrupted as error:
                 tries = 0 if size - begun >= MOVING_BYTES else tries
                 if say is None or tries == len(pauses) or time.monotonic() > until:

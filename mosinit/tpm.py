@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_SESSION
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE, TPMA_SESSION
 from tpm2_pytss.TCTILdr import TCTILdr
 from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import (
@@ -34,6 +34,7 @@ from mosinit.host import Failure, Usage
 from mosinit.records import SUDI_HEAD, parse_point
 
 DEVICE = "device:/dev/tpmrm0"
+OWNERS_KEYS = range(0x81000000, 0x81010000)  # TCG, Registry of Reserved TPM 2.0 Handles, 2.3
 WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
 
 # Dictionary attacks are on whatever asks for a password outside our policy: 32 tries, one more every ten
@@ -331,9 +332,7 @@ class Tpm(init.Machine):
                 )
             self._set("endorsement", auths["endorsement"])
             self._set("owner", auths["owner"])
-            if not self.flags()[0] & init.Permanent.CLEAR_DISABLED:
-                with self._session() as session:
-                    self._esapi.clear_control(ESYS_TR.LOCKOUT, True, session1=session)
+            self._switch_clear_off()
             self._set("lockout", auths["lockout"])
 
     def clear(self) -> None:
@@ -341,11 +340,26 @@ class Tpm(init.Machine):
         with asking("the TPM to be cleared"), self._session() as session:
             self._esapi.clear(ESYS_TR.LOCKOUT, session1=session)
 
+    def keeps_others(self) -> bool:
+        """Say whether the owner's hierarchy keeps a key beside ours: clearing would end it."""
+        with asking("the keys that the TPM keeps"):
+            _, found = self._esapi.get_capability(TPM2_CAP.HANDLES, OWNERS_KEYS[0], 64)
+        return any(int(key) in OWNERS_KEYS and int(key) != init.SRK for key in found.data.handles)
+
     def end_closing(self, auths: Mapping[str, bytes]) -> None:
-        """Set the passwords that are not set yet; those that are need not be known. TPM2_Clear is off."""
+        """Set the passwords that are not set yet, and switch TPM2_Clear off; those that are set need not be
+        known.
+        """
         with asking("the TPM to be closed"):
-            for hierarchy in ("endorsement", "owner", "lockout"):
-                self._set(hierarchy, auths[hierarchy])
+            self._set("endorsement", auths["endorsement"])
+            self._set("owner", auths["owner"])
+            self._switch_clear_off()
+            self._set("lockout", auths["lockout"])
+
+    def _switch_clear_off(self) -> None:
+        if not self.flags()[0] & init.Permanent.CLEAR_DISABLED:
+            with self._session() as session:
+                self._esapi.clear_control(ESYS_TR.LOCKOUT, True, session1=session)
 
     def check_owner(self, auths: Mapping[str, bytes]) -> None:
         """Try the owner's password, if one is set, on what leaves nothing behind.

@@ -231,6 +231,29 @@ def test_power_that_takes_the_passwords_while_they_are_set(machine: Machine, whi
     machine.check_whole()
 
 
+def test_a_tpm_in_which_another_system_keeps_a_key_is_not_cleared(machine: Machine) -> None:
+    site = machine.site
+    for words in (
+        ("createprimary", "-C", "o", "-c", "k"),
+        ("evictcontrol", "-C", "o", "-c", "k", "0x81000001"),
+        ("flushcontext", "-t"),
+    ):
+        site.tpm.run(f"tpm2_{words[0]}", *words[1:])
+    machine.take()
+    auths = provision._read_auths(site.state)
+    with pytest.raises(Failure, match="is not installed"):
+        machine.run(failing="TPM")
+    record = read_record(site, site.state)[1]
+    disk = layout.inspect(Host(), machine.disk)
+    layout.note_complete(Host(), layout.plan_of(Host(), disk), record.storage_key)
+    machine.lose_power()
+    site.tpm.run("tpm2_changeauth", "-c", "e", auths["endorsement"].decode())
+    assert "with new passwords" in install.plan_text(install.show_plan(Host(), machine.options))
+    machine.run()
+    machine.check_whole()
+    site.tpm.run("tpm2_readpublic", "-c", "0x81000001")
+
+
 def test_a_tpm_that_somebody_else_closed_is_left_alone(machine: Machine) -> None:
     """The note on the disk names another TPM, or none is there."""
     machine.take()
