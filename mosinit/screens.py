@@ -248,7 +248,7 @@ class View(urwid.WidgetWrap):
         elif key in ("tab", "shift tab") or (key == "enter" and isinstance(row, Entry)):
             self._move(-1 if key == "shift tab" else 1)
         elif key == "ctrl l":
-            return key
+            return key  # urwid draws all of it anew: others may have written to this terminal
         elif super().keypress(size, key) and len(key) == 1:
             self._jump(key)
         self._show_details()
@@ -261,9 +261,7 @@ class App:
     def __init__(self, flow: pages.Flow, screen: Terminal, look: Look) -> None:
         self._flow, self._look = flow, look
         self._view = View(flow.page(), look, self._act)
-        self._loop = urwid.MainLoop(
-            self._view, PALETTE, screen, handle_mouse=False, unhandled_input=self._unhandled
-        )
+        self._loop = urwid.MainLoop(self._view, PALETTE, screen, handle_mouse=False)
 
     def run(self) -> None:
         """Go on until the flow is over."""
@@ -290,12 +288,6 @@ class App:
         if page.name == before.page.name:
             self._view.take_over(before)
         self._loop.widget = self._view
-
-    def _unhandled(self, key: object) -> bool:
-        """Draw all of it anew: others may have written to this terminal."""
-        if key == "ctrl l":
-            self._loop.screen.clear()
-        return True
 
 
 @contextlib.contextmanager

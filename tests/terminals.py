@@ -31,6 +31,7 @@ class Terminal:
             *option, "status", "off", ";", *option, "default-terminal", "tmux-256color", ";",
             *words, "env", f"TERM={term}", "sh", "-c", script,
         )  # fmt: skip
+        self._session = self.ask("pane_pid")
 
     def _run(self, *words: str) -> str:
         done = subprocess.run([*self._tmux, *words], capture_output=True, text=True, check=False)
@@ -86,8 +87,19 @@ class Terminal:
         return seen
 
     def close(self) -> None:
-        """End it, and whatever runs in it."""
+        """End it, and wait for whatever runs in it: that still writes to our folder."""
         subprocess.run([*self._tmux, "kill-server"], capture_output=True, check=False)
+        deadline = time.monotonic() + SECONDS
+        while any(map(self._runs, Path("/proc").glob("[0-9]*/stat"))) and time.monotonic() < deadline:
+            time.sleep(0.03)
+
+    def _runs(self, stat: Path) -> bool:
+        """Say whether a process is one of this terminal's (proc(5): state and session follow its name)."""
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return words[3] == self._session and words[0] != "Z"
 
 
 @contextmanager
