@@ -18,6 +18,7 @@ from mosinit import init
 from mosinit.host import Host
 
 SECRET_SLOT, RECOVERY_SLOT = 0, 1
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 READ_ONLY = 1  # libcryptsetup.h, CRYPT_ACTIVATE_READONLY
 SECTOR = 512  # the unit of cryptsetup's --offset
 
@@ -72,10 +73,17 @@ def add_key(
         host.run(["cryptsetup", "luksAddKey", *words, path, file])
 
 
-def read_volume_key(header: init.LuksHeader, slot: int, secret: bytes) -> bytes | None:
-    """Return the key that a volume's data is encrypted by, None if the slot does not take this secret."""
+def _library() -> ctypes.CDLL:
+    """Return libcryptsetup, which tells nothing but by what it returns."""
     library = ctypes.CDLL("libcryptsetup.so.12")
     library.crypt_token_external_disable()
+    library.crypt_set_log_callback(None, _SILENT, None)
+    return library
+
+
+def read_volume_key(header: init.LuksHeader, slot: int, secret: bytes) -> bytes | None:
+    """Return the key that a volume's data is encrypted by, None if the slot does not take this secret."""
+    library = _library()
     file, context = os.memfd_create("luks"), ctypes.c_void_p()
     key, size = ctypes.create_string_buffer(128), ctypes.c_size_t(128)
     try:
@@ -96,8 +104,7 @@ def activate(
     header: init.LuksHeader, device: Path, volume_key: bytes, name: str, *, read_only: bool
 ) -> None:
     """Open a volume by its own key and a header that was checked. Raises OSError."""
-    library = ctypes.CDLL("libcryptsetup.so.12")
-    library.crypt_token_external_disable()
+    library = _library()
     os.putenv("DM_DISABLE_UDEV", "1")  # as the bring-up does it; who mounts waits for nobody
     file, context = os.memfd_create("luks"), ctypes.c_void_p()
     try:

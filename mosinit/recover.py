@@ -90,15 +90,22 @@ class Recoverer(install.Installer):
     ) -> Iterator[Path]:
         """Open a volume by its own key, and yield its device."""
         luks.activate(header, path, key, name, read_only=read_only)
-        close = ["cryptsetup", "close", name]
         try:
             yield Path("/dev/mapper", name)
         except BaseException:
             # What went wrong is told, not what cannot be closed because of it.
             with contextlib.suppress(Failure):
-                self.run(close, timeout=60)
+                self._remove(name)
             raise
-        self.patiently(lambda: self.run(close, timeout=60))
+        self.patiently(lambda: self._remove(name))
+
+    def _remove(self, name: str) -> None:
+        """Remove a device. `cryptsetup close` would read the header on the disk, and write a copy of it anew
+        where one is damaged, by its own rules.
+        """
+        for each in (name, f"{name}_dif"):
+            if os.path.lexists(f"/dev/mapper/{each}"):
+                self.run(["dmsetup", "remove", each], timeout=60)
 
     @contextlib.contextmanager
     def seen(self, device: Path) -> Iterator[Path]:
