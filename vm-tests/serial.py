@@ -11,7 +11,7 @@ from urwid import vterm
 from mosinit.console import FRAME
 
 COLUMNS, ROWS = 80, 24
-ENTER, BACK_TAB = b"\r", b"\x1b[Z"
+ENTER, TAB, BACK_TAB = b"\r", b"\t", b"\x1b[Z"
 
 
 class _Window:

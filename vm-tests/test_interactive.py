@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from driven import SECONDS, Driven, attended
 from probed import add_layer
-from serial import BACK_TAB, ENTER, Screen
+from serial import BACK_TAB, ENTER, TAB, Screen
 from world import World, make_tar
 
 from mosinit import disk, enroll, hostfs, init, layout, vm
@@ -125,6 +125,22 @@ async def check_ssh(site: Site, machine: Driven) -> None:
         assert "Permission denied (publickey)" in error
 
 
+async def change_the_network(screen: Screen) -> None:
+    """Type an address, and go back to DHCP."""
+    await screen.shows("This installs a verified system")
+    await screen.type(b"n" + ENTER)
+    await screen.shows("10.0.2.15/24 (dhcp) via 10.0.2.2")
+    await screen.type(ENTER)
+    await screen.shows("Or type it in:")
+    await screen.type(TAB + b"10.0.2.77/24" + ENTER + b"10.0.2.2" + ENTER + b"10.0.2.3" + ENTER + ENTER)
+    await screen.shows("10.0.2.77/24 (static) via 10.0.2.2")
+    await screen.type(ENTER)
+    await screen.shows("Or type it in:")
+    await screen.type(ENTER)
+    await screen.shows("10.0.2.15/24 (dhcp) via 10.0.2.2")
+    await screen.type(b"c" + ENTER)
+
+
 async def choose(screen: Screen) -> None:
     """Go from the first page to the consent, with keys alone."""
     await screen.shows("This installs a verified system")
@@ -166,6 +182,7 @@ async def install(site: Site) -> None:
     async with live(site) as machine:
         screen = Screen(machine)
         await check_ssh(site, machine)
+        await change_the_network(screen)
         await choose(screen)
         await screen.type(b"another" + ENTER + ENTER)
         await screen.shows("'another' is not the serial of this disk: nothing was written")
