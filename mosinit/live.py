@@ -125,20 +125,19 @@ def become_installer(host: Live, terminal: str) -> NoReturn:
 # --- SSH -------------------------------------------------------------------------------------------------
 
 
-def prepare_ssh(host: Host, places: Places | None = None) -> bool:
-    """Make this boot's host key, and show its fingerprint; False where there is to be no SSH."""
+def prepare_ssh(host: Host, places: Places | None = None) -> str:
+    """Make this boot's host key, and return its fingerprint; empty where there is to be no SSH."""
     from mosinit import state
 
     places = places or Places()
     if not is_live(host, places):
-        return False
+        return ""
     if not places.key.exists():
         made = state.make_ssh_keys()
         for suffix, mode in ((".pub", 0o644), ("", 0o600)):
             with host.replacing(f"{places.key}{suffix}", mode=mode) as fresh:
                 fresh.write_bytes(made[f"etc/ssh/ssh_host_ed25519_key{suffix}"])
-    host.say(f"SSH host key of this boot: {enrolment.ssh_fingerprint(places.key)} (ED25519)")
-    return True
+    return enrolment.ssh_fingerprint(places.key)
 
 
 def run_ssh(host: Live, environment: Mapping[str, str]) -> int:
@@ -166,7 +165,11 @@ def main(words: Sequence[str]) -> int:
     if list(words) == ["console"]:
         run_console(host, os.environ.get("TERM", ""))
     if list(words) == ["prepare-ssh"]:
-        return YES if prepare_ssh(host) else NO
+        if not (fingerprint := prepare_ssh(host)):
+            return NO
+        # Standard output goes to the consoles, where what sshd says has no place.
+        print(f"SSH host key of this boot: {fingerprint} (ED25519)", flush=True)
+        return YES
     if list(words) == ["ssh"]:
         return run_ssh(host, os.environ)
     start_consoles(host)

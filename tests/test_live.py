@@ -169,15 +169,25 @@ def test_no_key_stops_what_runs_on_a_console(host: Recorded) -> None:
 
 
 def test_each_boot_has_a_host_key_of_its_own(host: Recorded, places: Places) -> None:
-    assert live.prepare_ssh(host, places)
+    fingerprint = live.prepare_ssh(host, places)
+    assert fingerprint.startswith("SHA256:")
+    assert fingerprint == enrolment.ssh_fingerprint(places.key)
     assert stat.S_IMODE(places.key.stat().st_mode) == 0o600
-    fingerprint = enrolment.ssh_fingerprint(places.key)
-    assert host.done == [f"SSH host key of this boot: {fingerprint} (ED25519)"]
-    assert live.prepare_ssh(host, places)  # sshd is started again
-    assert enrolment.ssh_fingerprint(places.key) == fingerprint
+    assert live.prepare_ssh(host, places) == fingerprint  # sshd is started again
     other = replace(places, key=places.key.with_name("other"))
     assert live.prepare_ssh(host, other)
     assert enrolment.ssh_fingerprint(other.key) != fingerprint
+
+
+def test_the_fingerprint_is_told_where_the_unit_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(live, "prepare_ssh", lambda host: "SHA256:abc")
+    assert live.main(["prepare-ssh"]) == live.YES
+    assert capsys.readouterr() == ("SSH host key of this boot: SHA256:abc (ED25519)\n", "")
+    monkeypatch.setattr(live, "prepare_ssh", lambda host: "")
+    assert live.main(["prepare-ssh"]) == live.NO
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("change", [no_report, torn_report, run_mode])
