@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import init, install
+from mosinit import init, lastgood
 from mosinit.generations import Elsewhere
 from mosinit.host import Failure, Host
 from mosinit.sources import Blob, read_checked
 
 FOLDER = "EFI/Linux"
+LOADER = "EFI/systemd/systemd-bootx64.efi"
+# What firmware starts by itself, and what that is called before: short names, each one entry of a folder.
+STARTED, NOT_YET = "EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/BOOTX64.NEW"
+# No menu unless a key is held, no other systems, no keys to enrol.
+LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,17 @@ class Entry:
 
     sequence: int
     uki: Blob
-    good: bool  # it has started well: no tries are counted
+    good: bool = False  # it has started well: no tries are counted
 
     @property
     def place(self) -> str:
         """Return where it is laid."""
-        return f"{FOLDER}/mosinit_{self.sequence}.efi" if self.good else install.uki_place(self.sequence)
+        return f"{FOLDER}/mosinit_{self.sequence}.efi" if self.good else uki_place(self.sequence)
+
+
+def uki_place(sequence: int) -> str:
+    """Return where the UKI of a generation lies while it has all its tries."""
+    return f"{FOLDER}/mosinit_{sequence}+{TRIES}.efi"
 
 
 def look(host: Host, device: Path, entries: Sequence[Entry], loader: bytes) -> str:
@@ -60,12 +71,12 @@ def _entry_fault(folder: Path, entry: Entry) -> str:
 
 
 def _loader_fault(folder: Path, loader: bytes) -> str:
-    for name in (install.LOADER, install.STARTED):
+    for name in (LOADER, STARTED):
         path = folder / name
         if not path.is_file() or path.read_bytes() != loader:
             return f"{name} is not the boot loader of the medium"
     settings = folder / "loader/loader.conf"
-    if not settings.is_file() or settings.read_bytes() != install.LOADER_CONF:
+    if not settings.is_file() or settings.read_bytes() != LOADER_CONF:
         return "loader/loader.conf is another"
     more = [
         path for path in (folder / "loader").rglob("*") if path.is_file() and path.parent.name == "entries"
@@ -75,12 +86,17 @@ def _loader_fault(folder: Path, loader: bytes) -> str:
 
 def make(host: Host, device: Path, uuid: str, entries: Sequence[Entry], loader: bytes, store: Path) -> None:
     """Make the partition anew. No firmware finds a boot loader there before all else is durable."""
+    fill(host, device, uuid, entries, loader, store)
+    let_start(host, device)
+
+
+def fill(host: Host, device: Path, uuid: str, entries: Sequence[Entry], loader: bytes, store: Path) -> None:
+    """Make the partition's file system and all that is on it, with a boot loader that no firmware finds yet.
+
+    UKIs come from `store`. The event log of this boot is kept there too: its firmware is the machine's.
+    """
     host.run(["mkfs.vfat", "-F32", "-nESP", f"-i{uuid.replace('-', '')[:8]}", device], timeout=60)
-    files = {
-        "loader/loader.conf": install.LOADER_CONF,
-        install.LOADER: loader,
-        install.NOT_YET: loader,
-    }
+    files = {"loader/loader.conf": LOADER_CONF, LOADER: loader, NOT_YET: loader}
     machine = Elsewhere({init.STORE: store})
     with host.mounted(device, "vfat") as folder:
         for name in (*(entry.place for entry in entries), *files):
@@ -91,9 +107,16 @@ def make(host: Host, device: Path, uuid: str, entries: Sequence[Entry], loader: 
                 file.writelines(read_checked(stored, entry.uki))
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        install.sync_tree(host, folder)
+        lastgood.keep(host, folder)
+        host.sync_tree(folder)
+
+
+def let_start(host: Host, device: Path) -> None:
+    """Give the boot loader the name by which firmware finds it, in one rename."""
     with host.mounted(device, "vfat") as folder:
-        (folder / install.NOT_YET).rename(folder / install.STARTED)
+        # It may have it already, where an installation goes on that was broken off.
+        if (folder / NOT_YET).exists() or not (folder / STARTED).exists():
+            (folder / NOT_YET).rename(folder / STARTED)
         # The file first: until it is synced its new name is that of an empty file, which no firmware starts.
-        host.sync_file(folder / install.STARTED)
-        host.sync_file((folder / install.STARTED).parent)
+        host.sync_file(folder / STARTED)
+        host.sync_file((folder / STARTED).parent)

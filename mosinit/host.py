@@ -323,6 +323,13 @@ class Host(init.Kernel):
         finally:
             os.close(fd)
 
+    def sync_tree(self, folder: Path) -> None:
+        """Make every file and folder below durable, names last."""
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if not path.is_symlink():
+                self.sync_file(path)
+        self.sync_file(folder)
+
     def write_at(self, fd: int, offset: int, data: bytes) -> None:
         """Write into an open file or device, durably."""
         while data:

@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
-import hashlib
 import hmac
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cryptography import x509
-
-from mosinit import bootentry, generations, init, installed, layout, luks, publish, state
-from mosinit.generations import Elsewhere, SignedManifest
+from mosinit import bootentry, esp, generations, init, installed, layout, luks, publish, releases, state
+from mosinit.generations import Elsewhere
 from mosinit.host import Broken, Failure, Host, printable
-from mosinit.sources import Blob, Source, open_source, read_checked
+from mosinit.releases import Release
+from mosinit.sources import open_source, read_checked
 
 if TYPE_CHECKING:
     from mosinit.registry import Access
@@ -39,20 +36,9 @@ LEFT = Path(init.LEFT)
 MEDIUM_RELEASE = f"oci:{init.STORE}/{init.REPOSITORY}"
 # On the medium beside the release: signed by the uki key, sealed with the store.
 BOOT_LOADER = Path(init.STORE, "boot/systemd-bootx64.efi")
-LOADER = "EFI/systemd/systemd-bootx64.efi"
-# What firmware starts by itself, and what that is called before: short names, each one entry of a folder.
-STARTED, NOT_YET = "EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/BOOTX64.NEW"
 OPENED = "mosinit-install-"  # how the devices are called that an installation opens
 LOCK = Path("/run/mosinit-install.lock")
-# No menu unless a key is held, no other systems, no keys to enrol.
-LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
-TRIES = 3
 SUDI_FILES = ("sudi.key", "sudi.auth", "sudi.pem")
-# What a release says of itself, beside the signatures of layers.
-KINDS = (
-    init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE, init.EPOCH_MEDIA_TYPE,
-    init.EPOCH_SIGNATURE_MEDIA_TYPE,
-)  # fmt: skip
 # Beside the images: what ext4 keeps for itself, and room for the next release to come.
 STORE_MARGIN = 64 * init.MIB
 EXT4 = ("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "metadata_csum,64bit")
@@ -85,23 +71,6 @@ class Provisioned:
     recovery: bytes
     tokens: init.Tokens
     sudi: tuple[tuple[str, bytes], ...]
-
-
-@dataclass(frozen=True)
-class Release:
-    """A verified release: where it lies, its manifest, all its blobs, and the UKI of run mode."""
-
-    source: Source
-    manifest: init.Manifest
-    signed: SignedManifest
-    blobs: tuple[Blob, ...]
-    uki: Blob
-    uki_id: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of all blobs."""
-        return sum(blob.size for blob in self.blobs)
 
 
 class Installer(Host):
@@ -181,121 +150,6 @@ def check_tokens(provisioned: Provisioned, policy: init.Policy) -> None:
     init.verify_epoch_order(*order, policy)
 
 
-# --- The release -----------------------------------------------------------------------------------------
-
-
-def verify_release(host: Host, source: Source, policy: init.Policy) -> Release:
-    """Return a release if a machine of that policy takes all of it. Raises `Refused`, `Failure`."""
-    machine = source.machine
-    manifest = init.verify_release(machine, policy)
-    order = publish.read_epoch_order(machine, policy)
-    if order.epoch != manifest.contents.epoch:
-        expected = f"epoch {manifest.contents.epoch}"
-        raise init.Refused("EPOCH-ORDER", expected=expected, seen=f"epoch {order.epoch}")
-    if manifest.contents.update_type != "complete":
-        raise Failure(f"{source.name} is a partial release: install a complete one first")
-    _, bootkit = init.boot_targets(manifest.contents)
-    signed = _signed_manifest(machine, manifest)
-    _check_dates(signed.certificate, policy)
-    check_nothing_more(machine, manifest)
-    blobs = list_blobs(machine)
-    uki, uki_id = find_uki(machine, bootkit)
-    for target in manifest.contents.targets:
-        check_target(machine, target, blobs)
-    source.check(host, blobs)
-    return Release(source, manifest, signed, blobs, uki, uki_id)
-
-
-def _signed_manifest(machine: init.Machine, manifest: init.Manifest) -> SignedManifest:
-    """Return the manifest that was verified as it lies in the release, signature and certificate."""
-    parts = init.find_release(machine)
-    kinds = (init.MANIFEST_MEDIA_TYPE, init.SIGNATURE_MEDIA_TYPE, init.CERTIFICATE_MEDIA_TYPE)
-    blobs = [
-        init.read_blob(machine, parts[kind].digest, parts[kind].size, "MANIFEST-ABSENT") for kind in kinds
-    ]
-    if hashlib.sha256(blobs[0]).hexdigest() != manifest.sha256:
-        raise init.Refused("MANIFEST-FORMAT", expected=manifest.sha256, seen="another one, read again")
-    return SignedManifest(manifest.sha256, blobs[0], blobs[1], blobs[2])
-
-
-def _check_dates(certificate: bytes, policy: init.Policy) -> None:
-    """Refuse certificates out of their dates: a boot cannot look at a clock, an installation can."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    for name, pem in (("product", certificate), ("manifest CA", policy.manifest_ca)):
-        parsed = x509.load_pem_x509_certificate(pem)
-        begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
-        if not begin <= now <= end:
-            raise Failure(
-                f"the {name} certificate is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, and the clock "
-                f"says {now:%Y-%m-%d}: set the clock, or publish with a new certificate"
-            )
-
-
-def check_nothing_more(machine: init.Machine, manifest: init.Manifest) -> None:
-    """See that a release lists what its manifest names and nothing else: the list itself is not signed, and
-    whoever keeps a release could fill the store, or this machine's memory.
-    """
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
-    _, listed = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    artefact = next(item for item in listed if item.artifact_type == init.RELEASE_ARTIFACT)
-    data = init.read_blob(machine, artefact.digest, artefact.size, "MANIFEST-ABSENT")
-    raw, parts = init.parse_descriptors(data, "layers", "MANIFEST-ABSENT")
-    config = init.parse_descriptor(raw.get("config"), "MANIFEST-ABSENT")
-    targets = manifest.contents.targets
-    named = {target.digest for target in targets} | {artefact.digest}
-    signatures = {digest for target in targets for digest in target.layer_signatures}
-    more = [item.digest for item in listed if item.digest not in named]
-    others = [part for part in parts if part.digest not in signatures]
-    kinds = [part.media_type for part in others]
-    more += [
-        part.digest for part in others if part.media_type not in KINDS or kinds.count(part.media_type) > 1
-    ]
-    more += [part.digest for part in (*parts, config) if part.size > 4 * init.MIB]
-    if more:
-        raise Failure(f"the release lists {more[0]}, which its manifest does not name: publish it again")
-
-
-def list_blobs(machine: init.Machine) -> tuple[Blob, ...]:
-    """Return every blob of the store's one release, each once."""
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    found = {release.digest: release.size for release in releases}
-    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
-    _, images = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    for image in images:
-        data = init.read_blob(machine, image.digest, image.size, "IMAGE-DIGEST")
-        raw, parts = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
-        config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
-        found |= {item.digest: item.size for item in (image, config, *parts)}
-    return tuple(Blob(digest, size) for digest, size in found.items())
-
-
-def find_uki(machine: init.Machine, bootkit: init.Target) -> tuple[Blob, str]:
-    """Return the UKI of run mode that a bootkit brings, and its id."""
-    data = init.read_blob(machine, bootkit.digest, bootkit.size, "IMAGE-DIGEST")
-    _, parts = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
-    found = [part for part in parts if part.media_type == init.UKI_MEDIA_TYPE]
-    uki_id = init.parse_image(data).uki_ids.get("run", "")
-    if len(found) != 1 or not init.HEX64.fullmatch(uki_id):
-        seen = f"{len(found)} UKIs, id {uki_id or 'missing'}"
-        raise init.Refused("MANIFEST-UKI", expected="a bootkit with the UKI of run mode", seen=seen)
-    return Blob(found[0].digest, found[0].size), uki_id
-
-
-def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blob]) -> None:
-    """See that an image is the signed one, and its layers and their signatures belong to the release."""
-    image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
-    if len(image.layers) != len(target.layer_signatures):
-        seen = f"{len(target.layer_signatures)} for {len(image.layers)} layers of {target.service_name}"
-        raise init.Refused("LAYER-SIGNATURE", expected="a signature for each layer", seen=seen)
-    present = {blob.digest for blob in blobs}
-    for digest in (*(layer.digest for layer in image.layers), *target.layer_signatures):
-        if digest not in present:
-            raise init.Refused("STORE-BLOB", expected=f"blob {digest}", seen="a release without it")
-
-
 # --- The verb --------------------------------------------------------------------------------------------
 
 
@@ -305,7 +159,7 @@ def plan(host: Host, options: Options) -> tuple[layout.Plan, Release, init.Polic
     disk = layout.inspect(host, options.disk)
     layout.check_usable(host, disk, options.consent)
     planned = _lay_out(disk, options, options.state)
-    release = verify_release(host, open_source(options.source, options.access, host.say), policy)
+    release = releases.verify(host, open_source(options.source, options.access, host.say), policy)
     if (state := demanded_state(release.manifest.contents, options.state)) != options.state:
         planned = _lay_out(disk, options, state)
     store, needed = planned.named("machine-store").size, (release.size + STORE_MARGIN) * 10 // 9
@@ -359,7 +213,7 @@ def steps(planned: layout.Plan, release: Release, closing: str = "") -> tuple[St
         Step(part.name, f"{part.size >> 20} MiB, opens with its key and the recovery key: {told[part.name]}")
         for part in volumes
     ]
-    place = uki_place(release.manifest.contents.sequence)
+    place = esp.uki_place(release.manifest.contents.sequence)
     return (
         Step("partitions", f"{len(planned.partitions)} on {disk.path}, marked as unfinished; lost is "
              f"{planned.lost or 'nothing, the disk is empty'}"),
@@ -367,7 +221,7 @@ def steps(planned: layout.Plan, release: Release, closing: str = "") -> tuple[St
         Step("esp", f"boot loader and {place}, nothing that firmware finds yet"),
         Step("reading everything back", "by what the boot itself calls"),
         *([Step("TPM", closing)] if closing else []),
-        Step("start", f"the boot loader gets the name {STARTED}: from here the disk starts a machine"),
+        Step("start", f"the boot loader gets the name {esp.STARTED}: from here the disk starts a machine"),
         Step("disk id", "the disk gets an id of its own: from here it needs a word to be erased"),
         Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
     )  # fmt: skip
@@ -388,7 +242,7 @@ def describe(planned: layout.Plan, release: Release, closing: str = "") -> dict[
         "product": contents.product,
         "sequence": contents.sequence,
         "source": release.source.name,
-        "release": release_digest(release.source.machine),
+        "release": releases.digest(release.source.machine),
         "release bytes": release.size,
         "targets": [target.service_name for target in contents.targets],
         "partitions": [
@@ -396,12 +250,6 @@ def describe(planned: layout.Plan, release: Release, closing: str = "") -> dict[
         ],
         "steps": [{"step": step.name, "does": step.does} for step in steps(planned, release, closing)],
     }
-
-
-def release_digest(machine: init.Machine) -> str:
-    """Return the digest of a release's index."""
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    return init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")[1][0].digest
 
 
 def plan_text(shown: Mapping[str, Any]) -> str:
@@ -653,7 +501,7 @@ def find_broken_off(host: Host, disk: layout.Disk, options: Options) -> BrokenOf
     words = "closed to the end" + ("" if kept or closed else ", with new passwords where it has none yet")
     rest = (
         Step("TPM", "it is closed already; it is looked at" if closed else words),
-        Step("start", f"the boot loader has the name {STARTED}"),
+        Step("start", f"the boot loader has the name {esp.STARTED}"),
         Step("disk id", "the disk gets an id of its own"),
         Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
     )
@@ -775,7 +623,7 @@ def fill_config(host: Installer, planned: layout.Plan, release: Release, provisi
         for name, content in provisioned.sudi:
             with host.replacing(folder / "sudi" / name, mode=0o400) as fresh:
                 fresh.write_bytes(content)
-        sync_tree(host, folder)
+        host.sync_tree(folder)
     return commit
 
 
@@ -795,7 +643,7 @@ def fill_store(host: Installer, planned: layout.Plan, release: Release, provisio
         for name in ("oci-layout", "index.json"):
             with host.replacing(target / name) as fresh:
                 fresh.write_bytes(release.source.document(name))
-        sync_tree(host, folder)
+        host.sync_tree(folder)
 
 
 def fill_state(host: Installer, planned: layout.Plan, provisioned: Provisioned) -> None:
@@ -803,20 +651,7 @@ def fill_state(host: Installer, planned: layout.Plan, provisioned: Provisioned) 
     _make_volume(host, planned, provisioned, init.STATE)
 
 
-def sync_tree(host: Host, folder: Path) -> None:
-    """Make every file and folder below durable, names last."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if not path.is_symlink():
-            host.sync_file(path)
-    host.sync_file(folder)
-
-
 # --- The ESP ---------------------------------------------------------------------------------------------
-
-
-def uki_place(sequence: int) -> str:
-    """Return where the UKI of a generation lies while it has all its tries."""
-    return f"EFI/Linux/mosinit_{sequence}+{TRIES}.efi"
 
 
 def fill_esp(
@@ -824,48 +659,28 @@ def fill_esp(
 ) -> None:
     """Make the EFI system partition, with a boot loader that no firmware finds yet."""
     part = planned.named("esp")
-    device = layout.device(planned, part)
-    host.run(["mkfs.vfat", "-F32", "-nESP", f"-i{part.uuid[:8]}", device], timeout=60)
-    boot = loader.read_bytes()
-    place = uki_place(release.manifest.contents.sequence)
-    files = {"loader/loader.conf": LOADER_CONF, LOADER: boot, NOT_YET: boot}
-    with (
-        _volume(host, planned, provisioned, "machine-store", read_only=True) as store,
-        host.mounted(device, "vfat") as folder,
-    ):
-        for name in (place, *files):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        stored = Elsewhere({init.STORE: store}).real_path(init.blob_path(release.uki.digest))
-        with (folder / place).open("wb") as file:
-            file.writelines(read_checked(stored, release.uki))
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        sync_tree(host, folder)
+    entry = esp.Entry(release.manifest.contents.sequence, release.uki)
+    with _volume(host, planned, provisioned, "machine-store", read_only=True) as store:
+        esp.fill(host, layout.device(planned, part), part.uuid, [entry], loader.read_bytes(), store)
 
 
 def let_start(host: Installer, planned: layout.Plan) -> None:
-    """Give the boot loader the name by which firmware finds it: from here the disk starts a machine."""
-    with host.mounted(layout.device(planned, planned.named("esp")), "vfat") as folder:
-        # It may have it already, where an installation goes on that was broken off.
-        if (folder / NOT_YET).exists() or not (folder / STARTED).exists():
-            (folder / NOT_YET).rename(folder / STARTED)
-        # The file first: until it is synced its new name is that of an empty file, which no firmware starts.
-        host.sync_file(folder / STARTED)
-        host.sync_file((folder / STARTED).parent)
+    """From here the disk starts a machine."""
+    esp.let_start(host, layout.device(planned, planned.named("esp")))
 
 
 def add_boot_entry(host: Host, planned: layout.Plan) -> str | None:
     """Have the firmware start this disk first. Where it takes no entry it has to find the boot loader by
     itself: that is said, and no failure.
     """
-    esp, sector = planned.named("esp"), planned.disk.sector
-    entry = bootentry.Entry(esp.number, esp.start // sector, esp.size // sector, esp.uuid)
+    part, sector = planned.named("esp"), planned.disk.sector
+    entry = bootentry.Entry(part.number, part.start // sector, part.size // sector, part.uuid)
     try:
         return bootentry.register(host, entry)
     except (OSError, Failure) as error:
         host.say(
             f"the firmware took no boot entry ({error}): if it does not start {planned.disk.path} by "
-            f"itself, choose {STARTED} on it in the firmware's setup"
+            f"itself, choose {esp.STARTED} on it in the firmware's setup"
         )
         return None
 
@@ -892,15 +707,15 @@ def read_back(
             for _ in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):
                 pass
         for target in manifest.contents.targets:
-            check_target(machine, target, release.blobs)
+            releases.check_target(machine, target, release.blobs)
             image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
             pairs = zip(image.layers, target.layer_signatures, strict=True)
             for index, (layer, signature) in enumerate(pairs):
                 host.check_layer(machine, f"{OPENED}{target.service_name}-{index}", layer, signature)
     with host.mounted(layout.device(planned, planned.named("esp")), "vfat", read_only=True) as folder:
-        for _ in read_checked(str(folder / uki_place(release.manifest.contents.sequence)), release.uki):
+        for _ in read_checked(str(folder / esp.uki_place(release.manifest.contents.sequence)), release.uki):
             pass
-        for name in (LOADER, NOT_YET):
+        for name in (esp.LOADER, esp.NOT_YET):
             if (folder / name).read_bytes() != loader.read_bytes():
                 raise Failure(f"{planned.disk.path} does not keep what is written to it: use another disk")
 

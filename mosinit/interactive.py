@@ -16,7 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mosinit import enrolment, init, install, installed, installer, layout, network, provision, unattended
+from mosinit import (
+    enrolment,
+    init,
+    install,
+    installed,
+    installer,
+    layout,
+    network,
+    provision,
+    releases,
+    unattended,
+)
 from mosinit.host import Failure, Host
 from mosinit.install import Installer
 from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
@@ -30,7 +41,7 @@ if TYPE_CHECKING:
 ONLINE_SECONDS = 30
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 20.0  # for the work to close what it opened
-Made: TypeAlias = tuple[layout.Plan, install.Release, init.Policy]
+Made: TypeAlias = tuple[layout.Plan, releases.Release, init.Policy]
 
 
 class Shown(install.Installer):
@@ -177,7 +188,7 @@ class Live:
         """Verify a release; say what it is."""
         policy = install.policy_of_live(self._given.left)
         source = open_source(choices.source or self._given.medium, self._access(choices))
-        return words_of_release(install.verify_release(self._given.shown(job), source, policy), choices)
+        return words_of_release(releases.verify(self._given.shown(job), source, policy), choices)
 
     def _access(self, choices: Choices) -> Access | None:
         """Return how a registry is reached, with the login that was typed or the one that was named."""
@@ -331,7 +342,7 @@ def words_of(link: network.Link) -> str:
     return f"{link.mac}  {addresses} ({link.how}){f' via {link.gateway}' if link.gateway else ''}"
 
 
-def words_of_release(release: install.Release, choices: Choices) -> str:
+def words_of_release(release: releases.Release, choices: Choices) -> str:
     """Say what a release is."""
     contents = release.manifest.contents
     origin = choices.source or "this medium"

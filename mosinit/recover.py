@@ -22,7 +22,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mosinit import esp, explain, generations, init, install, layout, luks, rekey, repository, state
+from mosinit import (
+    esp,
+    explain,
+    generations,
+    init,
+    install,
+    layout,
+    luks,
+    rekey,
+    releases,
+    repository,
+    state,
+)  # fmt: skip
 from mosinit.generations import Elsewhere, Quiet
 from mosinit.host import Failure, Host
 from mosinit.install import Provisioned
@@ -183,7 +195,7 @@ class Look:
     findings: tuple[Finding, ...] = ()
     release: Stored | None = None  # of the store
     repository: repository.State | None = None
-    incoming: install.Release | None = None  # with which the store is to be filled
+    incoming: releases.Release | None = None  # with which the store is to be filled
     good: frozenset[str] = frozenset()  # generations that have started well
     other_identity: bool = False  # in config, than the one that was provisioned
 
@@ -461,15 +473,15 @@ def stored_release(machine: init.Machine, policy: init.Policy, host: Host) -> St
     """
     manifest = init.verify_release(machine, policy)
     _, bootkit = init.boot_targets(manifest.contents)
-    blobs = install.list_blobs(machine)
+    blobs = releases.list_blobs(machine)
     for target in manifest.contents.targets:
-        install.check_target(machine, target, blobs)
+        releases.check_target(machine, target, blobs)
     with host.progress("reading the store", sum(blob.size for blob in blobs)) as advance:
         for blob in blobs:
             for chunk in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):  # type: ignore[attr-defined]
                 advance(len(chunk))
-    signed = install._signed_manifest(machine, manifest)
-    return Stored(manifest, signed, blobs, *install.find_uki(machine, bootkit))
+    signed = releases.signed_manifest(machine, manifest)
+    return Stored(manifest, signed, blobs, *releases.find_uki(machine, bootkit))
 
 
 def look_at_store(host: Recoverer, seen: Look) -> Look:
@@ -494,7 +506,7 @@ def look_at_store(host: Recoverer, seen: Look) -> Look:
         if store.lost:
             raise Failure(f"{what}: {left}")
         return seen.add(Finding(check, what, left=left))
-    incoming = install.verify_release(host, open_source(source, seen.options.access), seen.policy)
+    incoming = releases.verify(host, open_source(source, seen.options.access), seen.policy)
     return seen.add(Finding(check, what, f"fill the store from {source}"), incoming=incoming)
 
 
@@ -562,7 +574,7 @@ def _about_generations(seen: Look, found: repository.State) -> Look:
     return seen.add(Finding("GENERATION", what, "add that generation to manifest.git"))
 
 
-def _runs(release: Stored | install.Release, found: repository.State) -> bool:
+def _runs(release: Stored | releases.Release, found: repository.State) -> bool:
     sha256 = release.manifest.sha256
     return any(manifest.sha256 == sha256 for _, manifest in found.usable)
 
@@ -596,7 +608,7 @@ def _about_repository(host: Recoverer, seen: Look, found: repository.State, fold
     return seen.add(Finding(check, what, f"make manifest.git anew, with generation {listed}"))
 
 
-def new_generation(release: Stored | install.Release) -> generations.NewGeneration:
+def new_generation(release: Stored | releases.Release) -> generations.NewGeneration:
     """Return the generation that runs a release."""
     return generations.of_release(release.manifest, release.uki_id, release.signed)
 
@@ -765,7 +777,7 @@ def repair(host: Recoverer, name: str, device: Path) -> None:
         )
 
 
-def refill(host: Recoverer, release: install.Release, policy: init.Policy, device: Path) -> Stored:
+def refill(host: Recoverer, release: releases.Release, policy: init.Policy, device: Path) -> Stored:
     """Fill the store with a release: what is there already stays."""
     with host.mounted(device, "ext4") as folder:
         target = folder / init.REPOSITORY
@@ -780,7 +792,7 @@ def refill(host: Recoverer, release: install.Release, policy: init.Policy, devic
         for name in ("oci-layout", "index.json"):
             with host.replacing(target / name) as fresh:
                 fresh.write_bytes(release.source.document(name))
-        install.sync_tree(host, folder)
+        host.sync_tree(folder)
         return stored_release(Elsewhere({init.STORE: folder}), policy, host)
 
 

@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from mosinit import bootentry, generations, init, install, keys, layout, luks, tools
+from mosinit.esp import LOADER_CONF
 from mosinit.host import Failure, Host
 from mosinit.layout import Consent
 from tests import installation
@@ -60,7 +61,7 @@ def test_an_empty_disk_becomes_a_machine(made: Setting, disk: Path) -> None:
         "EFI/BOOT/BOOTX64.EFI": loader,
         "EFI/systemd/systemd-bootx64.efi": loader,
         "EFI/Linux/mosinit_7+3.efi": hashlib.sha256(installation.UKI).hexdigest(),
-        "loader/loader.conf": hashlib.sha256(install.LOADER_CONF).hexdigest(),
+        "loader/loader.conf": hashlib.sha256(LOADER_CONF).hexdigest(),
     }
     with (
         installation.data_behind(Path(f"{disk}p2")) as data,

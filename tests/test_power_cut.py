@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import init, install, layout
+from mosinit import init, layout
+from mosinit.esp import STARTED
 from mosinit.host import Failure, Host
 from tests import installation, uml
 from tests.installation import NativeInstaller, Setting
@@ -109,7 +110,7 @@ class Disk:
         esp = self.esp()
         if esp is None:
             return None
-        command = ["mcopy", "-n", "-i", f"{self.image}@@{esp.start}", f"::{install.STARTED}", "-"]
+        command = ["mcopy", "-n", "-i", f"{self.image}@@{esp.start}", f"::{STARTED}", "-"]
         done = subprocess.run(command, capture_output=True, check=False)
         return done.stdout or None if done.returncode == 0 else None
 

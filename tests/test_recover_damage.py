@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mosinit import exchange, explain, generations, init, install, luks
+from mosinit import esp, exchange, explain, generations, init, luks
 from mosinit.host import Failure, Host
 from tests import installation, recovering, volumes
 from tests.recovering import Site, fingerprint
@@ -219,8 +219,8 @@ def other(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     "damage",
     [
-        wipe, remove(install.STARTED), remove(install.LOADER), remove("EFI/Linux/mosinit_7+3.efi"),
-        other(install.STARTED), other("EFI/Linux/mosinit_7+3.efi"), other("EFI/Linux/mosinit_7.efi"),
+        wipe, remove(esp.STARTED), remove(esp.LOADER), remove("EFI/Linux/mosinit_7+3.efi"),
+        other(esp.STARTED), other("EFI/Linux/mosinit_7+3.efi"), other("EFI/Linux/mosinit_7.efi"),
         other("loader/loader.conf"),
     ],
 )  # fmt: skip
