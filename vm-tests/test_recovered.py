@@ -73,7 +73,8 @@ def organisation(world: World, folder: Path, told: list[dict[str, Any]]) -> Any:
         asked = json.loads(line)
         if asked["type"] == "request":
             (folder / "request.json").write_bytes(line)
-            enroll.enroll(world.host, folder / "request.json", world.keyset, folder / "answer.json", folder)
+            places = (folder / "request.json", world.keyset, folder / "answer.json", folder / "machines")
+            enroll.enroll(world.host, *places)
             return json.dumps(json.loads((folder / "answer.json").read_bytes())).encode()
         if asked["type"] == "event log":
             (folder / "log").write_bytes(bytes.fromhex(asked["log"]))
@@ -126,8 +127,8 @@ def test_a_new_tpm_and_no_boot_partition(shut: Installed, tmp_path: Path) -> Non
     # The recovery key that was typed is the machine's no more; the organisation has the new one.
     header = header_of(machine)
     assert header.slots == (0, 1)
-    serial = next(path.name for path in tmp_path.iterdir() if (path / "recovery.cms").exists())
-    record = enroll.open_recovery(tmp_path / serial / "recovery.cms", machine.world.keyset)
+    (filed,) = (tmp_path / "machines").glob("*/recovery.cms")
+    record = enroll.open_recovery(filed, machine.world.keyset)
     assert luks.read_volume_key(header, 1, record.recovery_key.encode())
     assert not any(luks.read_volume_key(header, slot, RECOVERY) for slot in header.slots)
     assert elsewhere(machine) == before
