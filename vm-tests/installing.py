@@ -1,6 +1,6 @@
 """A live machine that installs itself from a registry, saved where it asks to be enrolled.
 
-It began in setup mode, with boot entries of others and of an older installation in its firmware. From where
+It began in setup mode, with boot entries of others in its firmware. From where
 it is saved it goes on with disks that are good or bad, each time with the same answer.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, cast
 from driven import Driven, started
 from world import World
 
-from mosinit import bootentry, demo, disk, firmware, hostfs, init, layout, machine, vm
+from mosinit import demo, disk, firmware, hostfs, init, layout, machine, vm
 from mosinit.machine import VARIABLES, Hardware
 from tests import registries
 from tests.test_power_cut import Disk
@@ -37,7 +37,6 @@ STREAMED = 16 * MIB  # of a release: enough to be in the midst of it
 
 # What others put into this firmware, and what follows their device path.
 LOADER = "\\EFI\\other\\grubx64.efi\0".encode("utf-16-le")
-OLDER = 0x0009  # the entry of an older installation of mosinit
 
 
 def _foreign(label: str, path: bytes) -> bytes:
@@ -53,19 +52,6 @@ FOREIGN = {
 }
 
 
-def older_disk(world: World, folder: Path) -> tuple[Path, bootentry.Entry]:
-    """Make a disk of an older installation, with its boot entry: OVMF drops those that lead nowhere."""
-    files: dict[str, bytes | Path] = {
-        bootentry.LOADER[1:].replace("\\", "/"): b"its boot loader",
-        "EFI/Linux/mosinit_1.efi": os.urandom(OTHER_BYTES),
-    }
-    esp = disk.make_esp(world.host, files, folder / "older-esp", "0" * 64)
-    image = folder / "other.raw"
-    disk.write_disk(world.host, [disk.Part(init.ESP_TYPE, "esp", esp, "1" * 64)], "2" * 64, image)
-    (part,) = partitions(image)
-    return image, bootentry.Entry(1, part.start // 512, part.size // 512, part.uuid)
-
-
 def partitions(image: Path) -> tuple[init.Partition, ...]:
     """Return the partitions of a disk."""
     with image.open("rb") as file:
@@ -73,11 +59,13 @@ def partitions(image: Path) -> tuple[init.Partition, ...]:
     return init.parse_gpt(head[512:1024], head[1024:], 512, image.stat().st_size // 512)
 
 
-def planted(older: bootentry.Entry) -> tuple[firmware.Variable, ...]:
-    """Return the firmware's boot entries before the machine is first switched on."""
-    entries = {0x0042: FOREIGN[0x0042], OLDER: bootentry.encode(older), 0x0007: FOREIGN[0x0007]}
-    order = struct.pack(f"<{len(entries)}H", *entries)
-    values = {"BootOrder": order} | {f"Boot{number:04X}": value for number, value in entries.items()}
+def planted() -> tuple[firmware.Variable, ...]:
+    """Return the firmware's boot entries before the machine is first switched on.
+
+    None of an older mosinit is among them: OVMF drops what leads to no disk, before any system runs.
+    """
+    order = struct.pack(f"<{len(FOREIGN)}H", *FOREIGN)
+    values = {"BootOrder": order} | {f"Boot{number:04X}": value for number, value in FOREIGN.items()}
     return tuple(firmware.Variable(name, init.EFI_GLOBAL, value) for name, value in values.items())
 
 
@@ -152,8 +140,7 @@ class Asking:
     state: Path
     saved: vm.Saved
     answer: bytes
-    other: Path  # the disk of an older installation
-    older: bootentry.Entry  # and what starts it
+    other: Path  # a disk of somebody's
 
     @contextlib.asynccontextmanager
     async def goes_on(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
@@ -249,17 +236,18 @@ def asking(world: World) -> Iterator[Asking]:
         medium = demo.add_answers(world.host, plain, folder / "medium.raw", answers)
         esp = f"{medium}@@{MIB}"
         world.host.run(["mcopy", "-i", esp, authority.path, "::mosinit/registry-ca.pem"])
-        other, older = older_disk(world, folder)
+        other = folder / "other.raw"
+        other.write_bytes(os.urandom(OTHER_BYTES))
         target = empty_disk(folder)
         state = folder / "state"
-        firmware.empty(world.host, state / VARIABLES, planted(older))
+        firmware.empty(world.host, state / VARIABLES, planted())
         options = vm.BootOptions(
             medium, state, until="request", timeout=600, setup_mode=True,
             hardware=Hardware(**{**vars(HARDWARE), "extra_disks": (target, other)}),
         )  # fmt: skip
         saved = vm.save(world.host, options, folder / "saved")
         answer = enroller(world, folder)(saved.request)
-        yield Asking(world, folder, medium, registry, state, saved, answer, other, older)
+        yield Asking(world, folder, medium, registry, state, saved, answer, other)
 
 
 def push(world: World, release: Path, registry: registries.Real, authority: registries.Authority) -> None:
