@@ -30,13 +30,8 @@ FORMAT = (
 )  # fmt: skip
 # No --keyslot-cipher: cryptsetup refuses it beside integrity, and takes the one that is pinned.
 SLOT = ("--hash", "sha256")
-# A secret of 32 random bytes needs no stretching.
+# All that opens a volume is made of 32 random bytes, the recovery key too: stretching would only take time.
 QUICK = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-# The recovery key is typed by a person, on a machine with little memory too.
-SLOW = (
-    "--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", str(256 << 10),
-    "--pbkdf-parallel", "1",
-)  # fmt: skip
 INTEGRITY: Mapping[str, tuple[str, ...]] = {"config": ("--integrity", "hmac-sha256"), "plain": ()}
 
 
@@ -54,22 +49,17 @@ def format_volume(host: Host, path: Path, kind: str, uuid: str, secret: bytes | 
     host.run(format_command(path, kind, uuid), stdin=bytes(secret))
 
 
-def add_recovery(
-    host: Host, path: Path, secret: bytes | bytearray, recovery: bytes | bytearray,
-    stretching: tuple[str, ...] = SLOW,
-) -> None:  # fmt: skip
+def add_recovery(host: Host, path: Path, secret: bytes | bytearray, recovery: bytes | bytearray) -> None:
     """Give a volume the key slot of the recovery key."""
     with _lent(recovery) as file:
-        words = ("--batch-mode", "--key-slot", str(RECOVERY_SLOT), "--key-file", "-", *SLOT, *stretching)
+        words = ("--batch-mode", "--key-slot", str(RECOVERY_SLOT), "--key-file", "-", *SLOT, *QUICK)
         host.run(["cryptsetup", "luksAddKey", *words, path, file], stdin=bytes(secret))
 
 
-def add_key(
-    host: Host, path: Path, slot: int, volume_key: bytes, secret: bytes, stretching: tuple[str, ...]
-) -> None:
+def add_key(host: Host, path: Path, slot: int, volume_key: bytes, secret: bytes) -> None:
     """Give a volume whose own key is known one more key slot."""
     with _lent(volume_key) as volume, _lent(secret) as file:
-        words = ("--batch-mode", "--key-slot", str(slot), "--volume-key-file", volume, *SLOT, *stretching)
+        words = ("--batch-mode", "--key-slot", str(slot), "--volume-key-file", volume, *SLOT, *QUICK)
         host.run(["cryptsetup", "luksAddKey", *words, path, file])
 
 

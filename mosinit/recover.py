@@ -90,8 +90,6 @@ class Options:
 class Recoverer(install.Installer):
     """The package's seam, with what only a recovery does to volumes."""
 
-    stretching: tuple[str, ...] = luks.SLOW  # of the recovery key
-
     def machine(self) -> init.Machine:
         """Return the machine whose TPM this is."""
         return Quiet()
@@ -731,7 +729,7 @@ def restore_header(host: Recoverer, seen: Look, volume: Volume) -> Volume:
         host.say(f"{volume.name}: the key of the new provisioning, and its recovery key")
         secret = key_of(provisioned, volume.name, volume.part.uuid)
         keys = rekey.Keys(secret, provisioned.recovery)
-        fresh = rekey.renewed(host, header, volume.kind, volume.key, keys, tokens, host.stretching)
+        fresh = rekey.renewed(host, header, volume.kind, volume.key, keys, tokens)
         rekey.write(host, volume.device, volume.kind, header, fresh)
     else:
         if tokens and _other_tokens(volume, provisioned):

@@ -128,7 +128,7 @@ def _dump(document: object) -> bytes:
 
 def renewed(
     host: Host, header: init.LuksHeader, kind: str, volume_key: bytes, keys: Keys,
-    tokens: init.Tokens | None, stretching: tuple[str, ...] = luks.SLOW,
+    tokens: init.Tokens | None,
 ) -> init.LuksHeader:  # fmt: skip
     """Return the header that takes these keys, and no others, for the same volume. Nothing is written.
 
@@ -141,8 +141,8 @@ def renewed(
         used = {int(name) for name in json.loads(header.text)["keyslots"]}
         free = (number for number in range(32) if number not in used)
         secret, recovery = next(free), next(free)
-        luks.add_key(host, work, secret, volume_key, keys.secret, luks.QUICK)
-        luks.add_key(host, work, recovery, volume_key, keys.recovery, stretching)
+        luks.add_key(host, work, secret, volume_key, keys.secret)
+        luks.add_key(host, work, recovery, volume_key, keys.recovery)
         made = work.read_bytes()[: init.LUKS_BYTES]
     raw = json.loads(made[init.BLOCK : init.LUKS_COPY].rstrip(b"\0"))
     # Each is in a new place: the old ones are whole until the new header counts.

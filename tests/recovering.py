@@ -26,8 +26,6 @@ STATE_BYTES = 64 * init.MIB
 class NativeRecoverer(NativeInstaller, recover.Recoverer):
     """A recoverer without device-mapper: a volume's data lies in clear behind its header."""
 
-    stretching = luks.QUICK  # it is a test's
-
     def __init__(self, site: provisioned.Site | None = None) -> None:
         super().__init__()
         self.site = site
@@ -42,9 +40,9 @@ class NativeRecoverer(NativeInstaller, recover.Recoverer):
         super().write_at(fd, offset, data)
 
     def format_volume(self, path: Path, kind: str, uuid: str, key: bytes, recovery: bytes) -> None:
-        """Make the header of a volume, its recovery key at no cost."""
+        """Make the header of a volume, with its recovery key."""
         super().format_volume(path, kind, uuid, key, recovery)
-        luks.add_recovery(self, path, key, recovery, luks.QUICK)
+        luks.add_recovery(self, path, key, recovery)
 
     def machine(self) -> init.Machine:
         """Return the machine with the TPM in software."""
@@ -154,7 +152,7 @@ def site(folder: Path) -> Iterator[Site]:
             for name in recover.KINDS:
                 part = parts.named(name)
                 key = recover.key_of(kept, name, part.uuid)
-                luks.add_recovery(host, layout.device(parts, part), key, kept.recovery, luks.QUICK)
+                luks.add_recovery(host, layout.device(parts, part), key, kept.recovery)
         yield found
 
 

@@ -140,7 +140,7 @@ def test_a_volume_of_another_machine(renewed: Site, disk: Path, memory: Path) ->
     store = Path(f"{disk}p3")
     header = luks.read_header(Host(), store, "plain")
     luks.format_volume(Host(), store, "plain", header.uuid, bytes(32))
-    luks.add_recovery(Host(), store, bytes(32), b"somebody else's", luks.QUICK)
+    luks.add_recovery(Host(), store, bytes(32), b"somebody else's")
     before = fingerprint(memory / "copy")
     with pytest.raises(init.Refused, match="VOLUME-KEY.*store"):
         renewed.recover(disk, renewed.made.state)

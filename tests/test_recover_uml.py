@@ -19,24 +19,16 @@ from tests.test_install_uml import BOOT, INSTALL
 
 NEW_KEY = b"another recovery key"
 
-# As the verb installs, but for the recovery key, which is made to be slow.
-QUICK = """class Installer(install.Installer):
-    def format_volume(self, path, kind, uuid, key, recovery):
-        from mosinit import luks
-        luks.format_volume(self, path, kind, uuid, key)
-        luks.add_recovery(self, path, key, recovery, luks.QUICK)"""
-
 RECOVER = """
 import hashlib, json, pickle
 from pathlib import Path
-from mosinit import install, luks, recover, repository
+from mosinit import install, recover, repository
 for name in ("nls_cp437", "nls_ascii", "nls_iso8859-1", "vfat"):
     subprocess.run(["modprobe", "--set-version", os.uname().release, "--dirname", "/run/m", name])
 options, old, new = pickle.loads(Path({needed!r}).read_bytes())
 install.read_provisioned = lambda folder, policy: new
 recover.look_at_tpm = lambda host, seen: seen
 class Recoverer(recover.Recoverer):
-    stretching = luks.QUICK
     def check_layer(self, machine, name, layer, signature):
         assert machine.exists(init.blob_path(layer.digest))
 host = Recoverer()
@@ -90,8 +82,7 @@ def test_a_disk_is_given_to_a_new_tpm(
     options = installation.options(made, Path("/dev/ubda"), state=64 * init.MIB)
     needed = tmp_path / "needed"
     needed.write_bytes(pickle.dumps((options, made.provisioned)))
-    program = INSTALL.replace("class Installer(install.Installer):", QUICK)
-    uml.run(tmp_path, program.format(needed=str(needed)), [disk], 300)
+    uml.run(tmp_path, INSTALL.format(needed=str(needed)), [disk], 300)
     fresh = installation.make_provisioned(made.keyset, bytes(range(40, 72)))
     fresh = dataclasses.replace(fresh, recovery=NEW_KEY)
     assert isinstance(fresh, install.Provisioned)

@@ -216,7 +216,7 @@ def test_no_secret_is_in_words(renewed: Renewed, tmp_path: Path, need: Need) -> 
     shutil.copy(renewed.path, path)
     key = luks.read_volume_key(renewed.new, 0, KEYS.secret)
     assert key
-    luks.add_key(Telling(), path, 5, key, b"quick secret", luks.QUICK)
+    luks.add_key(Telling(), path, 5, key, b"quick secret")
     header = luks.read_header(Host(), path, renewed.kind)
     assert luks.read_volume_key(header, 5, b"quick secret") == key
     assert not any("quick secret" in word or key.hex() in word for word in words)
