@@ -239,7 +239,8 @@ CASES: list[tuple[str, int, str]] = [
     ("demo --dir file", 1, "file"),
     ("test unit --cold", 2, "--cold"),
     ("test neither", 2, "invalid choice"),
-    ("explain", 2, "one id"),
+    ("explain", 1, "not started by mosinit: name a report"),
+    ("explain SB-OFF --all", 2, "one id"),
     ("explain \x1b[31m", 2, "no check has the id ?[31m"),
     ("explain " + "x" * 5000, 2, "explain --all"),
 ]
