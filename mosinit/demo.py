@@ -21,7 +21,8 @@ ANSWERS = "version: 1\ndisk: /dev/disk/by-id/virtio-extra1\nstate: 256\n"
 
 
 def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, object]:
-    """Make keys and medium, install a machine from it in a VM, remove the medium, boot the machine twice.
+    """Make keys and medium, enrol the keys in a new machine's firmware, install the machine from the medium,
+    remove it, boot the machine twice.
 
     Everything lies in `folder`: keys/, out/, vm/, disk.raw and reports/. Keys and builds that are there are
     used again, the machine is a new one each time. With `interactive` it is one that can log in, and the
@@ -43,8 +44,8 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
     with disk.open("wb") as file:
         file.truncate(layout.SMALLEST)
     (folder / "reports").mkdir(exist_ok=True)
-    options = vm.BootOptions(disk, folder / "vm", keys=keyset, report=folder / "reports/live-report.json")
-    outcome = install(host, options, Path(str(built["medium"])))
+    options = vm.BootOptions(disk, folder / "vm", report=folder / "reports/live-report.json")
+    outcome = install(host, options, Path(str(built["medium"])), keyset)
     seconds["install"] = round(outcome.seconds, 1)
     installed = outcome.system.get("installed")
     for number in (1, 2) if outcome.status == 0 else ():
@@ -66,25 +67,25 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
     }
 
 
-def install(host: Host, options: vm.BootOptions, medium: Path) -> vm.Outcome:
-    """Boot the medium beside the machine's disk, and enroll the machine when it asks for it.
+def install(host: Host, options: vm.BootOptions, medium: Path, keyset: Path) -> vm.Outcome:
+    """Boot the medium beside the disk of a machine in setup mode, and enroll it when it asks for it.
 
     The answers come both ways, as a file and as a credential: what comes twice must agree.
     """
-    assert options.keys
     credential = base64.b64encode(ANSWERS.encode()).decode()
     smbios = (f"io.systemd.credential.binary:{answers.NAME}={credential}",)
     with host.scratch(near=options.disk) as folder:
         answered = add_answers(host, medium, folder / "medium.raw", ANSWERS)
-        host.say("installing in a VM: OVMF with Secure Boot, a software TPM, an empty disk of 8 GiB")
+        host.say("installing in a VM: OVMF in setup mode, a software TPM, an empty disk of 8 GiB")
         return vm.boot(
             host,
             replace(
                 options,
                 disk=answered,
+                setup_mode=True,
                 until="installed",
                 timeout=INSTALL_SECONDS,
-                exchange=enroller(host, options.keys, folder),
+                exchange=enroller(host, keyset, folder),
                 hardware=replace(options.hardware, extra_disks=(options.disk,), smbios=smbios),
             ),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -18,19 +20,21 @@ from mosinit.machine import VARIABLES
 pytestmark = pytest.mark.cold
 
 
-def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the demo as a person would."""
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Start the demo as a person would."""
     command = [sys.executable, "-m", "mosinit", "demo", "--json", "--dir", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tools.checkout(), check=False)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tools.checkout())
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The first run: everything is built."""
     folder = tmp_path_factory.mktemp("demo")
-    done = demo(folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(done.stdout)
+    with start(folder) as running:
+        printed, said = running.communicate()
+    assert running.returncode == 0, said[-3000:]
+    return folder, json.loads(printed)
 
 
 def test_a_debian_hostfs_reaches_multi_user(first: tuple[Path, dict[str, Any]]) -> None:
@@ -45,6 +49,8 @@ def test_a_debian_hostfs_reaches_multi_user(first: tuple[Path, dict[str, Any]]) 
     assert report == result["report"]
     assert "multi-user" in result["seconds"]
     assert {stage["name"] for stage in report["stages"]} >= {"check-firmware", "mount-layers", "stack"}
+    refused = live["previous_refusal"]
+    assert refused["id"] == "SB-MODE"  # the keys were enrolled from there
     assert all(check["ok"] and check["id"] in init.CHECKS for check in report["checks"])
 
 
@@ -82,12 +88,17 @@ def test_private_keys_are_for_their_owner_alone(first: tuple[Path, dict[str, Any
     assert set(modes.values()) == {0o600}
 
 
-def test_a_second_run_builds_nothing(first: tuple[Path, dict[str, Any]]) -> None:
+def test_a_second_run_builds_nothing_and_ends_when_it_is_interrupted(
+    first: tuple[Path, dict[str, Any]],
+) -> None:
     folder, _ = first
     medium = (folder / "out/live.raw").stat()
-    done = demo(folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "holds this very build already" in done.stderr
+    with start(folder) as running:
+        assert running.stderr
+        said = list(itertools.takewhile(lambda line: "is in setup mode" not in line, running.stderr))
+        running.send_signal(signal.SIGINT)
+    assert running.returncode == 130, said
+    assert any("holds this very build already" in line for line in said)
     assert (folder / "out/live.raw").stat() == medium
     assert not [name for name in os.listdir("/proc") if name.isdigit() and _runs_in(name, folder)]
 
