@@ -174,7 +174,7 @@ def look(host: Host, path: Path) -> Disk | None:
     """Return what is known of a disk, and why it cannot be used; None if it is a drive without a medium."""
     try:
         disk = inspect(host, path)
-        return replace(disk, unusable=why_not(host, disk))
+        return replace(disk, unusable=why_not(host, disk) or too_small(disk))
     except (Failure, OSError) as error:
         sectors = _first(Path("/sys/block", path.name, "size"))
         if sectors in ("", "0"):
@@ -370,7 +370,7 @@ def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool, str]:
 
 
 def why_not(host: Host, disk: Disk) -> str:
-    """Return why a disk can never be installed on, in words that go on from its name; empty if it can."""
+    """Return why nothing can be written to a disk, in words that go on from its name; empty if it can."""
     if disk.read_only:
         return "cannot be written"
     if disk.sector not in (512, 4096):
@@ -382,6 +382,11 @@ def why_not(host: Host, disk: Disk) -> str:
         os.close(os.open(disk.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         return f"is in use ({users(disk) or error.strerror})"
+    return ""
+
+
+def too_small(disk: Disk) -> str:
+    """Return that a disk is too small for a machine, in such words; empty if it is not."""
     if disk.size < SMALLEST:
         return f"has {disk.size >> 20} MiB, and a machine needs a disk of {SMALLEST >> 20} MiB"
     return ""
@@ -399,23 +404,31 @@ class Consent:
 
 
 def check_usable(host: Host, disk: Disk, consent: Consent = Consent()) -> None:  # noqa: B008 (it is frozen)
-    """Refuse a disk that is in use, cannot be written, or holds what nobody said may be lost.
+    """Refuse a disk that is in use, too small, cannot be written, or holds what nobody said may be lost.
 
     Raises `Failure`.
     """
-    check_free(host, disk, consent.word if consent.serial_is_enough else None)
+    if reason := why_not(host, disk) or too_small(disk):
+        raise Failure(f"{disk.path} {reason}: {_another(reason)}")
+    check_single(disk, consent.word if consent.serial_is_enough else None)
     check_consent(disk, consent)
 
 
-def check_free(host: Host, disk: Disk, serial: str | None = None) -> None:
-    """Refuse a disk that is in use, cannot be written, or cannot be told from another; `serial` is all that
-    somebody said of it. Raises `Failure`.
-    """
+def check_free(host: Host, disk: Disk) -> None:
+    """Refuse a disk that is in use, cannot be written, or cannot be told from another. Raises `Failure`."""
     if reason := why_not(host, disk):
-        remedy = (
-            "name another disk, or stop its user" if reason.startswith("is in use") else "name another disk"
-        )
-        raise Failure(f"{disk.path} {reason}: {remedy}")
+        raise Failure(f"{disk.path} {reason}: {_another(reason)}")
+    check_single(disk)
+
+
+def _another(reason: str) -> str:
+    return "name another disk, or stop its user" if reason.startswith("is in use") else "name another disk"
+
+
+def check_single(disk: Disk, serial: str | None = None) -> None:
+    """Refuse a disk that cannot be told from another; `serial` is all that somebody said of it, if that is
+    all. Raises `Failure`.
+    """
     by_serial = serial == disk.serial
     twins = [
         other for other in _others(disk) if _same(disk, other) or (by_serial and disk.serial == other.serial)

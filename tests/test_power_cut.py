@@ -87,8 +87,8 @@ def read_log(path: Path) -> Iterator[Write]:
 class Disk:
     """A disk image to which recorded writes are done, one sector after the other where that matters."""
 
-    def __init__(self, image: Path) -> None:
-        self.image, self.host = image, Host()
+    def __init__(self, image: Path, serial: str = "ubda") -> None:
+        self.image, self.serial, self.host = image, serial, Host()
         self.size = image.stat().st_size
         self.file = image.open("r+b", buffering=0)
 
@@ -116,7 +116,7 @@ class Disk:
 
     def asks(self) -> str:
         """Return what an installation would want to be told before it takes this disk."""
-        disk = layout.Disk(self.image, "ubda", self.size, SECTOR, False, "ubda", "", "")
+        disk = layout.Disk(self.image, "ubda", self.size, SECTOR, False, self.serial, "", "")
         ends = layout.read_ends(self.host, self.file.fileno(), self.size)
         content, unfinished, _ = layout._content(disk, *ends)
         return "" if unfinished else content

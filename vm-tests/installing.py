@@ -27,7 +27,8 @@ from tests import registries
 from tests.test_power_cut import Disk
 
 MIB = init.MIB
-TARGET, OTHER = 1, 2  # numbers of disks; 0 is the medium
+TARGET, OTHER, TWIN = 1, 2, 3  # numbers of disks; 0 is the medium
+SERIAL = f"extra{TARGET}"  # of the disk that is installed on
 BY_ID = "/dev/disk/by-id/usb-QEMU_QEMU_HARDDISK_extra1-0:0"
 HARDWARE = Hardware(extra_bus="usb", network="user")
 OTHER_BYTES = 16 * MIB
@@ -143,11 +144,11 @@ class Asking:
     other: Path  # a disk of somebody's
 
     @contextlib.asynccontextmanager
-    async def goes_on(self, folder: Path, *words: str) -> AsyncIterator[Driven]:
+    async def goes_on(self, folder: Path, *words: str, cold: bool = False) -> AsyncIterator[Driven]:
         """Let it go on with this disk to install on, where it asks to be enrolled; its STATE is made in
-        `folder`. With --cold it is switched on.
+        `folder`. If it has to see another disk from the start, or with --cold, it is switched on.
         """
-        state, saved = folder / "state", None if self.world.cold else self.saved.folder
+        state, saved = folder / "state", None if cold or self.world.cold else self.saved.folder
         state.mkdir()
         shutil.copyfile(self.saved.folder / VARIABLES, state / VARIABLES)
         medium, other = (self.copied(each, folder) for each in (self.medium, self.other))
@@ -181,15 +182,6 @@ def ends(driven: Driven) -> dict[str, Any] | None:
     return next((each for each in messages if each.get("target") == "installed"), None)
 
 
-async def plug_in(driven: Driven, image: Path, serial: str) -> None:
-    """Plug one more disk in, and wait until the machine's kernel has it."""
-    _, node, _, _ = machine._disk(9, image, "usb", False)
-    await driven.machine.command("blockdev-add", **json.loads(node))
-    words = {"driver": "usb-storage", "bus": "xhci.0", "removable": True, "drive": "disk9", "serial": serial}
-    await driven.machine.command("device_add", id="blk9", **words)
-    await driven.says(b"[sdc] Attached SCSI")
-
-
 async def end_of(driven: Driven) -> dict[str, Any]:
     """Wait for the end of the installation."""
     await driven.until(lambda: ends(driven) is not None, "end of the installation", SECONDS)
@@ -214,7 +206,7 @@ async def _written(driven: Driven) -> int:
 
 def starts_nothing(image: Path) -> None:
     """See that firmware finds nothing to start on a disk, and the same medium takes it without asking."""
-    looked = Disk(image)
+    looked = Disk(image, SERIAL)
     assert looked.loader() is None
     assert looked.asks() == ""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import pytest
 from driven import Beside
 from installing import (
     FOREIGN,
+    SERIAL,
     TARGET,
+    TWIN,
     Asking,
     boot_variables,
     empty_disk,
@@ -25,7 +28,6 @@ from installing import (
     errors,
     in_stream,
     partitions,
-    plug_in,
     recorded,
     starts_nothing,
     words_of,
@@ -137,7 +139,7 @@ def test_no_moment_of_an_installation_leaves_half_a_machine(
     firmware starts is started, in the firmware as it was then.
     """
     folder, _ = done
-    final, disk = Disk(folder / "target.raw"), Disk(empty_disk(folder / "state"))
+    final, disk = (Disk(image, SERIAL) for image in (folder / "target.raw", empty_disk(folder / "state")))
     loader, checked, complete = final.loader(), 0, 0
     assert loader
     for write in read_log(folder / "log"):
@@ -214,14 +216,12 @@ def test_a_write_error_ends_the_installation_with_one_line(
 
 def test_two_equal_disks_are_refused_and_stay_as_they_are(asking: Asking, tmp_path: Path) -> None:
     image, twin = empty_disk(tmp_path), empty_disk(asking.folder)
+    disks = (*words_of(TARGET, image), *words_of(TWIN, twin, serial=SERIAL))
 
     async def story() -> dict[str, Any]:
-        async with asking.goes_on(tmp_path, *words_of(TARGET, image)) as machine:
-            await plug_in(machine, twin, f"extra{TARGET}")
-            await asking.enroll(machine)
+        async with asking.goes_on(tmp_path, *disks, cold=True) as machine:
             return await end_of(machine)
 
     words = failed(asking, tmp_path, asyncio.run(story()))
-    assert "sda" in words
-    assert "sdc" in words
+    assert len(set(re.findall("/dev/sd[abc]", words))) == 2, words
     assert (image.stat().st_blocks, twin.stat().st_blocks) == (0, 0)
