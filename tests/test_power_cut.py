@@ -34,7 +34,7 @@ MAGIC, DISCARD, MARK = 0x6A736677736872, 4, 8
 INSTALL = """
 import pickle
 from pathlib import Path
-from mosinit import install, luks
+from mosinit import install
 for name in ("nls_cp437", "nls_ascii", "nls_iso8859-1", "vfat", "dm-log-writes"):
     run("modprobe", "--set-version", os.uname().release, "--dirname", "/run/m", name)
 run("dmsetup", "create", "logged", "--table", "0 {sectors} log-writes /dev/ubda /dev/ubdb")
@@ -42,9 +42,8 @@ attach = ["losetup", "--find", "--show", "--partscan", "--direct-io=on", "/dev/m
 disk = run(*attach).decode().strip()
 class Installer(install.Installer):
     def say(self, text):
-        run("dmsetup", "message", "logged", "0", "mark", text.split(":")[0].replace(" ", "-")[:40])
-    def format_volume(self, path, kind, uuid, key, recovery):
-        luks.format_volume(self, path, kind, uuid, key)  # the recovery key takes seconds, by its nature
+        if (step := text.split(":")[0]) in install.ACTS:
+            run("dmsetup", "message", "logged", "0", "mark", step.replace(" ", "-"))
     def check_layer(self, machine, name, layer, signature):
         assert machine.exists(init.blob_path(layer.digest))
 options, provisioned = pickle.loads(Path({needed!r}).read_bytes())
