@@ -1961,10 +1961,10 @@ def read_git_object(k: Machine, name: str, kind: str) -> bytes:
     Git vouches for nothing here: what counts in these files is signed.
     """
     path = f"{MANIFEST_GIT}/objects/{name[:2]}/{name[2:]}"
-    if not k.exists(path) and k.names(f"{MANIFEST_GIT}/objects/pack"):
-        raise Refused("GIT-PACKED", expected=f"the loose {kind} {name}", seen="packs")
     stream, data, whole = zlib.decompressobj(), b"", False
     with refusing("GIT-OBJECT", f"{kind} {name}"), contextlib.suppress(zlib.error):
+        if not k.exists(path) and k.names(f"{MANIFEST_GIT}/objects/pack"):
+            raise Refused("GIT-PACKED", expected=f"the loose {kind} {name}", seen="packs")
         data = stream.decompress(k.read(path), MIB)
         whole = stream.eof and not stream.unused_data
     head, _, body = data.partition(b"\0")

@@ -1,8 +1,8 @@
 """manifest.git, repaired: what is good in it goes into a new one, which then takes its place in one step.
 
 Whoever was root on the machine wrote there what they liked, and git obeys a repository's configuration. So
-git sees none of it but packs, in a repository of our own: loose objects are read here, each must have its
-name's SHA-1, and of everything else only the branch and the marks of good generations are taken over.
+git sees none of it: objects are read here, loose ones must have their name's SHA-1, and of everything else
+only the branch and the marks of good generations are taken over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import generations, init
+from mosinit import generations, init, packs
 from mosinit.generations import Elsewhere, NewGeneration, SignedManifest
 from mosinit.host import Failure, Host
 
@@ -85,7 +85,7 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
     The old one stays until the new one is durable; what an interrupted run left is removed.
     """
     fresh = folder.with_name(NEW)
-    shutil.rmtree(fresh, ignore_errors=True)
+    remove(fresh)
     with host.scratch() as work:
         shutil.copytree(_made_anew(host, folder, work / "git", policy, release), fresh)
     sync_tree(host, fresh)
@@ -110,7 +110,7 @@ def _made_anew(
 ) -> Path:
     """Make a repository of what is good in another, or of a release."""
     generations.create(host, made)
-    gather(host, folder, made)
+    gather(folder, made)
     if not _keep_chain(host, folder, made, policy):
         kept = _usable(host, made, read_refs(folder), policy)
         if not kept:
@@ -136,7 +136,7 @@ def sync_tree(host: Host, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove what stood where manifest.git is now, whatever it was."""
+    """Remove what stands somewhere, whatever it is, if anything."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -146,23 +146,23 @@ def remove(path: Path) -> None:
 # --- Objects ---------------------------------------------------------------------------------------------
 
 
-def gather(host: Host, folder: Path, made: Path) -> None:
+def gather(folder: Path, made: Path) -> None:
     """Bring every object that is whole into a repository of ours: loose ones, and those in packs."""
     for name, data in _loose_objects(folder):
-        target = made / "objects" / name[:2] / name[2:]
-        target.parent.mkdir(exist_ok=True)
-        if not target.exists():
-            target.write_bytes(data)
-    packs = [name for name in _names(folder / "objects/pack") if name.endswith(".pack")]
-    for name in packs[:MAX_PACKS]:
-        data = _read(folder / "objects/pack" / name, PACK_BYTES)
+        _lay(made, name, data)
+    budget = packs.Budget()
+    names = [name for name in _names(folder / "objects/pack") if name.endswith(".pack")]
+    for pack in names[:MAX_PACKS]:
         # What can be had of a pack that is damaged is had; what counts is read again below.
-        with contextlib.suppress(Failure):
-            words = ["unpack-objects", "-q", "-r", f"--max-input-size={PACK_BYTES}"]
-            host.run(
-                ["git", f"--git-dir={made}", *words], stdin=data, env=generations.ENVIRONMENT, cwd=made,
-                timeout=120,
-            )  # fmt: skip
+        for name, whole in packs.read(_read(folder / "objects/pack" / pack, PACK_BYTES), budget):
+            _lay(made, name, zlib.compress(whole))
+
+
+def _lay(made: Path, name: str, data: bytes) -> None:
+    target = made / "objects" / name[:2] / name[2:]
+    target.parent.mkdir(exist_ok=True)
+    if not target.exists():
+        target.write_bytes(data)
 
 
 def _loose_objects(folder: Path) -> Iterator[tuple[str, bytes]]:

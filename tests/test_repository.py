@@ -13,6 +13,7 @@ import pytest
 from mosinit import generations, init, repository
 from mosinit.host import Failure, Host
 from tests.test_generations import POLICY, fsck, generation, picked
+from tests.test_packs import BLOB, made
 
 
 @pytest.fixture
@@ -146,6 +147,51 @@ def test_an_interrupted_run_is_done_again(host: Host, folder: Path) -> None:
     (folder.parent / repository.NEW / "objects").mkdir(parents=True)
     assert repository.rebuild(host, folder, POLICY, None).whole
     assert os.listdir(folder.parent) == ["manifest.git"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "fifo"])
+def test_something_else_where_the_new_one_is_made(
+    host: Host, folder: Path, tmp_path: Path, kind: str
+) -> None:
+    fresh = folder.with_name(repository.NEW)
+    if kind == "link":
+        fresh.symlink_to(tmp_path)
+    elif kind == "file":
+        fresh.write_text("no folder")
+    else:
+        os.mkfifo(fresh)
+    git(folder, "gc", "--quiet")
+    assert repository.rebuild(host, folder, POLICY, None).whole
+    assert os.listdir(folder.parent) == ["manifest.git"]
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "loop"])
+def test_no_folder_of_objects(host: Host, folder: Path, kind: str) -> None:
+    objects = folder / "objects"
+    shutil.rmtree(objects)
+    if kind == "loop":
+        objects.symlink_to(objects.name)
+    elif kind == "file":
+        objects.write_text("no folder")
+    else:
+        os.mkfifo(objects)
+    state = repository.look(folder, POLICY)
+    assert state.fault is not None
+    assert state.fault.check == "GIT-OBJECT"
+    assert repository.rebuild(host, folder, POLICY, generation(12)).whole
+
+
+def test_objects_of_a_pack_that_are_more_than_a_manifest_git_has(
+    host: Host, folder: Path, tmp_path: Path
+) -> None:
+    bomb = made([(BLOB, b"%d" % number) for number in range(100_000)])
+    (folder / "objects/pack").mkdir(exist_ok=True)
+    (folder / "objects/pack/bomb.pack").write_bytes(bomb)
+    generations.create(host, tmp_path / "made")
+    repository.gather(folder, tmp_path / "made")
+    assert len(list((tmp_path / "made/objects").rglob("*"))) < 25_000
+    assert repository.rebuild(host, folder, POLICY, None).whole
+    assert sequences(folder) == [9, 8, 7]
 
 
 class Cut(Host):
