@@ -23,7 +23,10 @@ def read(names: Sequence[str]) -> tuple[bytes, ...]:
 
 def _typed() -> bytes:
     if sys.stdin.isatty():
-        return getpass.getpass("recovery key: ").encode()
+        try:
+            return getpass.getpass("recovery key: ").encode()
+        except (EOFError, UnicodeError):
+            return b""  # no key, as `parse` says
     return sys.stdin.buffer.readline(MOST + 1)
 
 

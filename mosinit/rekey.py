@@ -98,7 +98,8 @@ def _with_tokens(untrusted: bytes, tokens: init.Tokens) -> bytes:
     """Give the one copy of a header that is left other tokens; ValueError if there is none."""
     offset = next((at for at in COPIES if any(untrusted[at : at + init.BLOCK])), 0)
     raw = untrusted[offset : offset + init.LUKS_COPY]
-    document = json.loads(raw[init.BLOCK :].rstrip(b"\0"))
+    # Refuses what nests too deeply, as a boot does.
+    document = init.parse_json(raw[init.BLOCK :].rstrip(b"\0"), "LUKS-HEADER")
     if not isinstance(document, dict):
         raise ValueError("no header")
     document["tokens"] = _tokens(tokens)

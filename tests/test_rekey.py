@@ -221,3 +221,13 @@ def test_no_secret_is_in_words(renewed: Renewed, tmp_path: Path, need: Need) -> 
     assert luks.read_volume_key(header, 5, b"quick secret") == key
     assert not any("quick secret" in word or key.hex() in word for word in words)
     assert os.listdir(tmp_path) == ["volume"]
+
+
+def test_a_header_that_nests_without_end() -> None:
+    head = b"LUKS\xba\xbe".ljust(init.BLOCK, b"\0")
+    for text in (b"[" * 50_000, b'{"tokens":' * 5_000):
+        untrusted = (head + text).ljust(init.LUKS_BYTES, b"\0")
+        found = rekey.choose(untrusted, "config", TOKENS)
+        assert found.header is None
+        assert found.fault is not None
+        assert found.fault.check == "LUKS-HEADER"
