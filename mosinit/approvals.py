@@ -232,7 +232,9 @@ def _take_variable(
     elif name == SECURE_BOOT or name in OPTIONAL:
         if content not in OPTIONAL.get(name, (b"\1",)):
             raise ValueError(f"its value is {content.hex()[:80] or 'empty'}")
-    elif name != DBX:
+    elif name == DBX:
+        init.parse_signature_database(content)
+    else:
         raise ValueError("it is none that we know")
     found[name] = content
 

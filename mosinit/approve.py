@@ -24,7 +24,13 @@ from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset, check_out, choose_epoch
 from mosinit.siglists import Update
 
-X509_SHA256 = "3bd2a492-96c0-4079-b420-fcf98ef103ed"  # UEFI 2.10, 32.4.1: EFI_CERT_X509_SHA256_GUID
+# UEFI 2.10, 32.4.1: EFI_CERT_X509_SHA256_GUID and its kin. A time of revocation follows the hash.
+X509_SHA256 = "3bd2a492-96c0-4079-b420-fcf98ef103ed"
+X509_HASHES = {
+    X509_SHA256: hashlib.sha256,
+    "7076876e-80c2-4ee6-aad2-28b349a6865b": hashlib.sha384,
+    "446dbf63-2502-4cda-bcfa-2465d2b0fe9d": hashlib.sha512,
+}
 _REMEDY = "no machine in this state would start what this organisation signed; name another log or content"
 _LOG = "name a file as /sys/kernel/security/tpm0/binary_bios_measurements of that machine, or its request"
 
@@ -214,16 +220,13 @@ def _authority(before: Variable, db: bytes, certificates: firmware.Certificates)
 
 def _check_not_revoked(dbx: bytes, certificates: firmware.Certificates) -> None:
     """Refuse a dbx that revokes the keyset itself: no machine would start."""
-    revoked = {
-        (entry.kind, entry.data[:32] if entry.kind == X509_SHA256 else entry.data)
-        for entry in drift.parse_entries(dbx)
-    }
+    entries = drift.parse_entries(dbx)
     for certificate in (certificates.kek, *certificates.db):
-        own = {
-            (init.EFI_CERT_X509, certificate.public_bytes(Encoding.DER)),
-            (X509_SHA256, hashlib.sha256(certificate.tbs_certificate_bytes).digest()),
+        der, signed = certificate.public_bytes(Encoding.DER), certificate.tbs_certificate_bytes
+        own = {init.EFI_CERT_X509: der} | {
+            kind: digest(signed).digest() for kind, digest in X509_HASHES.items()
         }
-        if own & revoked:
+        if any(each.kind in own and each.data.startswith(own[each.kind]) for each in entries):
             subject = certificate.subject.rfc4514_string()
             raise Failure(
                 f"{DBX[1]} would revoke the keyset's own {subject}: no machine would start with it"

@@ -400,10 +400,29 @@ def test_what_a_boot_would_refuse_is_never_approved(site: Site, other: keys.Keys
     assert not site.out.exists()
 
 
-def revoked_by_hash(trusted: firmware.Certificates) -> bytes:
-    """Return a list of EFI_CERT_X509_SHA256: the hash of what is signed of a certificate, and a time."""
-    entry = bytes(16) + hashlib.sha256(trusted.db[0].tbs_certificate_bytes).digest() + bytes(16)
-    return struct.pack("<16sIII", uuid.UUID(approve.X509_SHA256).bytes_le, 28 + 64, 0, 64) + entry
+def revoked_by_hash(trusted: firmware.Certificates, kind: str = approve.X509_SHA256) -> bytes:
+    """Return a list of EFI_CERT_X509_SHA256 or its kin: the hash of what is signed of a certificate, and a
+    time.
+    """
+    digest = approve.X509_HASHES[kind](trusted.db[0].tbs_certificate_bytes).digest()
+    entry = bytes(16) + digest + bytes(16)
+    head = struct.pack("<16sIII", uuid.UUID(kind).bytes_le, 28 + len(entry), 0, len(entry))
+    return head + entry
+
+
+@pytest.mark.parametrize("kind", approve.X509_HASHES)
+def test_a_dbx_that_revokes_the_keyset_by_any_hash(site: Site, kind: str) -> None:
+    log = site.log(good(site.trusted, revoked_by_hash(site.trusted, kind)))
+    with pytest.raises(Failure, match="would revoke the keyset's own .*uki"):
+        site.approve(log)
+
+
+@pytest.mark.parametrize("dbx", [b"words", struct.pack("<16sIII", bytes(16), 28 + 17, 1, 17) + bytes(17)])
+def test_a_dbx_that_is_none_is_not_approved(site: Site, dbx: bytes) -> None:
+    with pytest.raises(Failure, match="event [0-9] of PCR 7 .*'dbx': a signature list"):
+        site.approve(site.log(good(site.trusted, dbx)))
+    with pytest.raises(Failure, match="'dbx': a signature list"):
+        approvals.check_platform(good(site.trusted, dbx), site.trusted, "")
 
 
 def test_no_log_and_no_place(site: Site) -> None:
