@@ -24,6 +24,8 @@ STARTED, NOT_YET = "EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/BOOTX64.NEW"
 # No menu unless a key is held, no other systems, no keys to enrol.
 LOADER_CONF = b"timeout 0\neditor no\nauto-entries no\nauto-firmware no\nsecure-boot-enroll off\n"
 TRIES = 3
+# What systemd-boot(7) and systemd-stub(7) take from there besides, and mosinit never lays there.
+TAKEN = ("loader/entries", "loader/keys", "loader/addons", "loader/credentials", "EFI/systemd/drivers")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ def look(host: Host, device: Path, entries: Sequence[Entry], loader: bytes) -> s
     try:
         host.run(["fsck.vfat", "-n", device], timeout=120)
         with host.mounted(device, "vfat", read_only=True) as folder:
-            return next((fault for entry in entries if (fault := _entry_fault(folder, entry))), "") or (
-                _loader_fault(folder, loader)
+            faults = (_entry_fault(folder, entry) for entry in entries)
+            return (
+                next((fault for fault in faults if fault), "")
+                or _loader_fault(folder, loader)
+                or _foreign_fault(folder, entries)
             )
     except (Failure, OSError) as error:
         return f"no FAT that could be used ({str(error)[:200]})"
@@ -78,10 +83,22 @@ def _loader_fault(folder: Path, loader: bytes) -> str:
     settings = folder / "loader/loader.conf"
     if not settings.is_file() or settings.read_bytes() != LOADER_CONF:
         return "loader/loader.conf is another"
-    more = [
-        path for path in (folder / "loader").rglob("*") if path.is_file() and path.parent.name == "entries"
-    ]
-    return f"{more[0].name} is a boot entry of somebody else" if more else ""
+    return ""
+
+
+def _foreign_fault(folder: Path, entries: Sequence[Entry]) -> str:
+    """Say what else boot loader or boot stub would take: it would start before the machine's UKI, or have it
+    refused.
+    """
+    newest = max((entry.sequence for entry in entries), default=10**20)
+    for name in sorted(os.listdir(folder / FOLDER)) if (folder / FOLDER).is_dir() else []:
+        ours = re.fullmatch(r"mosinit_([0-9]{1,20})(\+[0-9]+(-[0-9]+)?)?\.efi", name, re.IGNORECASE)
+        if not ours or int(ours[1]) > newest:
+            return f"{FOLDER}/{name[:60]} is of somebody else"
+    for place in TAKEN:
+        if (folder / place).is_dir() and (found := sorted(os.listdir(folder / place))):
+            return f"{place}/{found[0][:60]} is of somebody else"
+    return ""
 
 
 def make(host: Host, device: Path, uuid: str, entries: Sequence[Entry], loader: bytes, store: Path) -> None:

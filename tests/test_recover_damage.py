@@ -208,8 +208,10 @@ def remove(*names: str) -> Callable[[Path], None]:
     return work
 
 
-def other(name: str) -> Callable[[Path], None]:
+def other(name: str, folder: str = "") -> Callable[[Path], None]:
     def work(disk: Path) -> None:
+        if folder:
+            subprocess.run(["mmd", "-i", f"{disk}p1", f"::{folder}"], check=True)
         command = ["mcopy", "-o", "-i", f"{disk}p1", "-", f"::{name}"]
         subprocess.run(command, input=b"something else", check=True)
 
@@ -221,7 +223,11 @@ def other(name: str) -> Callable[[Path], None]:
     [
         wipe, remove(esp.STARTED), remove(esp.LOADER), remove("EFI/Linux/mosinit_7+3.efi"),
         other(esp.STARTED), other("EFI/Linux/mosinit_7+3.efi"), other("EFI/Linux/mosinit_7.efi"),
-        other("loader/loader.conf"),
+        other("loader/loader.conf"), other("EFI/Linux/zzz.efi"), other("EFI/Linux/mosinit_8.efi"),
+        other("EFI/Linux/mosinit_7.efi.extra.d"), other("loader/entries/x.conf", "loader/entries"),
+        other("loader/addons/a.addon.efi", "loader/addons"),
+        other("loader/credentials/a.cred", "loader/credentials"),
+        other("EFI/systemd/drivers/a.efi", "EFI/systemd/drivers"),
     ],
 )  # fmt: skip
 def test_a_damaged_esp(site: Site, disk: Path, damage: Callable[[Path], None]) -> None:
