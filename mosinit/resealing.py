@@ -100,19 +100,20 @@ def run(host: Recoverer, options: Options, *, plan: bool = False) -> dict[str, o
 def reseal_disk(host: Recoverer, options: Options, *, plan: bool = False) -> dict[str, object]:
     """The same, for who is `alone`."""
     seen = look(host, options)
-    if seen.shut is None:
-        return {**describe(seen), "will do": [], "next": "nothing: the TPM opens the disk in this firmware"}
-    if options.approvals is None:
-        return ask(host, options, seen, plan=plan)
-    found = reseal.read_approvals(options.approvals, seen.policy)
     tokens = seen.header.tokens
     assert tokens  # of a config volume
+    if options.approvals is None:
+        return nothing(seen) if seen.shut is None else ask(host, options, seen, plan=plan)
+    found = reseal.read_approvals(options.approvals, seen.policy)
     fresh = {each.pcr7.hex(): init.PlatformApproval(each.epoch, each.signature) for each in found.approvals}
     merged = reseal.merge(tokens, seen.policy, fresh, (seen.pcr7,))
     order = _order(tokens, seen.policy)
     if still := shut(host.machine(), tokens._replace(approvals=merged), order, seen.policy):
         what = f"these approvals are for another state: have this one approved, PCR 7 {seen.pcr7}"
         raise explain.advised(still, f"{what} (`mosinit recover --reseal` writes its event log)")
+    # One that holds for longer is laid, too: a system of a later epoch may wait for it (TPM-APPROVAL).
+    if seen.shut is None and merged.get(seen.pcr7) == tokens.approvals[seen.pcr7]:
+        return nothing(seen)
     done = {**describe(seen), "will do": [f"lay the approval of PCR 7 {seen.pcr7} into config's header"]}
     if plan:
         return done
@@ -121,6 +122,17 @@ def reseal_disk(host: Recoverer, options: Options, *, plan: bool = False) -> dic
     if now.shut:
         raise now.shut
     return {**done, "next": "remove the medium and restart"}
+
+
+def nothing(seen: Seen) -> dict[str, object]:
+    """Say that the disk opens, and which systems' disk: one of a later epoch does not open anything."""
+    tokens = seen.header.tokens
+    assert tokens  # of a config volume
+    epoch = tokens.approvals[seen.pcr7].epoch
+    word = f"nothing: the TPM opens the disk in this firmware, for systems up to epoch {epoch}"
+    if epoch < seen.policy.epoch:
+        word += f"; for the medium's epoch {seen.policy.epoch} it needs another approval (`mosinit approve`)"
+    return {**describe(seen), "will do": [], "next": word}
 
 
 def _order(tokens: init.Tokens, policy: init.Policy) -> int:

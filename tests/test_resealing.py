@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,14 +45,14 @@ def options(site: Site, disk: Path, folder: Path, approved: Path | None = None) 
     return resealing.Options(disk, approved, folder / "event-log", site.left, site.made.log)
 
 
-def approved(site: Site, folder: Path, pcr7: bytes, role: str = "") -> Path:
+def approved(site: Site, folder: Path, pcr7: bytes, role: str = "", epoch: int = 1) -> Path:
     """Write approvals as the organisation does."""
     keyset = site.made.other if role else site.made.keyset
-    approval = approvals.approve_platform(keyset, pcr7, 1)
+    approval = approvals.approve_platform(keyset, pcr7, epoch)
     policy = resealing.install.policy_of_live(site.left)  # type: ignore[attr-defined]
     name = init.tpm_name(reseal.keys_of(policy).platform)
     made = exchange.Approvals(
-        policy.product, name, (exchange.Approval(pcr7, 1, approval.signature, "a test"),)
+        policy.product, name, (exchange.Approval(pcr7, epoch, approval.signature, "a test"),)
     )
     path = folder / "approvals.json"
     path.write_bytes(exchange.encode_approvals(made))
@@ -84,6 +85,23 @@ def test_an_approval_opens_it_again(site: Site, disk: Path, memory: Path, tmp_pa
     init.find_approval(site.host.machine(), new.tokens, 1)
     again = resealing.reseal_disk(site.host, options(site, disk, tmp_path))
     assert (again["found"], again["will do"]) == ([], [])
+
+
+def test_an_approval_that_holds_for_longer_is_not_dropped(site: Site, disk: Path, tmp_path: Path) -> None:
+    """A system of a later epoch than the disk's order opens nothing before it has one."""
+    file = approved(site, tmp_path, pcr7(site))
+    resealing.reseal_disk(site.host, options(site, disk, tmp_path, file))
+    later = approved(site, tmp_path, pcr7(site), epoch=3)
+    done = resealing.reseal_disk(site.host, options(site, disk, tmp_path, later))
+    assert pcr7(site).hex() in str(done["will do"])
+    header = luks.read_header(Host(), config_of(disk), "config")
+    assert header.tokens
+    init.find_approval(site.host.machine(), header.tokens, 3)
+    again = resealing.reseal_disk(site.host, options(site, disk, tmp_path, later))
+    assert (again["will do"], "up to epoch 3" in str(again["next"])) == ([], True)
+    # An older one takes nothing away.
+    file = approved(site, tmp_path, pcr7(site))
+    assert resealing.reseal_disk(site.host, options(site, disk, tmp_path, file))["will do"] == []
 
 
 @pytest.mark.parametrize("kind", ["another state", "another key", "another product"])
@@ -161,3 +179,21 @@ def test_what_is_no_key(tmp_path: Path, content: str, mode: int, words: str) -> 
         recoverykey.read([str(tmp_path / "key")])
     with pytest.raises(Failure, match="there is no"):
         recoverykey.read([str(tmp_path / "none")])
+
+
+class Terminal(io.StringIO):
+    """A standard input at which somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("ended", [EOFError, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no letter")])
+def test_a_terminal_that_ends_is_no_key(monkeypatch: pytest.MonkeyPatch, ended: BaseException) -> None:
+    def typed(_: str) -> str:
+        raise ended
+
+    monkeypatch.setattr("getpass.getpass", typed)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    with pytest.raises(Failure, match="what was typed is no recovery key"):
+        recoverykey.read(["-"])
