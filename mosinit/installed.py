@@ -111,9 +111,8 @@ def _describe_machine(paths: Paths, machine: init.Machine, now: Running) -> dict
         }
         for each in generations.list_all(paths.repository, now.policy.product)
     ]
-    machine_id = paths.config / "state/etc/machine-id"
     return {
-        "machine id": machine_id.read_text().strip() if machine_id.exists() else None,
+        "machine id": _read_machine_id(paths.config / "state/etc/machine-id"),
         "config": str(device),
         "epoch order": order,
         "approved firmware states": _describe_approvals(tokens, machine),
@@ -121,6 +120,15 @@ def _describe_machine(paths: Paths, machine: init.Machine, now: Running) -> dict
         "good": generations.is_good(paths.repository, now.generation),
         "generations": rows,
     }
+
+
+def _read_machine_id(path: Path) -> str | None:
+    """Return what lies there, if it is a machine's id: root may have left anything."""
+    try:
+        words = Quiet().read(str(path), 64).decode(errors="replace").strip()
+    except OSError:
+        return None
+    return words if re.fullmatch("[0-9a-f]{32}", words) else None
 
 
 def _describe_approvals(tokens: init.Tokens, machine: init.Machine) -> list[dict[str, object]]:

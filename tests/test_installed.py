@@ -142,6 +142,11 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
     assert {name: told[name] for name in wanted} == wanted
     kept = (running.paths.config / "state/etc/machine-id").read_text()
     assert f"{told['machine id']}\n" == kept
+    path = running.paths.config / "state/etc/machine-id"
+    for content in (b"\xff\xfe", b"\x1b[2J", b"x" * 100, b""):
+        path.write_bytes(content)
+        assert installed._read_machine_id(path) is None
+    path.write_text(kept)
     generations.mark_good(host, running.paths.repository, running.commit)
     again = installed.status(host, running.paths, running.machine)
     rows = [{"sequence": 7, "generation": running.commit, "runs": True, "good": True}]
