@@ -33,6 +33,7 @@ from mosinit import (
     rekey,
     releases,
     repository,
+    reseal,
     state,
 )  # fmt: skip
 from mosinit.generations import Elsewhere, Quiet
@@ -381,7 +382,7 @@ def look_at_headers(seen: Look) -> Look:
             left = "" if will else _PROVISION
             what = f"{name}: {fault or volume.found.note}"
             seen = seen.add(Finding(_check(fault, "LUKS-HEADER"), what, will, left))
-        if provisioned and (not volume.ours or _other_tokens(volume, provisioned)):
+        if provisioned and (not volume.ours or _other_tokens(volume, provisioned, seen.policy)):
             what = "new tokens" if volume.ours else "the key of the new provisioning and its recovery key"
             will = f"give {name} {what} in place of the old"
             seen = seen.add(Finding("TPM-IDENTITY", f"{name} is sealed to an earlier provisioning", will))
@@ -392,14 +393,26 @@ def _check(refused: init.Refused | None, otherwise: str) -> str:
     return refused.check if refused else otherwise
 
 
-def _other_tokens(volume: Volume, provisioned: Provisioned) -> bool:
-    """Say whether config's header lacks what provisioning left. Approvals that came later may stay."""
-    tokens = volume.header.tokens
-    if tokens is None:
-        return False
-    wanted = provisioned.tokens
-    more = set(wanted.approvals) - set(tokens.approvals)
-    return bool(more) or tokens._replace(approvals=wanted.approvals) != wanted
+def _wanted(volume: Volume, provisioned: Provisioned, policy: init.Policy) -> init.Tokens:
+    """Return the tokens that config's header is to have: what provisioning left, and approvals that came
+    later and that the organisation signed.
+    """
+    tokens, left = volume.header.tokens, provisioned.tokens
+    assert tokens  # of a config volume
+    approvals = dict(left.approvals)
+    platform, keys = policy.organisation["platform.pub"], reseal.keys_of(policy)
+    for value, approval in tokens.approvals.items():
+        known = approvals.get(value)
+        if len(approvals) < reseal.LIMIT if known is None else known.epoch < approval.epoch:
+            with contextlib.suppress(init.Refused):
+                reseal.verify_approval(platform, keys, value, approval)
+                approvals[value] = approval
+    return left._replace(approvals=approvals)
+
+
+def _other_tokens(volume: Volume, provisioned: Provisioned, policy: init.Policy) -> bool:
+    """Say whether config's header lacks what provisioning left, or has what nobody signed."""
+    return volume.name == "config" and volume.header.tokens != _wanted(volume, provisioned, policy)
 
 
 def _check_record(seen: Look) -> Look:
@@ -456,7 +469,10 @@ def look_at_tpm(host: Recoverer, seen: Look) -> Look:
         return seen.add(Finding(refused.check, str(refused), left=_PROVISION))
     seen = replace(seen, policy=seen.policy._replace(epoch=max(seen.policy.epoch, epoch)))
     try:
-        init.find_approval(machine, tokens, seen.policy.epoch)
+        value, approval = init.find_approval(machine, tokens, seen.policy.epoch)
+        # The TPM looks at the signature as well.
+        platform, keys = medium.organisation["platform.pub"], reseal.keys_of(medium)
+        reseal.verify_approval(platform, keys, value.hex(), approval)
     except init.Refused as refused:
         return seen.add(
             Finding(refused.check, str(refused), left="run `mosinit recover --reseal` after this")
@@ -732,8 +748,9 @@ def restore_header(host: Recoverer, seen: Look, volume: Volume) -> Volume:
         fresh = rekey.renewed(host, header, volume.kind, volume.key, keys, tokens)
         rekey.write(host, volume.device, volume.kind, header, fresh)
     else:
-        if tokens and _other_tokens(volume, provisioned):
-            luks.import_tokens(host, volume.device, tokens)
+        if _other_tokens(volume, provisioned, seen.policy):
+            wanted = _wanted(volume, provisioned, seen.policy)
+            luks.import_tokens(host, volume.device, wanted)
         rekey.wipe_unused(host, volume.device, luks.read_header(host, volume.device, volume.kind))
     return _again(host, volume)
 
@@ -779,19 +796,30 @@ def refill(host: Recoverer, release: releases.Release, policy: init.Policy, devi
     """Fill the store with a release: what is there already stays."""
     with host.mounted(device, "ext4") as folder:
         target = folder / init.REPOSITORY
-        (target / "blobs/sha256").mkdir(parents=True, exist_ok=True)
+        for place in (target, target / "blobs", target / "blobs/sha256"):
+            if place.is_symlink() or not place.is_dir():
+                repository.remove(place)
+                place.mkdir()
         with host.progress("copying the release", release.size) as advance:
             for blob in release.blobs:
                 path = target / f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
                 if not _has(path, blob):
+                    _make_way(path)
                     with host.replacing(path) as fresh, fresh.open("wb") as file:
                         file.writelines(release.source.blob(blob))
                 advance(blob.size)
         for name in ("oci-layout", "index.json"):
+            _make_way(target / name)
             with host.replacing(target / name) as fresh:
                 fresh.write_bytes(release.source.document(name))
         host.sync_tree(folder)
         return stored_release(Elsewhere({init.STORE: folder}), policy, host)
+
+
+def _make_way(path: Path) -> None:
+    """Remove what is no file where one has to be."""
+    if path.is_symlink() or not path.is_file():
+        repository.remove(path)
 
 
 def _has(path: Path, blob: Blob) -> bool:
@@ -923,6 +951,6 @@ def check_headers(host: Recoverer, seen: Look) -> None:
         finally:
             init.wipe(secret)
         if volume.name == "config":
-            if _other_tokens(replace(volume, found=rekey.Found(header)), provisioned):
+            if _other_tokens(replace(volume, found=rekey.Found(header)), provisioned, seen.policy):
                 raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="others")
             install.check_tokens(provisioned, seen.policy)

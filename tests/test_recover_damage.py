@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mosinit import esp, exchange, explain, generations, init, luks
+from mosinit import approvals, esp, exchange, explain, generations, init, luks
 from mosinit.host import Failure, Host
 from tests import installation, recovering, volumes
 from tests.recovering import Site, fingerprint
@@ -270,7 +270,29 @@ def lose_blob(folder: Path) -> None:
     min((folder / "blobs/sha256").iterdir()).unlink()
 
 
-@pytest.mark.parametrize("damage", [spoil_blob, lose_blob, shutil.rmtree])
+def another_kind(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Put something that is no file in the place of a blob and of the list."""
+
+    def work(folder: Path) -> None:
+        for path in (max((folder / "blobs/sha256").iterdir()), folder / "index.json"):
+            path.unlink()
+            make(path)
+
+    return work
+
+
+def no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        spoil_blob, lose_blob, shutil.rmtree, another_kind(os.mkfifo), another_kind(os.mkdir),
+        no_folder,
+    ],
+)  # fmt: skip
 def test_a_damaged_store(site: Site, disk: Path, damage: Callable[[Path], None]) -> None:
     in_store(disk, damage)
     plan = site.plan(disk)
@@ -387,3 +409,31 @@ def test_the_boot_entry_of_a_new_board(site: Site, disk: Path) -> None:
     host = site.host
     site.recover(disk, host=host)
     assert set(host.variables) == {"Boot0000", "BootOrder"}
+
+
+def test_approvals_that_nobody_signed(site: Site, disk: Path) -> None:
+    """With an approval of its own the disk would look open, and the TPM would keep it shut."""
+    header = luks.read_header(Host(), config_of(disk), "config")
+    assert header.tokens
+    forged = {value: init.PlatformApproval(9, bytes(256)) for value in header.tokens.approvals}
+    luks.import_tokens(Host(), config_of(disk), header.tokens._replace(approvals=forged))
+    assert "TPM-APPROVAL" in str(site.plan(disk)["found"])
+    assert "--reseal" in str(site.plan(disk)["left"])
+    plan = site.plan(disk, site.first)
+    assert "new tokens" in str(plan["will do"])
+    assert site.recover(disk, site.first)["status"] == 0
+    mended = luks.read_header(Host(), config_of(disk), "config")
+    assert mended.tokens == header.tokens
+
+
+def test_approvals_that_came_later_stay(site: Site, disk: Path) -> None:
+    header = luks.read_header(Host(), config_of(disk), "config")
+    assert header.tokens
+    keyset, later = site.made.keyset, {}
+    for value, epoch in (*((value, 3) for value in header.tokens.approvals), ("11" * 32, 1)):
+        later[value] = approvals.approve_platform(keyset, bytes.fromhex(value), epoch)
+    more = {**later, "22" * 32: init.PlatformApproval(1, bytes(256))}
+    luks.import_tokens(Host(), config_of(disk), header.tokens._replace(approvals=more))
+    assert site.recover(disk, site.first)["status"] == 0
+    mended = luks.read_header(Host(), config_of(disk), "config")
+    assert mended.tokens == header.tokens._replace(approvals=later)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -540,3 +541,10 @@ def test_an_installation_goes_on_where_its_connection_broke(
     assert cable.asked == ["", "bytes=3000-", "bytes=3000-"]
     assert len([step for step in host.steps if "by itself in 0 s" in step]) == 2
     assert not layout.inspect(host, disk).unfinished
+
+
+def test_a_pipe_in_the_place_of_a_blob_keeps_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "blob")
+    blob = sources.Blob("sha256:" + "0" * 64, 5)
+    with pytest.raises(init.Refused, match="IMAGE-DIGEST"):
+        list(sources.read_checked(str(tmp_path / "blob"), blob))
