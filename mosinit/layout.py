@@ -48,7 +48,7 @@ class Disk:
     serial: str  # its own, or else its name in this system
     model: str
     content: str  # what is on it, for a person; empty if nothing
-    unfinished: bool = False  # an installation of ours was broken off: nobody has to be asked
+    unfinished: bool = False  # of ours, broken off, and nothing else since: nobody has to be asked
     wwn: str = ""
     by_id: tuple[Path, ...] = ()  # names that lead to it, the best first
     transport: str = ""  # nvme, usb, sata, virtio, …
@@ -227,6 +227,8 @@ def inspect(host: Host, path: Path) -> Disk:
         raise Failure(f"{path} cannot be read ({error.strerror or error}): name another disk") from error
     text, unfinished, complete = _content(seen, *ends)
     rows = content.rows(host, real, size, sector) if sector in (512, 4096) else ()
+    if not is_begun(rows):
+        unfinished, complete = False, ""
     parts = [f"{row.size >> 20} MiB" for row in rows if row.number]
     if parts and text != "" and not text[0].isdigit():
         text = f"{len(parts)} partitions ({', '.join(parts)})"
@@ -367,6 +369,19 @@ def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool, str]:
     sizes = ", ".join(f"{part.size >> 20} MiB" for part in parts)
     text = f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table"
     return text, unfinished, name if marked else ""
+
+
+def is_begun(rows: Sequence[Row]) -> bool:
+    """Say whether all that lies on a disk can be of an installation that was broken off.
+
+    Our mark lies before the first partition, where a new table or LVM leaves it: whoever used the disk for
+    something else since has not consented to lose that.
+    """
+    kinds = [row.kind for row in rows]
+    laid = [content.KINDS[kind] for kind in (init.ESP_TYPE, *content.OURS)]
+    # Where our table was torn, its protective MBR alone may be left; or nothing.
+    ours = kinds in ([], [content.KINDS["ee"]], laid, [*laid, content.KINDS[init.LINUX_TYPE]])
+    return ours and all(row.holds in ("", "vfat", "crypto_LUKS") and not row.member for row in rows)
 
 
 def why_not(host: Host, disk: Disk) -> str:

@@ -377,6 +377,34 @@ def test_a_mark_that_was_copied_lets_nothing_be_lost(disk: Path) -> None:
     assert layout.inspect(host, disk).unfinished
 
 
+@pytest.mark.parametrize("use", ["lvm", "ms-dos", "gpt", "luks"])
+def test_a_disk_that_was_used_since_an_installation_was_broken_off(disk: Path, use: str) -> None:
+    plan = layout.make_plan(layout.inspect(Host(), disk))
+    layout.write(Host(), plan)
+    assert layout.inspect(Host(), disk).unfinished
+    uses: dict[str, Callable[[], None]] = {
+        "lvm": lambda: without_tables(disk, (512, LVM)),
+        "ms-dos": lambda: run("sfdisk", "--wipe=always", disk, data="label: dos\nsize=1GiB, type=83\n"),
+        # Its table goes on to be used: the disk keeps its id.
+        "gpt": lambda: run("sfdisk", "--wipe=always", disk, data=f"{same_id()}size=1GiB, type=L\n"),
+        "luks": lambda: luks(disk, plan.named("esp").start),
+    }
+    uses[use]()
+    found = layout.inspect(Host(), disk)
+    assert (found.unfinished, found.complete, bool(found.rows)) == (False, "", True)
+    refused(disk, Consent(), "to lose all of it, say --erase")
+
+
+def same_id() -> str:
+    return f"label: gpt\nlabel-id: {layout.UNFINISHED}\n"
+
+
+def without_tables(disk: Path, *signatures: tuple[int, bytes]) -> None:
+    run("wipefs", "--all", "--quiet", disk)
+    for offset, data in signatures:
+        put(disk, offset, data)
+
+
 # --- What is no disk -------------------------------------------------------------------------------------
 
 

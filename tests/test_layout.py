@@ -179,7 +179,8 @@ def test_a_disk_in_use(host: Host, need: Callable[..., None], memory: Path) -> N
                 layout.write(host, plan)
         finally:
             host.unmount(str(memory / "mnt"))
-        layout.check_usable(host, layout.inspect(host, device))
+        found = layout.inspect(host, device)
+        layout.check_usable(host, found, layout.Consent(found.word))
         with part.open("rb") as file:
             fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_EXCL)
         try:
