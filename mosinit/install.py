@@ -518,22 +518,31 @@ def resume(host: Installer, options: Options) -> dict[str, object] | None:
     if found is None:
         return None
     policy = policy_of_live(options.left)
+    # Anybody may have written that mark: only the organisation's own word on this TPM lets it be touched.
+    record = _record_of(host, found.plan, disk, policy)
     if found.undo:
         _clear(host, options)
         return None
     host.say(f"{disk.path}: all is on it; what was broken off is finished")
-    header = luks.read_header(host, layout.device(found.plan, found.plan.named("machine-config")), "config")
-    if header.tokens is None:
-        raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="none")
-    record = init.verify_record(header.tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
-    if record.storage_key.hex() != disk.complete:
-        raise init.Refused("TPM-IDENTITY", expected=disk.complete, seen=record.storage_key.hex())
     with layout.held(host, disk), _told(disk):
         _close_to_the_end(host, options, record, policy)
         let_start(host, found.plan)
         layout.finish(host, found.plan)
         entry = add_boot_entry(host, found.plan)
     return {"disk": disk.path, "serial": disk.serial, "finished": "what was broken off", "boot entry": entry}
+
+
+def _record_of(
+    host: Host, planned: layout.Plan, disk: layout.Disk, policy: init.Policy
+) -> init.MachineRecord:
+    """Return the machine record on a disk that is complete. Raises `Refused` unless it is of this machine."""
+    header = luks.read_header(host, layout.device(planned, planned.named("machine-config")), "config")
+    if header.tokens is None:
+        raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="none")
+    record = init.verify_record(header.tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
+    if record.storage_key.hex() != disk.complete:
+        raise init.Refused("TPM-IDENTITY", expected=disk.complete, seen=record.storage_key.hex())
+    return record
 
 
 def _clear(host: Host, options: Options) -> None:

@@ -30,6 +30,7 @@ EDGES = init.MIB  # of a disk, where tables and superblocks lie
 # a power cut tore is known as one that was being installed.
 MARK_BYTES = 4096
 MARK_OFFSET = EDGES // 2
+LAID_OUT = ("esp", "machine-config", "machine-store", "machine-scratch")  # and a volume for /var, or none
 # linux/major.h has no list of what is no disk of its own; sysfs calls them so.
 NO_DISKS = re.compile(
     r"(loop|ram|zram|dm-|md|sr|fd|mtdblock|nbd|zd|bcache|drbd)[0-9]|mmcblk[0-9]+(boot|rpmb)"
@@ -627,14 +628,19 @@ def note_complete(host: Host, plan: Plan, storage_key: bytes) -> None:
 
 
 def plan_of(host: Host, disk: Disk) -> Plan:
-    """Return the plan by which a disk was made that is complete."""
+    """Return the plan by which a disk was made that is complete. Raises `Failure` if that is another one."""
     fd = _open_same(host, disk, os.O_RDONLY)
     try:
         header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
     finally:
         os.close(fd)
     seen = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
-    parts = (Partition(p.number, p.name, p.kind, p.uuid, p.start, p.size, "") for p in seen)
+    parts = [Partition(p.number, p.name, p.kind, p.uuid, p.start, p.size, "") for p in seen]
+    if tuple(part.name for part in parts) not in (LAID_OUT, (*LAID_OUT, init.STATE)):
+        raise Failure(
+            f"{disk.path} is not laid out as its mark says: name another disk, or to lose all of it, say "
+            f"--erase {disk.word}"
+        )
     return Plan(disk, str(uuid.uuid4()), tuple(parts), "")
 
 

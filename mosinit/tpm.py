@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE, TPMA_SESSION
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE, TPMA_NV, TPMA_SESSION
 from tpm2_pytss.TCTILdr import TCTILdr
 from tpm2_pytss.tsskey import TSSPrivKey
 from tpm2_pytss.types import (
@@ -35,6 +35,7 @@ from mosinit.records import SUDI_HEAD, parse_point
 
 DEVICE = "device:/dev/tpmrm0"
 OWNERS_KEYS = range(0x81000000, 0x81010000)  # TCG, Registry of Reserved TPM 2.0 Handles, 2.3
+NV_INDICES = 0x01000000  # where they begin; part 2, 7.2
 WRITTEN = 0x20000000  # TPMA_NV, part 2, 13.4
 
 # Dictionary attacks are on whatever asks for a password outside our policy: 32 tries, one more every ten
@@ -298,9 +299,12 @@ class Tpm(init.Machine):
 
         That of lockout only while it has no password: none was set before the policies were removed.
         """
+        self._remove_policies(ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER)
+
+    def _remove_policies(self, *handles: ESYS_TR) -> None:
         flags, _ = self.flags()
         with asking("the policies of the hierarchies to be removed"):
-            for handle in (ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER):
+            for handle in handles:
                 with self._session() as session:
                     self._esapi.set_primary_policy(handle, b"", TPM2_ALG.NULL, session1=session)
             if not flags & init.Permanent.LOCKOUT_AUTH:
@@ -325,11 +329,8 @@ class Tpm(init.Machine):
         """
         self._use(auths)
         self.remove_policies()
+        self._limit_tries()
         with asking("the TPM to be closed"):
-            with self._session() as session:
-                self._esapi.dictionary_attack_parameters(
-                    TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS, session1=session
-                )
             self._set("endorsement", auths["endorsement"])
             self._set("owner", auths["owner"])
             self._switch_clear_off()
@@ -341,20 +342,41 @@ class Tpm(init.Machine):
             self._esapi.clear(ESYS_TR.LOCKOUT, session1=session)
 
     def keeps_others(self) -> bool:
-        """Say whether the owner's hierarchy keeps a key beside ours: clearing would end it."""
-        with asking("the keys that the TPM keeps"):
+        """Say whether the owner's hierarchy keeps a key or an index beside ours: clearing would end it."""
+        with asking("the keys and indices that the TPM keeps"):
             _, found = self._esapi.get_capability(TPM2_CAP.HANDLES, OWNERS_KEYS[0], 64)
-        return any(int(key) in OWNERS_KEYS and int(key) != init.SRK for key in found.data.handles)
+            keys = any(int(key) in OWNERS_KEYS and int(key) != init.SRK for key in found.data.handles)
+            more, found = self._esapi.get_capability(TPM2_CAP.HANDLES, NV_INDICES, 64)
+            indices = [int(index) for index in found.data.handles if int(index) != init.EPOCH_INDEX]
+            return keys or bool(more) or any(not self._is_firmwares(index) for index in indices)
+
+    def _is_firmwares(self, index: int) -> bool:
+        """Say whether an index stays when the TPM is cleared, as its maker's certificates do."""
+        public, _ = self._esapi.nv_read_public(self._esapi.tr_from_tpmpublic(index))
+        return bool(public.nvPublic.attributes & TPMA_NV.PLATFORMCREATE)
 
     def end_closing(self, auths: Mapping[str, bytes]) -> None:
         """Set the passwords that are not set yet, and switch TPM2_Clear off; those that are set need not be
         known.
+
+        Since the first ones were set anybody may have had this TPM: what the others still let be changed is
+        set once more.
         """
+        flags, _ = self.flags()
+        set_before = {handle for flag, handle in HIERARCHIES.values() if flags & flag}
+        self._remove_policies(*({ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER} - set_before))
+        self._limit_tries()
         with asking("the TPM to be closed"):
             self._set("endorsement", auths["endorsement"])
             self._set("owner", auths["owner"])
             self._switch_clear_off()
             self._set("lockout", auths["lockout"])
+
+    def _limit_tries(self) -> None:
+        with asking("the TPM to limit wrong tries"), self._session() as session:
+            self._esapi.dictionary_attack_parameters(
+                TRIES, RECOVERY_SECONDS, LOCKOUT_SECONDS, session1=session
+            )
 
     def _switch_clear_off(self) -> None:
         if not self.flags()[0] & init.Permanent.CLEAR_DISABLED:

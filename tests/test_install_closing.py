@@ -254,6 +254,73 @@ def test_a_tpm_in_which_another_system_keeps_a_key_is_not_cleared(machine: Machi
     site.tpm.run("tpm2_readpublic", "-c", "0x81000001")
 
 
+def complete(machine: Machine) -> dict[str, bytes]:
+    """Make a disk complete while the TPM is not closed; return the passwords."""
+    machine.take()
+    auths = dict(provision._read_auths(machine.site.state))
+    with pytest.raises(Failure, match="is not installed"):
+        machine.run(failing="TPM")
+    record = read_record(machine.site, machine.site.state)[1]
+    planned = layout.plan_of(Host(), layout.inspect(Host(), machine.disk))
+    layout.note_complete(Host(), planned, record.storage_key)
+    machine.lose_power()
+    return auths
+
+
+def test_a_tpm_in_which_another_system_keeps_an_index_is_not_cleared(machine: Machine) -> None:
+    run = machine.site.tpm.run
+    run("tpm2_nvdefine", "-C", "o", "-s", "8", "-a", "ownerread|ownerwrite|authread", "0x1500016")
+    auths = complete(machine)
+    run("tpm2_changeauth", "-c", "e", auths["endorsement"].decode())
+    assert "with new passwords" in install.plan_text(install.show_plan(Host(), machine.options))
+    machine.run()
+    machine.check_whole()
+    run("tpm2_nvreadpublic", "0x1500016")
+
+
+def test_what_the_makers_of_a_tpm_keep_in_it_does_not_count(machine: Machine) -> None:
+    run = machine.site.tpm.run
+    run("tpm2_nvdefine", "-C", "p", "-s", "8", "-a", "ppread|ppwrite|platformcreate|authread", "0x1c00002")
+    with tpms.open_tpm(machine.site.tpm.tcti) as opened:
+        assert not opened.keeps_others()
+    machine.take()
+    with tpms.open_tpm(machine.site.tpm.tcti) as opened:
+        assert not opened.keeps_others()
+
+
+@pytest.mark.parametrize("planted", ["no record", "another name"])
+def test_a_mark_alone_clears_no_tpm(machine: Machine, planted: str) -> None:
+    """Who lets it be cleared is the organisation: by its record, for this TPM, on that disk."""
+    auths = complete(machine)
+    disk = layout.inspect(Host(), machine.disk)
+    if planted == "no record":
+        with machine.disk.open("r+b", buffering=0) as file:
+            file.seek(layout.plan_of(Host(), disk).named("machine-config").start)
+            file.write(bytes(init.MIB))
+    else:
+        subprocess.run(["sfdisk", "--part-label", machine.disk, "2", "config"], check=True)
+    machine.site.tpm.run("tpm2_changeauth", "-c", "e", auths["endorsement"].decode())
+    with pytest.raises((Failure, init.Refused), match="LUKS-HEADER|is not laid out as its mark says"):
+        machine.run()
+    assert machine.site.flags() & PASSWORDS == init.Permanent.ENDORSEMENT_AUTH
+
+
+def test_what_somebody_planted_while_closing_was_broken_off_does_not_stay(machine: Machine) -> None:
+    auths, run = complete(machine), machine.site.tpm.run
+    for handle, name in (("e", "endorsement"), ("o", "owner")):
+        run("tpm2_changeauth", "-c", handle, auths[name].decode())
+    run("tpm2_clearcontrol", "-C", "l", "s")
+    policy = machine.site.folder / "policy"
+    policy.write_bytes(bytes(32))
+    run("tpm2_setprimarypolicy", "-C", "l", "-L", str(policy), "-g", "sha256")
+    run("tpm2_dictionarylockout", "-s", "-n", "4000000000", "-t", "1", "-l", "1")
+    machine.run()
+    machine.check_whole()
+    with tpms.open_tpm(machine.site.tpm.tcti) as opened:
+        assert opened.policies() == []
+    assert "TPM2_PT_MAX_AUTH_FAIL: 0x20" in run("tpm2_getcap", "properties-variable").decode()
+
+
 def test_a_tpm_that_somebody_else_closed_is_left_alone(machine: Machine) -> None:
     """The note on the disk names another TPM, or none is there."""
     machine.take()
