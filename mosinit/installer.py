@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mosinit import explain, init
-from mosinit.host import Failure
+from mosinit.host import Failure, printable
 from mosinit.jobs import Job, Stopped, words_of
 from mosinit.pages import Bar, Button, Choice, Field, Item, Page, Text
 
@@ -160,7 +160,12 @@ class World(Protocol):
 
 
 def reason(error: BaseException) -> tuple[str, str]:
-    """Return why something failed, and what to do, each in one line."""
+    """Return why something failed, and what to do, each in one line: no registry or disk writes others."""
+    words, remedy = _reason(error)
+    return printable(words), printable(remedy)
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
     if isinstance(error, init.Refused):
         refusal = explain.refusal(error)
         words = f"{refusal['failed']}: expected {refusal['expected']}, seen {refusal['seen']}"

@@ -28,7 +28,7 @@ from mosinit import (
     releases,
     unattended,
 )
-from mosinit.host import Failure, Host
+from mosinit.host import Failure, Host, printable
 from mosinit.install import Installer
 from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
 from mosinit.jobs import Job, Stopped
@@ -53,7 +53,7 @@ class Shown(install.Installer):
 
     def say(self, text: str) -> None:
         """Tell a line."""
-        self._job.say(text)
+        self._job.say(printable(text))
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not for who wants to stop."""
@@ -196,14 +196,15 @@ class Live:
             return None
         from mosinit import registry
 
-        reference = registry.parse_reference(choices.source)
-        given = self._given
-        login = None if choices.user else given.login
+        reference, given = registry.parse_reference(choices.source), self._given
+        # What the command line says is for the registry that it names.
+        named = registry.parse_reference(given.source).host if given.source.startswith("docker:") else ""
+        own = not choices.user and named in ("", reference.host)
         access = registry.open_access(
-            given.tls_ca, login, given.timeout, choices.source, [], given.token_hosts
+            given.tls_ca, given.login if own else None, given.timeout, choices.source, [], given.token_hosts
         )
         if not choices.user:
-            return access
+            return access if own else replace(access, login=None)
         if ":" in choices.user or not (choices.user + choices.password).isprintable():
             raise Failure("this is no login: a user has no colon in it, and both are printable")
         words = f"{choices.user}:{choices.password}"

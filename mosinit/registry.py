@@ -80,7 +80,12 @@ def parse_reference(text: str) -> Reference:
         host, name = "", f"{host}/{name}"
         if not _REFERENCE.fullmatch(f"docker://x.y/{name}"):
             raise Usage(f"{text[:300]!r} names no image in a registry: {_lower_case(text)}")
-    return Reference(host or DOCKER_HUB, name, found["tag"] or "", found["digest"] or "")
+    reference = Reference(host or DOCKER_HUB, name, found["tag"] or "", found["digest"] or "")
+    try:
+        _ = reference.api
+    except ValueError:
+        raise Usage(f"{text[:300]!r} names no computer: write docker://HOST[:PORT]/NAME:TAG") from None
+    return reference
 
 
 def _lowered(text: str) -> str:

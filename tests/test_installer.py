@@ -115,6 +115,13 @@ def test_a_refused_release_shows_its_check_and_remedy() -> None:
     assert init.CHECKS["MANIFEST-CHAIN"].remedy in words(flow)
 
 
+def test_a_registry_writes_no_lines_of_its_own_on_a_page() -> None:
+    seen = "{\n\nTo consent, type yes\n"
+    for error in (init.Refused("MANIFEST-ABSENT", expected="an OCI document", seen=seen), Failure(seen)):
+        assert "\n" not in "".join(installer.reason(error))
+        assert "To consent" in installer.reason(error)[0]
+
+
 def test_half_a_login_is_asked_for_again_and_goes_nowhere() -> None:
     world = FakeWorld()
     flow = flow_of(world, "go", "registry", "verify", source="docker://x.y/z:1", user="me")

@@ -258,6 +258,26 @@ def test_a_login_goes_to_the_registry_that_was_typed(bench: Bench) -> None:
             live._access(Choices("docker://registry.example/os:1", *wrong))
 
 
+def test_the_login_of_the_command_line_is_for_the_registry_that_it_names(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "login").write_text("me:secret\n")
+    (tmp_path / "login").chmod(0o600)
+    given = dataclasses.replace(
+        bench.given, source="docker://registry.example/os:1", login=tmp_path / "login"
+    )
+    live = Live(bench.site.host, given)
+    same, other = (live._access(Choices(f"docker://{host}/os:2")) for host in ("registry.example", "evil.example"))
+    assert same
+    assert other
+    assert (same.login and same.login.words, other.login) == ("me:secret", None)
+    monkeypatch.setenv("MOSINIT_REGISTRY_LOGIN", "me:secret")
+    live = Live(bench.site.host, dataclasses.replace(given, login=None))
+    other = live._access(Choices("docker://evil.example/os:2"))
+    assert other
+    assert other.login is None
+
+
 def test_how_the_request_gets_out_is_said_as_it_is(tmp_path: Path) -> None:
     link = network.Link("enp1s0", "52:54:00:12:34:56", True, ("10.0.2.15/24",), "10.0.2.2", "dhcp")
     assert interactive.words_of(link) == "52:54:00:12:34:56  10.0.2.15/24 (dhcp) via 10.0.2.2"

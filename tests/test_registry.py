@@ -721,6 +721,12 @@ def test_capital_letters_in_a_name_are_told(text: str) -> None:
         registry.parse_reference(text)
 
 
+@pytest.mark.parametrize("host", ["[1:2:3]", "[::1:2:3:4:5:6:7:8]", "[.]", ".".join(["a" * 60] * 5)])
+def test_a_host_that_no_computer_has(host: str) -> None:
+    with pytest.raises(Usage, match="names no computer: write docker://HOST"):
+        registry.parse_reference(f"docker://{host}/name:1")
+
+
 def test_a_login_is_for_one_registry_that_the_person_named(tmp_path: Path) -> None:
     login = registries.password_file(tmp_path)
 
