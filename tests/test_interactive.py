@@ -267,7 +267,9 @@ def test_the_login_of_the_command_line_is_for_the_registry_that_it_names(
         bench.given, source="docker://registry.example/os:1", login=tmp_path / "login"
     )
     live = Live(bench.site.host, given)
-    same, other = (live._access(Choices(f"docker://{host}/os:2")) for host in ("registry.example", "evil.example"))
+    same, other = (
+        live._access(Choices(f"docker://{host}/os:2")) for host in ("registry.example", "evil.example")
+    )
     assert same
     assert other
     assert (same.login and same.login.words, other.login) == ("me:secret", None)
