@@ -39,10 +39,14 @@ KINDS = {
     "4f68bce3-e8cd-4db1-96e7-fbcaf984b709": "Linux root",
     "933ac7e1-2eb4-4f13-b844-0e14e2aef915": "Linux home",
     "6a898cc3-1dd2-11b2-99a6-080020736631": "ZFS",
+    "e75caf8f-f680-4cee-afa3-b001e56efc2d": "Windows storage spaces",
+    "aa31e02a-400f-11db-9590-000c2911d1b8": "VMFS",
+    "4fbd7e29-9d25-41b8-afd0-062c0ceff05d": "Ceph",
+    "52414944-0000-11aa-aa11-00306543ecac": "Apple RAID",
     # Partition tables of MS-DOS.
     "5": "extended", "f": "extended", "7": "Windows data", "b": "FAT", "c": "FAT", "e": "FAT",
     "ef": "EFI system", "82": "Linux swap", "83": "Linux", "8e": "Linux LVM", "ee": "GPT",
-    "fd": "Linux RAID",
+    "fd": "Linux RAID", "42": "Windows LDM", "fb": "VMFS",
 }  # fmt: skip
 EXTENDED = ("5", "f", "85")
 # libblkid calls some of what belongs to other disks too a file system, or something else.
@@ -50,11 +54,14 @@ MEMBER_KINDS = {
     "5808c8aa-7e8f-42e0-85d2-e1e90434cfb3", "af9b60a0-1431-4f62-bc68-3311714a69ad",
     "a19d880f-05fc-4d3b-a006-743f0f84911e", "e6d6d379-f507-44c2-a23c-238f2a3df928",
     "ca7d7ccb-63ed-4c53-861c-1742536059cc", "6a898cc3-1dd2-11b2-99a6-080020736631", "8e", "fd",
+    "e75caf8f-f680-4cee-afa3-b001e56efc2d", "aa31e02a-400f-11db-9590-000c2911d1b8",
+    "4fbd7e29-9d25-41b8-afd0-062c0ceff05d", "52414944-0000-11aa-aa11-00306543ecac", "42", "fb",
 }  # fmt: skip
 MEMBERS = ("bcache", "ceph_bluestore", "drbd", "stratis", "vmfs")
 # libblkid/blkid.h: BLKID_SUBLKS_LABEL, TYPE, USAGE, MAGIC, BADCSUM: what is damaged counts too.
 FLAGS = 1 << 1 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 10
 MOST = 16  # signatures of one place
+BTRFS_DEVICES = (64 << 10) + 0x88  # btrfs_super_block.num_devices: on how many devices it lies
 OURS = (init.CONFIG_TYPE, init.STORE_TYPE, init.SCRATCH_TYPE)
 
 
@@ -142,6 +149,8 @@ def signatures(fd: int, start: int, size: int) -> list[tuple[str, str, str]]:
         library.blkid_probe_set_superblocks_flags(probe, FLAGS)
         while len(found) < MOST and library.blkid_do_probe(probe) == 0:
             kind, usage, label = (_value(library, probe, name) for name in (b"TYPE", b"USAGE", b"LABEL"))
+            if kind == "btrfs" and os.pread(fd, 8, start + BTRFS_DEVICES) != (1).to_bytes(8, "little"):
+                usage = "raid"
             if kind not in {each for each, _, _ in found}:
                 found.append((kind, usage, label))
     finally:

@@ -150,6 +150,16 @@ def check_tokens(provisioned: Provisioned, policy: init.Policy) -> None:
     init.verify_epoch_order(*order, policy)
 
 
+def check_epoch(provisioned: Provisioned, release: Release, policy: init.Policy) -> None:
+    """Refuse a release of an epoch that this machine's TPM calls unsafe: it would never start."""
+    tokens = provisioned.tokens
+    order = (tokens.order_statement, tokens.order_signature, tokens.order_certificate)
+    epoch, seen = init.verify_epoch_order(*order, policy), release.manifest.contents.epoch
+    if seen < epoch:
+        expected = f"a release of epoch {epoch} or later, which this machine was provisioned for"
+        raise init.Refused("EPOCH", expected=expected, seen=f"epoch {seen}")
+
+
 # --- The verb --------------------------------------------------------------------------------------------
 
 
@@ -398,6 +408,7 @@ def act(
 ) -> dict[str, object]:  # fmt: skip
     """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
     begun = host.monotonic()
+    check_epoch(provisioned, release, policy)
     work = Work(host, planned, release, policy, provisioned, loader, closing)
     with layout.held(host, planned.disk), _told(planned.disk):
         for step in steps(planned, release, closing.said):

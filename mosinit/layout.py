@@ -55,14 +55,14 @@ class Disk:
     transport: str = ""  # nvme, usb, sata, virtio, …
     rows: tuple[Row, ...] = ()
     unusable: str = ""  # why it can never be chosen, in one line; empty if it can
-    fingerprint: str = ""  # of serial, size and what lies at both ends, as it was looked at
+    fingerprint: str = ""  # of serial, size and what lies there, as it was looked at
     number: str = ""  # MAJOR:MINOR
     sequence: str = ""  # the kernel's own count of disks: none has it twice
     complete: str = ""  # all is on it, for the machine whose TPM has a storage key of this name
 
     @property
     def word(self) -> str:
-        """What consents to losing just this: serial, then size and what lies at both ends."""
+        """What consents to losing just this: serial, then size and what lies there."""
         serial = re.sub(r"[^A-Za-z0-9._:+]+", "_", self.serial)[:64]
         return f"{serial}-{_size_mark(self.size)}{self.fingerprint[:10]}"
 
@@ -235,7 +235,7 @@ def inspect(host: Host, path: Path) -> Disk:
         text = f"{len(parts)} partitions ({', '.join(parts)})"
     return replace(
         seen, content=text or ("data" if rows else ""), unfinished=unfinished, rows=rows,
-        fingerprint=fingerprint(seen, *ends), complete=complete,
+        fingerprint=fingerprint(seen, *ends, rows), complete=complete,
     )  # fmt: skip
 
 
@@ -322,9 +322,11 @@ def read_ends(host: Host, fd: int, size: int) -> tuple[bytes, bytes]:
     return host.read_at(fd, 0, part), host.read_at(fd, size - part, part)
 
 
-def fingerprint(disk: Disk, head: bytes, tail: bytes) -> str:
-    """Return the hash of a disk's serial and size, and of what lies at both ends."""
-    said = f"mosinit disk\0{disk.serial}\0{disk.wwn}\0{disk.size}\0".encode()
+def fingerprint(disk: Disk, head: bytes, tail: bytes, rows: Sequence[Row]) -> str:
+    """Return the hash of a disk's serial and size, of what lies at both ends, and of what is said to lie
+    between them: whoever consents has seen that.
+    """
+    said = f"mosinit disk\0{disk.serial}\0{disk.wwn}\0{disk.size}\0{rows!r}\0".encode()
     return hashlib.sha256(said + head + tail).hexdigest()
 
 
@@ -581,7 +583,8 @@ def _open_same(host: Host, disk: Disk, flags: int) -> int:
 def _check_unchanged(host: Host, disk: Disk, fd: int) -> None:
     # Not what this computer remembers of the disk: another one may have written to it.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    if fingerprint(disk, *read_ends(host, fd, disk.size)) != disk.fingerprint:
+    rows = content.rows(host, disk.path, disk.size, disk.sector)
+    if fingerprint(disk, *read_ends(host, fd, disk.size), rows) != disk.fingerprint:
         raise Failure(
             f"{disk.path} changed since it was looked at (partition tables or signatures): nothing was "
             "written; look at it again with --plan"

@@ -86,13 +86,15 @@ def make_left(folder: Path, keyset: keys.Keyset, mode: str = "live") -> Path:
     return folder
 
 
-def make_provisioned(keyset: keys.Keyset, secret: bytes = volumes.SECRET) -> install.Provisioned:
+def make_provisioned(
+    keyset: keys.Keyset, secret: bytes = volumes.SECRET, epoch: int = 1
+) -> install.Provisioned:
     """Make the secrets of a machine, and tokens that its organisation signed."""
     record = init.RECORD.pack(
         1, uuid.UUID(keyset.product).bytes, init.secret_proof(secret, keyset.product), bytes(34), bytes(34)
     )
     record = record[:49] + b"\0\x0b" + record[51:83] + b"\0\x0b" + record[85:]
-    statement = json.dumps(init.epoch_statement(keyset.product, 1)).encode()
+    statement = json.dumps(init.epoch_statement(keyset.product, epoch)).encode()
     tokens = volumes.TOKENS._replace(
         record=sudi_certificate(keyset, init.RECORD_HEAD + record),
         order_statement=statement,

@@ -314,6 +314,27 @@ def test_a_serial_alone_is_enough_for_answers_but_loses_no_machine(disk: Path) -
     layout.check_usable(Host(), found, Consent(found.word, serial_is_enough=True))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["e75caf8f-f680-4cee-afa3-b001e56efc2d", "aa31e02a-400f-11db-9590-000c2911d1b8",
+     "4fbd7e29-9d25-41b8-afd0-062c0ceff05d", "52414944-0000-11aa-aa11-00306543ecac"],
+)  # fmt: skip
+def test_partitions_that_are_members_by_their_type(disk: Path, kind: str) -> None:
+    run("sfdisk", disk, data=f"label: gpt\nsize=100MiB, type={kind}\n")
+    assert len(members(disk)) == 1
+    run("sfdisk", "--wipe=always", disk, data="label: dos\nsize=100MiB, type=42\nsize=100MiB, type=fb\n")
+    assert len(members(disk)) == 2
+
+
+def test_a_btrfs_on_many_disks_is_a_member(disk: Path, memory: Path, need: Callable[..., None]) -> None:
+    need("mkfs.btrfs")
+    run("mkfs.btrfs", "--quiet", "--force", disk)
+    assert (members(disk), said(disk)) == ([], ["the whole disk, 8192 MiB: btrfs"])
+    with loop(memory / "second", 1 << 30) as second:
+        run("mkfs.btrfs", "--quiet", "--force", "-d", "raid0", "-m", "raid1", disk, second)
+    assert members(disk) == ["the whole disk, 8192 MiB: btrfs"]
+
+
 # --- Between looking and acting --------------------------------------------------------------------------
 
 
@@ -325,6 +346,17 @@ def test_what_changed_since_it_was_looked_at_is_not_written_to(disk: Path) -> No
             layout.write(Host(), plan)
         put(disk, offset, b"\0")
     layout.write(Host(), plan)
+
+
+def test_what_came_into_a_partition_since_it_was_looked_at_is_not_lost(disk: Path) -> None:
+    run("sfdisk", disk, data="label: gpt\nsize=100MiB\n")
+    before = layout.inspect(Host(), disk)
+    consent = Consent(before.word, members=True)
+    layout.check_usable(Host(), before, consent)
+    luks(disk, 1 << 20)
+    refused(disk, consent, "has other partition tables or signatures than when .* was shown")
+    with pytest.raises(Failure, match="changed since it was looked at .*: nothing was written"):
+        layout.write(Host(), layout.make_plan(before))
 
 
 def test_another_disk_in_the_same_place(disk: Path, memory: Path) -> None:
