@@ -54,6 +54,10 @@ class Look:
             lines = [line.encode("ascii", "replace").decode() for line in lines]
         return "\n".join(lines)
 
+    def line(self, text: str) -> str:
+        """Return the same as one line."""
+        return self.clean(text.replace("\n", " "))
+
 
 class Terminal(urwid.display.raw.Screen):
     """A terminal that may not know its size."""
@@ -126,15 +130,16 @@ class View(urwid.WidgetWrap):
     """One page in the terminal."""
 
     def __init__(self, page: pages.Page, look: Look, act: Callable[[str], None]) -> None:
-        self.page, self._look, self._act = page, look, act
+        self.page, self._look, self._act, self._sized = page, look, act, False
         rows: list[urwid.Widget] = []
         for item in page.items:
             rows += self._widgets(item)
         self._rows = urwid.SimpleFocusListWalker(rows or [urwid.Text("")])
         self._list = urwid.ListBox(self._rows)
         body = urwid.ScrollBar(self._list, thumb_char=look.full, trough_char=look.trough)
-        head = urwid.AttrMap(urwid.Text(look.clean(f" mosinit | {page.title}"), wrap="ellipsis"), "head")
-        self._details = urwid.Text("")
+        head = urwid.AttrMap(urwid.Text(look.line(f" mosinit | {page.title}"), wrap="ellipsis"), "head")
+        # One row each, whatever a disk says of itself: else they would leave none for the list.
+        self._details = urwid.Text("", wrap="clip")
         head = urwid.Pile([head, urwid.Divider()])
         inner = urwid.Padding(body, left=1, right=1)
         super().__init__(urwid.Frame(inner, header=head, footer=self._footer()))
@@ -142,23 +147,23 @@ class View(urwid.WidgetWrap):
         self._show_details()
 
     def _widgets(self, item: pages.Item) -> list[urwid.Widget]:
-        clean = self._look.clean
+        clean, line = self._look.clean, self._look.line
         match item:
             case pages.Text(words, style):
                 return [urwid.Text((style, clean(words)))]
             case pages.Choice(words=words, refused=refused) if refused:
                 return [urwid.Text(("refused", f"  {clean(words)}\n    cannot be chosen: {clean(refused)}"))]
             case pages.Choice(action, words, _, details):
-                return [Line(action, clean(words), tuple(clean(line) for line in details))]
+                return [Line(action, line(words), tuple(map(line, details)))]
             case pages.Field():
-                return [Entry(item, clean(item.label), clean(item.value))]
+                return [Entry(item, line(item.label), line(item.value))]
             case pages.Button(action, label):
-                return [Line(action, f"[ {clean(label)} ]")]
+                return [Line(action, f"[ {line(label)} ]")]
             case pages.Bar(words=words):
                 return [Meter(item, self._look), urwid.Text(f"  {clean(words)}")]
 
     def _footer(self) -> urwid.Widget:
-        keys = urwid.AttrMap(urwid.Text(f" {self._look.clean(self.page.keys)}", wrap="clip"), "keys")
+        keys = urwid.AttrMap(urwid.Text(f" {self._look.line(self.page.keys)}", wrap="clip"), "keys")
         if not any(isinstance(item, pages.Choice) and item.details for item in self.page.items):
             return keys
         below = urwid.Padding(self._details, left=1)
@@ -238,6 +243,10 @@ class View(urwid.WidgetWrap):
 
     def keypress(self, size: tuple[int, int], key: str) -> str | None:
         """Take a key."""
+        if not self._sized:
+            # Typed ahead: urwid's parts learn how large they are when they are drawn.
+            self.render(size, focus=True)
+            self._sized = True
         row = self._rows[self._rows.focus or 0]
         if key == "ctrl c":
             self._act("interrupt")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import screens
+from mosinit import pages, screens
 from mosinit.screens import Look
 from tests.fakeworld import SSD
 from tests.terminals import SECONDS, Terminal, terminal
@@ -245,6 +245,21 @@ def test_what_a_device_says_moves_nothing_on_the_terminal() -> None:
         assert not any(part in record.read_bytes() for part in (b"\x1b[1A", b"\x1b]0;", b"\x07", b"\x9b"))
         shown.press("Down")
         shown.wait("> sda", "QEMU HARDDISK, serial QM00001")
+
+
+@pytest.mark.parametrize("size", [screens.SMALLEST, (80, 24)])
+def test_what_a_disk_says_at_length_leaves_room_for_the_list(size: tuple[int, int]) -> None:
+    rows = tuple(f"partition {number}, 100 MiB: {'ext4, ' * 50}'{'label' * 16}'" for number in range(12))
+    page = pages.Page("disks", "Disk\n\u0301", (pages.Choice("disk:a", "sda\n\u0301", "", rows),))
+    canvas = screens.View(page, Look("xterm", "utf-8"), lambda action: None).render(size, focus=True)
+    assert any(b"> sda" in line for line in canvas.text)
+    assert any(b"partition 5," in line for line in canvas.text)
+
+
+def test_keys_that_come_before_a_page_is_drawn_are_of_that_page() -> None:
+    with installer() as shown:
+        shown.press("Enter", "Down")
+        shown.wait("> A registry, over TLS")
 
 
 # --- Sizes, letters, other writers -------------------------------------------------------------------------
