@@ -546,7 +546,7 @@ def resume(host: Installer, options: Options) -> dict[str, object] | None:
 def _record_of(
     host: Host, planned: layout.Plan, disk: layout.Disk, policy: init.Policy
 ) -> init.MachineRecord:
-    """Return the machine record on a disk that is complete. Raises `Refused` unless it is of this machine."""
+    """Return the machine record on a complete disk. Raises `Refused` unless it is of this machine."""
     header = luks.read_header(host, layout.device(planned, planned.named("machine-config")), "config")
     if header.tokens is None:
         raise init.Refused("LUKS-TOKEN", expected="the tokens of this machine", seen="none")

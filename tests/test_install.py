@@ -463,7 +463,9 @@ def test_tokens_of_another_machine(made: Setting, disk: Path) -> None:
     assert refused(dataclasses.replace(made, provisioned=mixed), disk) == "VOLUME-IDENTITY"
 
 
-def test_a_release_that_the_tpm_of_this_machine_calls_unsafe(made: Setting, disk: Path, memory: Path) -> None:
+def test_a_release_that_the_tpm_of_this_machine_calls_unsafe(
+    made: Setting, disk: Path, memory: Path
+) -> None:
     provisioned = installation.make_provisioned(made.keyset, epoch=2)
     with pytest.raises(init.Refused, match="EPOCH: expected a release of epoch 2 or later.*seen epoch 1"):
         installation.run(NativeInstaller(), dataclasses.replace(made, provisioned=provisioned), disk)
