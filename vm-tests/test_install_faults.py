@@ -190,7 +190,13 @@ def failed(asking: Asking, folder: Path, ended: dict[str, Any]) -> str:
     words = ended["error"]
     assert isinstance(words, str)
     assert "\n" not in words
-    assert boot_variables(folder / "state") == boot_variables(asking.saved.folder)
+    (before, known), (after, entries) = (
+        boot_variables(state) for state in (asking.saved.folder, folder / "state")
+    )
+    assert {number: entries[number] for number in known} == known
+    assert [number for number in after if number in known] == before
+    # Firmware itself adds one for each disk that is new to it.
+    assert not any(bootentry.parse(entries[number]) for number in entries.keys() - known.keys())
     return words
 
 
