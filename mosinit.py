@@ -135,7 +135,7 @@ VOLUME-IDENTITY: the config volume is not the one in the machine record: somebod
 CMDLINE: the kernel command line is not the signed one
     remove what adds words to it: SMBIOS strings of the hypervisor, add-ons beside the UKI
 ESP-EXTRA: the boot stub took credentials, extensions or add-ons that the UKI does not sign
-    remove *.cred, *.raw and *.addon.efi files beside the UKI and in loader/ of the ESP
+    remove *.cred, *.raw, *.addon.efi on the ESP; or boot the live medium: `mosinit recover --key FILE`
 DISK-HINT: the boot stub did not say from which partition it was started
     boot the medium or disk through UEFI, not a network; a stored variable is deleted: restart. If it stays,
     reset the variables in the firmware's setup

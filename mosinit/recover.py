@@ -63,7 +63,8 @@ HANDLED = {
     ),
     **dict.fromkeys(("TPM-APPROVAL", "TPM-POLICY"), "--reseal"),
     **dict.fromkeys(
-        ("LUKS-HEADER", "VOLUME-READ", "GENERATION", "GIT-REF", "GIT-OBJECT", "GIT-PACKED"), _MENDED
+        ("LUKS-HEADER", "VOLUME-READ", "GENERATION", "GIT-REF", "GIT-OBJECT", "GIT-PACKED", "ESP-EXTRA"),
+        _MENDED,
     ),
     **dict.fromkeys(("STORE-BLOB", "IMAGE-DIGEST", "LAYER-SIZE", "LAYER-READ"), _FILLED),
     "VOLUME-IDENTITY": f"--anew {_ANEW}",
