@@ -256,20 +256,11 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
-    for name in (
-        "disk",
-        "erase",
-        "erase_members",
-        "state",
-        "store",
-        "scratch",
-        "plan",
-        "tls_ca",
-        "login",
-        "token_host",
-    ):
-        if values.answers and getattr(values, name):
-            raise Usage(f"--{name.replace('_', '-')} does not go with --answers, which says all")
+    if values.answers:
+        names = ("disk", "erase", "erase_members", "state", "store", "scratch", "plan", "tls_ca", "login")
+        _without("--answers, which says all", values, *names, "token_host")
+        if values.source != MEDIUM:
+            raise Usage("SOURCE does not go with --answers, which says all")
     if not values.answers and not values.disk:
         return _install_step_by_step(host, values)
     from mosinit import install as installing
@@ -319,16 +310,17 @@ def _install_step_by_step(host: Host, values: argparse.Namespace) -> Result:
 
 def recover_machine(host: Host, values: argparse.Namespace) -> Result:
     """Bring a machine back that no longer opens by itself."""
+    # Wrong usage is said first, wherever this is called.
+    if values.reseal:
+        _without("--reseal, which needs no secret", values, "key", "dir", "source", "anew")
+    else:
+        _only_with("--reseal", values, "approvals", "out")
     from mosinit import recover, recoverykey, resealing
 
     recoverer = recover.Recoverer()
     if values.reseal:
-        for name in ("key", "dir", "source", "anew"):
-            if getattr(values, name):
-                raise Usage(f"--{name} does not go with --reseal, which needs no secret")
         options = resealing.Options(values.disk, values.approvals, values.out or Path("event-log"))
         return outcome(resealing.run(recoverer, options, plan=values.plan))
-    _only_with("--reseal", values, "approvals", "out")
     access = None
     if values.source and values.source.startswith("docker:"):
         from mosinit import registry
@@ -403,6 +395,14 @@ def _only_with(other: str, values: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(values, name):
             raise Usage(f"--{name.replace('_', '-')} goes with {other}")
+
+
+def _without(other: str, values: argparse.Namespace, *names: str) -> None:
+    """Refuse what does not go with an option."""
+    for name in names:
+        if getattr(values, name):
+            word = name.upper() if name == "source" else f"--{name.replace('_', '-')}"
+            raise Usage(f"{word} does not go with {other}")
 
 
 # --- How results read --------------------------------------------------------------------------------
@@ -510,6 +510,7 @@ def mebibytes(name: str, help: str) -> Option:
     return Option(name, f"MiB {help}", {"type": read, "default": 0, "metavar": "MIB"})
 
 
+MEDIUM = "oci:/atomfs-cache/mosinit"  # the release of the system that runs
 REGISTRY_OPTIONS = (
     folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
     folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
@@ -741,7 +742,7 @@ VERBS = (
         (
             Option("source", "the release: oci:DIR or docker://HOST[:PORT]/NAME:TAG (default: the "
                    "medium's own)",
-                   {"nargs": "?", "metavar": "SOURCE", "default": "oci:/atomfs-cache/mosinit"}),
+                   {"nargs": "?", "metavar": "SOURCE", "default": MEDIUM}),
             folder("--disk", "the disk: all of it becomes the machine's", "DEV"),
             folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE",
                    default=Path("state")),
@@ -900,6 +901,16 @@ def _words(description: str, epilog: str) -> dict[str, Any]:
     }
 
 
+def _parse(words: Sequence[str], table: Sequence[Verb]) -> argparse.Namespace:
+    """Parse a command line; the help that a word too many points to is that of its verb."""
+    values, rest = parser(table).parse_known_args(words)
+    if rest:
+        verb = getattr(values, "verb", None)
+        where = f"mosinit {verb.words}" if verb else "mosinit"
+        raise Usage(f"unrecognized arguments: {' '.join(rest)} (see `{where} --help`)")
+    return values
+
+
 # --- Running a verb ----------------------------------------------------------------------------------
 
 
@@ -941,7 +952,7 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
             # So is one by a connection that breaks, unless `nohup` says that it does not matter.
             if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
                 signal.signal(signal.SIGHUP, _terminated)
-        values = parser(table).parse_args(words)
+        values = _parse(words, table)
         as_json = getattr(values, "json", False)
         if not hasattr(values, "verb"):
             names = [verb.words for verb in _verbs_of(getattr(values, "group", ""), table)]
