@@ -69,7 +69,9 @@ def read_answers(path: Path) -> Answers:
     try:
         data = init.Kernel().read(str(path), BYTES)
     except OSError as error:
-        raise Failure(f"cannot read the answers {path}: {error.strerror}") from error
+        raise Failure(
+            f"cannot read the answers {path} ({error.strerror}): name a file that is there"
+        ) from error
     return parse_answers(data, str(path))
 
 

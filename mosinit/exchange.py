@@ -107,7 +107,9 @@ def read_file(path: Path, limit: int) -> bytes:
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise Failure(f"{path} has more than {limit} bytes, which is too much for what it should be")
+        raise Failure(
+            f"{path} has more than {limit} bytes, too much for what it should be: name the right file"
+        )
     return data
 
 

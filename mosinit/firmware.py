@@ -174,7 +174,8 @@ def certificates_of_keyset(folder: Path) -> Certificates:
             return (folder / f"{role}.pem").read_bytes()
         except OSError as error:
             raise Failure(
-                f"cannot read {folder / role}.pem ({error.strerror}): {folder} is no keyset"
+                f"cannot read {folder / role}.pem ({error.strerror}): {folder} is no keyset: "
+                "make one by `mosinit keys new`"
             ) from error
 
     return _certificates(read, x509.load_pem_x509_certificate, ("PK", "KEK", "uki", "layer"), str(folder))

@@ -193,14 +193,17 @@ def take_apart(data: bytes, name: str) -> Content:
         image = pe.parse(data)
         sections = {section: image.section(data, section) for section in CONTENT}
     except ValueError as error:
-        raise Failure(f"{name} is not a UKI: {error}") from error
+        raise Failure(f"{name} is not a UKI ({error}): name the one that mkosi or ukify made") from error
     if image.signed_size:
         raise Failure(
             f"{name} is signed already: name the UKI that mkosi or ukify made, without a signature"
         )
     missing = [section for section, content in sections.items() if not content]
     if missing:
-        raise Failure(f"{name} is not a UKI: it has no section {', '.join(missing)}")
+        raise Failure(
+            f"{name} is not a UKI (it has no section {', '.join(missing)}): "
+            "name the one that mkosi or ukify made"
+        )
     unknown = image.names - {*CONTENT, *STUB_SECTIONS}
     if unknown:
         raise Failure(f"{name} has sections that a signed UKI must not have: {', '.join(sorted(unknown))}")

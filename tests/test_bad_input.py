@@ -223,7 +223,11 @@ CASES: list[tuple[str, int, str]] = [
     ),
     ("uki sign none --initrd file --keys keys --out new", 1, "none"),
     ("uki sign folder --initrd file --keys keys --out new", 1, "folder"),
-    ("uki sign garbage --initrd file --keys keys --out new", 1, "garbage is not a UKI"),
+    (
+        "uki sign garbage --initrd file --keys keys --out new",
+        1,
+        "garbage is not a UKI (no PE file): name the one",
+    ),
     ("uki sign empty --initrd file --keys keys --out new", 1, "empty is not a UKI"),
     # vm boot
     ("vm boot --disk none --dir new", 1, "cannot read the disk none: make it first, or name another"),
@@ -232,7 +236,7 @@ CASES: list[tuple[str, int, str]] = [
     ("vm boot --disk disk --dir new", 1, "disk has no partition table that can be read"),
     ("vm boot --disk empty --dir new", 1, "empty has no partition table that can be read"),
     ("vm boot --disk garbage --dir new", 1, "garbage has no partition table that can be read"),
-    (f"{VM} --keys none", 1, "none is no keyset"),
+    (f"{VM} --keys none", 1, "none is no keyset: make one by `mosinit keys new`"),
     (f"{VM} --keys file", 1, "file is no keyset"),
     *((f"{VM} --timeout {value}", 2, "--timeout") for value in ("0", "-1", "nan", "inf", "x")),
     # the rest
