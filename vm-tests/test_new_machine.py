@@ -1,20 +1,23 @@
-"""An installation in a real machine, from a registry, and what may happen to it: disks that fail or vanish,
-a cable that is pulled, the power that goes at some write.
+"""From a machine that trusts nobody to one that boots from its own disk: keys are enrolled in the medium's
+menu, the verified live system installs from a registry. And what may happen to that: disks that fail or
+vanish, a cable that is pulled, the power that goes at some write.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from driven import Beside
 from installing import (
     FOREIGN,
@@ -33,7 +36,7 @@ from installing import (
     words_of,
 )
 
-from mosinit import bootentry, layout, vm
+from mosinit import bootentry, disk, layout, vm
 from mosinit.machine import VARIABLES, Hardware
 from tests import tpms
 from tests.test_power_cut import Disk, pieces, read_log
@@ -47,6 +50,34 @@ CONFIG = PLANNED.named("machine-config").start
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- A machine in setup mode -------------------------------------------------------------------------
+
+
+def test_a_machine_in_setup_mode_is_refused_and_gets_its_keys(asking: Asking) -> None:
+    console = (asking.state / "console.log").read_text(errors="replace")
+    refused = console.index('"failed": "SB-MODE"')
+    chosen = console.index("Enroll Secure Boot keys: mosinit", refused)
+    enrolled = console.index("successfully enrolled", chosen)
+    assert console.index('"result": "pivoted"') > enrolled
+    stored = (asking.saved.folder / VARIABLES).read_bytes()
+    for role in disk.ENROLMENT.values():
+        assert asking.world.keyset.certificate(role).public_bytes(Encoding.DER) in stored
+
+
+def test_the_live_system_then_passes_what_it_was_refused_by(asking: Asking) -> None:
+    console = (asking.state / "console.log").read_text(errors="replace")
+    line = next(line for line in console.splitlines() if '"result": "pivoted"' in line)
+    report = cast("dict[str, Any]", json.loads(line.partition("mosinit-report: ")[2]))
+    passed = {check["id"] for check in report["checks"]}
+    assert passed >= {"SB-MODE", "SB-OFF", "SB-DB", "SB-KEYRING"}
+
+
+def test_firmware_keeps_what_was_planted_up_to_the_installation(asking: Asking) -> None:
+    order, entries = boot_variables(asking.saved.folder)
+    assert {number: entries[number] for number in FOREIGN} == FOREIGN
+    assert [number for number in order if number in FOREIGN] == list(FOREIGN)
 
 
 # --- Two stories beside each other: one that ends well, and one whose disk vanishes -------------------
