@@ -60,7 +60,7 @@ RECORD_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("check", "untrusted"), RECORD_FAULTS, ids=range(len(RECORD_FAULTS)))
+@pytest.mark.parametrize(("check", "untrusted"), RECORD_FAULTS)
 def test_record_faults(check: str, untrusted: bytes) -> None:
     with pytest.raises(init.Refused) as refused:
         init.verify_record(untrusted, CA, PRODUCT)
@@ -104,7 +104,7 @@ def test_order_faults(statement: bytes) -> None:
         init.verify_epoch_order(statement, sign(P256, statement), leaf, POLICY)
 
 
-@pytest.mark.parametrize("leaf", [pem for _, pem in BAD_CERTIFICATES], ids=range(len(BAD_CERTIFICATES)))
+@pytest.mark.parametrize("leaf", [pem for _, pem in BAD_CERTIFICATES])
 def test_an_order_under_another_certificate_does_not_count(leaf: bytes) -> None:
     with pytest.raises(init.Refused, match="EPOCH-ORDER"):
         init.verify_epoch_order(order(), sign(P256, order()), leaf, POLICY)
