@@ -97,7 +97,8 @@ def test_a_second_run_builds_nothing_and_ends_when_it_is_interrupted(
         assert running.stderr
         said = list(itertools.takewhile(lambda line: "is in setup mode" not in line, running.stderr))
         running.send_signal(signal.SIGINT)
-    assert running.returncode == 130, said
+        _, more = running.communicate()
+    assert running.returncode == 130, (said, more)
     assert any("holds this very build already" in line for line in said)
     assert (folder / "out/live.raw").stat() == medium
     assert not [name for name in os.listdir("/proc") if name.isdigit() and _runs_in(name, folder)]

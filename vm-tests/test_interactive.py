@@ -157,11 +157,11 @@ async def choose(screen: Screen) -> None:
     await screen.type(ENTER)
     await screen.shows("Where does the release come from?")
     await screen.type(ENTER)
-    shown = await screen.shows("Choose the disk")
-    assert "cannot be chosen: is the medium" in shown
+    await screen.shows("Choose the disk")
+    await screen.shows("cannot be chosen: is the medium")
     await screen.type(ENTER)
-    shown = await screen.shows("ALL OF THIS WILL BE LOST")
-    assert "type the serial of this disk: extra1" in shown
+    await screen.shows("ALL OF THIS WILL BE LOST")
+    await screen.shows("type the serial of this disk: extra1")
 
 
 async def enroll_by_hand(site: Site, screen: Screen) -> None:
