@@ -1,8 +1,10 @@
-"""How a request leaves a live machine and the answer comes in, where a person carries both.
+"""How a request leaves a live machine and the answer comes in, where a person carries both; and the event
+log and approvals of a machine that is to be resealed.
 
 By a stick: a FAT file system that is plugged in, or the medium's own EFI system partition. By SSH: the one
 command that `sshd` lets somebody with a key of the signed image run (see `serve`). An answer is put in place
-only if it is the organisation's, to this very request; `provision.finish` looks at it again.
+only if it is the organisation's, to this very request; `provision.finish` looks at it again. Approvals are
+public, and each is verified before it is laid.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ STATE = Path("/run/mosinit-provision")
 REQUEST, ANSWER = STATE / "request.json", STATE / "answer.json"
 SSH_KEY = Path("/run/mosinit-ssh/host_key")  # of this very boot
 FOLDER = "mosinit"  # on a stick
+APPROVALS = "approvals.json"
 USAGE = (
-    "`ssh -t` without a command installs; `request` prints this machine's request for its enrolment, and "
-    "`answer < FILE` takes the organisation's answer"
+    "`ssh -t` without a command installs and recovers; `request` prints this machine's request for its "
+    "enrolment, and `answer < FILE` takes the organisation's answer; `event-log` prints the firmware's "
+    "event log, and `approvals < FILE` takes what `mosinit approve` made of it"
 )
 SKIPPED = ("loop", "ram", "zram", "dm-", "md", "fd", "mtd", "nbd", "sr")
 
@@ -47,6 +51,15 @@ class Stick:
         """Say which one it is, for a person."""
         what = "the medium itself" if self.medium else self.model or "no model"
         return f"{self.device} ({what}, {self.size >> 20} MiB{', ' + self.label if self.label else ''})"
+
+
+@dataclass(frozen=True)
+class Reseal:
+    """Where approvals wait to be laid, and what they are about; tests have it elsewhere."""
+
+    approvals: Path = Path("/run/mosinit-recovery") / APPROVALS
+    left: Path = Path(init.LEFT)
+    event_log: Path = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 
 
 @dataclass(frozen=True)
@@ -136,12 +149,23 @@ def parse_fat_label(untrusted: bytes) -> str | None:
 
 def save_request(host: Host, stick: Stick, state: Path = STATE) -> str:
     """Write this machine's request to a stick; return its name there. Raises `Failure`."""
-    request, name = read_request(state), f"request-{serial(state)}.json"
+    request = read_request(state)
+    return _save(host, stick, f"request-{serial(state)}.json", request)
+
+
+def save_event_log(host: Host, stick: Stick, number: str, event_log: Path) -> str:
+    """Write the firmware's event log of the machine with this serial to a stick; return its name there."""
+    from mosinit import provision
+
+    return _save(host, stick, f"event-log-{number}.bin", provision.read_event_log(event_log))
+
+
+def _save(host: Host, stick: Stick, name: str, content: bytes) -> str:
     with _on(host, stick) as folder:
         folder.mkdir(exist_ok=True)
-        # No `replacing`: FAT knows no modes. One rename, so that no half request is ever taken for one.
-        fresh = folder / "request.new"
-        fresh.write_bytes(request)
+        # No `replacing`: FAT knows no modes. One rename, so that no half file is ever taken for one.
+        fresh = folder / f"{name.partition('-')[0]}.new"
+        fresh.write_bytes(content)
         host.sync_file(fresh)
         fresh.replace(folder / name)
         host.sync_file(folder)
@@ -160,6 +184,19 @@ def take_answer(host: Host, stick: Stick, state: Path = STATE) -> str:
         untrusted = exchange.read_file(folder / name, exchange.DOCUMENT_BYTES)
     put_answer(host, untrusted, f"{FOLDER}/{name}", state)
     return f"{FOLDER}/{name}"
+
+
+def take_approvals(host: Host, stick: Stick, reseal: Reseal) -> str:
+    """Put the approvals on a stick in place; return their name there. Raises `Failure`, `Refused`."""
+    from mosinit import exchange
+
+    name = f"{FOLDER}/{APPROVALS}"
+    with _on(host, stick, read_only=True) as folder:
+        if not (folder / APPROVALS).exists():
+            raise Failure(f"{stick.title} has no {name}: copy what `mosinit approve` wrote there")
+        untrusted = exchange.read_file(folder / APPROVALS, init.MIB)
+    put_approvals(host, untrusted, name, reseal)
+    return name
 
 
 @contextlib.contextmanager
@@ -211,6 +248,19 @@ def put_answer(host: Host, untrusted: bytes, name: str, state: Path = STATE) -> 
         fresh.write_bytes(untrusted)
 
 
+def put_approvals(host: Host, untrusted: bytes, name: str, reseal: Reseal) -> None:
+    """Put approvals where a machine that is to be resealed waits for them, if they say that they are this
+    organisation's. Raises `Failure`, `Refused`; `name` is how messages call them.
+    """
+    from mosinit import install
+    from mosinit.reseal import parse_approvals
+
+    parse_approvals(untrusted, name, install.policy_of_live(reseal.left))
+    reseal.approvals.parent.mkdir(mode=0o700, exist_ok=True)
+    with host.replacing(reseal.approvals, mode=0o600) as fresh:
+        fresh.write_bytes(untrusted)
+
+
 # --- By SSH ----------------------------------------------------------------------------------------------
 
 
@@ -225,23 +275,36 @@ def ssh_fingerprint(key: Path = SSH_KEY) -> str:
 
 
 def serve(
-    host: Host, words: Sequence[str], stdin: IO[bytes], stdout: IO[bytes], state: Path = STATE
-) -> None:
-    """Do what somebody asks for by SSH: hand out the request, or take the answer. Raises `Failure`.
+    host: Host, words: Sequence[str], stdin: IO[bytes], stdout: IO[bytes], state: Path = STATE,
+    reseal: Reseal = Reseal(),  # noqa: B008 (it is frozen)
+) -> None:  # fmt: skip
+    """Do what somebody asks for by SSH: hand out request or event log, or take answer or approvals.
 
-    There is no other way to do anything: no word of theirs is a path or reaches another program.
+    Raises `Failure`. There is no other way to do anything: no word of theirs is a path or reaches another
+    program.
     """
-    from mosinit import exchange
+    from mosinit import exchange, provision
 
-    if list(words) == ["request"]:
-        stdout.write(read_request(state))
-    elif list(words) == ["answer"]:
-        read_request(state)
-        untrusted = stdin.read(exchange.DOCUMENT_BYTES + 1)
-        if len(untrusted) > exchange.DOCUMENT_BYTES:
-            raise Failure(f"the answer has more than {exchange.DOCUMENT_BYTES} bytes: send the right file")
-        put_answer(host, untrusted, "the answer", state)
-        stdout.write(b"the answer was taken: the installation goes on\n")
-    else:
-        raise Usage(USAGE)
+    match list(words):
+        case ["request"]:
+            stdout.write(read_request(state))
+        case ["answer"]:
+            read_request(state)
+            put_answer(host, _received(stdin, exchange.DOCUMENT_BYTES, "answer"), "the answer", state)
+            stdout.write(b"the answer was taken: the installation goes on\n")
+        case ["event-log"]:
+            stdout.write(provision.read_event_log(reseal.event_log))
+        case ["approvals"]:
+            put_approvals(host, _received(stdin, init.MIB, "approvals"), "the approvals", reseal)
+            stdout.write(b"the approvals were taken: what waits for them goes on\n")
+        case _:
+            raise Usage(USAGE)
     stdout.flush()
+
+
+def _received(stdin: IO[bytes], limit: int, name: str) -> bytes:
+    """Return what somebody sent, which is never read without a bound."""
+    untrusted = stdin.read(limit + 1)
+    if len(untrusted) > limit:
+        raise Failure(f"more than {limit} bytes came, too many for the {name}: send the right file")
+    return untrusted

@@ -37,10 +37,15 @@ class Laid(NamedTuple):
 
 
 def read_approvals(path: Path, policy: init.Policy) -> exchange.Approvals:
-    """Read a file of approvals. Raises `Refused` unless it says that it is for this product, by this
+    """Read a file of approvals: see `parse_approvals`."""
+    return parse_approvals(exchange.read_file(path, init.MIB), path.name, policy)
+
+
+def parse_approvals(data: bytes, name: str, policy: init.Policy) -> exchange.Approvals:
+    """Parse approvals. Raises `Refused` unless they say that they are for this product, by this
     organisation's platform key; that the key signed them, `lay_approvals` sees.
     """
-    untrusted = exchange.parse_approvals(exchange.read_file(path, init.MIB), path.name)
+    untrusted = exchange.parse_approvals(data, name)
     if untrusted.product != policy.product:
         refused = init.Refused("RECORD-PRODUCT", expected=policy.product, seen=untrusted.product)
         raise explain.advised(refused, _OTHER)

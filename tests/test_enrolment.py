@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import enrolment, exchange, init
-from mosinit.enrolment import Places, Stick
+from mosinit import approvals, enrolment, exchange, init
+from mosinit.enrolment import Places, Reseal, Stick
 from mosinit.host import Failure, Host, Usage
 from mosinit.state import make_ssh_keys
-from tests import provisioned
+from tests import installation, provisioned
 from tests.provisioned import Site
 
 MEDIUM = "11111111-2222-3333-4444-555555555555"
@@ -268,9 +269,88 @@ def test_ssh_hands_out_the_request_and_takes_the_answer(shared: Site, state: Pat
     assert (state / "answer.json").read_bytes() == shared.answer.read_bytes()
 
 
+# --- Event log and approvals -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reseal(shared: Site, tmp_path: Path) -> Reseal:
+    """A live system of the organisation, where nothing was taken yet."""
+    left = installation.make_left(tmp_path / "left", shared.keyset)
+    return Reseal(tmp_path / "run" / "approvals.json", left, shared.log)
+
+
+def approvals_of(shared: Site, **changes: object) -> bytes:
+    """Return approvals as the organisation writes them."""
+    signed = approvals.approve_platform(shared.keyset, b"\1" * 32, 1)
+    key = init.tpm_name(approvals.policy_keys(shared.keyset).platform)
+    row = exchange.Approval(b"\1" * 32, 1, signed.signature, "a test")
+    made = exchange.Approvals(shared.keyset.product, key, (row,))
+    return exchange.encode_approvals(made._replace(**changes))  # type: ignore[arg-type]
+
+
+def test_ssh_hands_out_the_event_log_and_takes_approvals(shared: Site, host: Host, reseal: Reseal) -> None:
+    stdout = io.BytesIO()
+    enrolment.serve(host, ["event-log"], io.BytesIO(), stdout, reseal=reseal)
+    assert stdout.getvalue() == shared.log.read_bytes()
+    stdout = io.BytesIO()
+    made = approvals_of(shared)
+    enrolment.serve(host, ["approvals"], io.BytesIO(made), stdout, reseal=reseal)
+    assert stdout.getvalue() == b"the approvals were taken: what waits for them goes on\n"
+    assert reseal.approvals.read_bytes() == made
+    assert reseal.approvals.stat().st_mode & 0o777 == 0o600
+    assert reseal.approvals.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_stick_carries_the_event_log_out_and_approvals_in(
+    shared: Site, carried: Carried, reseal: Reseal
+) -> None:
+    name = enrolment.save_event_log(carried, STICK, "0" * 16, reseal.event_log)
+    assert name == f"mosinit/event-log-{'0' * 16}.bin"
+    assert (carried.folder / name).read_bytes() == shared.log.read_bytes()
+    assert [path.name for path in (carried.folder / "mosinit").iterdir()] == [Path(name).name]
+    with pytest.raises(Failure, match=r"has no mosinit/approvals\.json"):
+        enrolment.take_approvals(carried, STICK, reseal)
+    (carried.folder / "mosinit/approvals.json").write_bytes(approvals_of(shared))
+    assert enrolment.take_approvals(carried, STICK, reseal) == "mosinit/approvals.json"
+    assert reseal.approvals.read_bytes() == approvals_of(shared)
+    assert carried.mounts == [("sda1", "vfat", read_only) for read_only in (False, True, True)]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "text", "large", "another product", "another key", "an answer"])
+def test_only_approvals_of_this_organisation_get_in(
+    kind: str, shared: Site, carried: Carried, reseal: Reseal
+) -> None:
+    untrusted = {
+        "nothing": b"",
+        "text": b"no JSON",
+        "large": approvals_of(shared) + b" " * init.MIB,
+        "another product": approvals_of(shared, product=shared.other.product),
+        "another key": approvals_of(shared, platform_key=bytes(34)),
+        "an answer": shared.answer.read_bytes(),
+    }[kind]
+    (carried.folder / "mosinit").mkdir()
+    (carried.folder / "mosinit/approvals.json").write_bytes(untrusted)
+    with pytest.raises((Failure, init.Refused)):
+        enrolment.take_approvals(carried, STICK, reseal)
+    stdout = io.BytesIO()
+    with pytest.raises((Failure, init.Refused)):
+        enrolment.serve(carried, ["approvals"], io.BytesIO(untrusted), stdout, reseal=reseal)
+    assert not reseal.approvals.exists()
+    assert stdout.getvalue() == b""
+
+
+def test_a_machine_without_an_event_log_says_so(host: Host, reseal: Reseal) -> None:
+    with pytest.raises(Failure, match="there is no event log"):
+        enrolment.serve(
+            host, ["event-log"], io.BytesIO(), io.BytesIO(),
+            reseal=dataclasses.replace(reseal, event_log=reseal.left / "none"),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "words",
-    [[], ["sh"], ["request", "auths.json"], ["request;sh"], ["answer", "/etc/passwd"], ["../request"],
+    [[], ["sh"], ["event-log", "x"], ["approvals", "/etc/passwd"], ["Event-log"],
+     ["request", "auths.json"], ["request;sh"], ["answer", "/etc/passwd"], ["../request"],
      ["scp", "-t", "/"], ["Request"], [""]],
 )  # fmt: skip
 def test_nothing_else_is_served(words: list[str], state: Path, host: Host) -> None:

@@ -222,6 +222,8 @@ def stdout(monkeypatch: pytest.MonkeyPatch) -> Served:
         ({}, 2, "`request` prints"), ({"SSH_ORIGINAL_COMMAND": "sh -c id"}, 2, "`request` prints"),
         ({"SSH_ORIGINAL_COMMAND": "sh", "SSH_TTY": "/dev/pts/0"}, 2, "`request` prints"),
         ({"SSH_ORIGINAL_COMMAND": "request"}, 1, "no request yet"),
+        ({"SSH_ORIGINAL_COMMAND": "event-log /etc/shadow"}, 2, "`event-log` prints"),
+        ({"SSH_ORIGINAL_COMMAND": "approvals"}, 1, "not started by mosinit"),
     ],
 )  # fmt: skip
 def test_the_rest_of_ssh(
