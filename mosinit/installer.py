@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mosinit import explain, init
 from mosinit.host import Failure, printable
@@ -22,6 +22,34 @@ SHOWN_LINES = 8  # of what the work said last
 AGAIN = "Start the installation again: it finishes what it began. Other disks were not touched."
 MEMBERS_WORD = "members"
 LAST_STEP = 6
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What the pages call the work that writes."""
+
+    enrolment: str
+    progress: str
+    doing: str
+    stop: str
+    after: str  # what is so once it was stopped
+
+
+INSTALLATION = Wording(
+    f"Enrolment (step 5 of {LAST_STEP})",
+    f"Progress (step 6 of {LAST_STEP})",
+    "The system is being installed.",
+    "Stop the installation?",
+    f"What is on the disk by then starts no machine. {AGAIN}",
+)
+
+
+class Carry(NamedTuple):
+    """What a stick is wanted for: the question which one, what is shown meanwhile, and the work."""
+
+    question: str
+    doing: str
+    do: Callable[[Job[Any], object], str]
 
 
 @dataclass(frozen=True)
@@ -185,6 +213,9 @@ def gibibytes(size: int) -> str:
 class Flow:
     """Where the person is, and what was said and chosen so far."""
 
+    more: tuple[Button, ...] = ()  # on the first page
+    waits: tuple[str, ...] = ("progress", "enrolment")  # pages of work that writes
+
     def __init__(
         self, world: World, choices: Choices | None = None,
         start: Callable[[Job[Any]], None] = lambda job: job.start(),
@@ -200,10 +231,12 @@ class Flow:
         self._then: Callable[[Any], None] = lambda result: None
         self._back = "welcome"
         self.installing: Job[Any] | None = None
+        self._ended: Callable[[Job[Any]], None] = self._end_of_installation
+        self.words = INSTALLATION
         self.disks: tuple[DiskView, ...] = ()
         self.links: tuple[LinkView, ...] = ()
         self.sticks: tuple[tuple[str, object], ...] = ()
-        self._of_stick = ""
+        self._of_stick = self._from_sticks = ""
         self.link: LinkView | None = None
         self._from_network = "welcome"
         self.planned: Planned | None = None
@@ -230,9 +263,16 @@ class Flow:
             self._end_of_work(job)
         if (job := self.installing) and job.ended:
             self.installing = None
-            self._end_of_installation(job)
-        elif job and self.at in ("progress", "enrolment"):
-            self.at = "enrolment" if job.waiting else "progress"
+            if self.job:
+                self.job.stop()
+                self.job = None
+            self._ended(job)
+        elif job and self.at in self.waits:
+            self.at = self._page_of(job)
+
+    def _page_of(self, job: Job[Any]) -> str:
+        """Return the page of work that writes: what it waits for, or how far it is."""
+        return "enrolment" if job.waiting else "progress"
 
     def close(self, seconds: float) -> None:
         """Stop what still runs, and give it a while to close what it opened."""
@@ -259,6 +299,12 @@ class Flow:
             self._to_disks(str(job.error))
         elif not isinstance(job.error, Stopped):
             self.problem = "; ".join(filter(None, reason(job.error)))
+
+    def _begin(self, name: str, work: Callable[[Job[Any]], Any], ended: Callable[[Job[Any]], None]) -> None:
+        """Begin work that writes, which shows what it says and is stopped only after a question."""
+        self.installing, self._ended, self.at = Job(name, work), ended, "progress"
+        self._start(self.installing)
+        self.tick()
 
     def _leave(self, status: int) -> None:
         self.over, self.status = True, status
@@ -310,7 +356,12 @@ class Flow:
             "system, reads it back, and is ready to restart. Every step can be left and begun again.",
         )
         items += [Text(" ".join(steps)), Text(""), *self._problem()]
-        items += [Button("go", "Continue"), Button("network", "Network"), Button("back", "Leave")]
+        items += [
+            Button("go", "Continue"),
+            Button("network", "Network"),
+            *self.more,
+            Button("back", "Leave"),
+        ]
         return Page(
             "welcome", "Installation", tuple(items), keys="Arrows, Tab: move   Enter: choose   Esc: leave"
         )
@@ -546,10 +597,11 @@ class Flow:
     def _consented(self, planned: Planned) -> None:
         def then(_: None) -> None:
             choices = self.choices
-            self.installing = Job("install", lambda job: self.world.install(job, choices, planned))
-            self.at = "progress"
-            self._start(self.installing)
-            self.tick()
+            self._begin(
+                "install",
+                lambda job: self.world.install(job, choices, planned),
+                self._end_of_installation,
+            )
 
         work = "Looking at the disk again"
         self._work(work, lambda job: self.world.check_unchanged(job, planned), then, "plan")
@@ -574,55 +626,60 @@ class Flow:
             Text(""),
             Text("It goes on by itself as soon as the answer is here."),
         ]
-        return Page("enrolment", f"Enrolment (step 5 of {LAST_STEP})", tuple(items))
+        return Page("enrolment", self.words.enrolment, tuple(items))
 
     def _act_enrolment(self, action: str, values: Mapping[str, str]) -> None:
-        if action in ("save", "take"):
-            self._of_stick = action
-
-            def then(sticks: Sequence[tuple[str, object]]) -> None:
-                self.sticks, self.at = tuple(sticks), "sticks"
-
-            self._work("Looking for USB sticks", lambda job: self.world.sticks(job), then, "enrolment")
+        if action in self._carries():
+            self._to_sticks(action, "enrolment")
         else:
             self.at = "stop"
 
+    def _carries(self) -> Mapping[str, Carry]:
+        """Return what sticks are wanted for, by action."""
+        save, take = self.world.save_request, self.world.take_answer
+        return {
+            "save": Carry("Save the request on which stick?", "Saving the request", save),
+            "take": Carry("On which stick is answer.json?", "Taking the answer", take),
+        }
+
+    def _to_sticks(self, action: str, back: str) -> None:
+        self._of_stick, self._from_sticks = action, back
+
+        def then(sticks: Sequence[tuple[str, object]]) -> None:
+            self.sticks, self.at = tuple(sticks), "sticks"
+
+        self._work("Looking for USB sticks", lambda job: self.world.sticks(job), then, back)
+
     def _page_sticks(self) -> Page:
-        save = self._of_stick == "save"
-        head = "Save the request on which stick?" if save else "On which stick is answer.json?"
+        head = self._carries()[self._of_stick].question
         rows: list[Item] = [Choice(f"stick:{place}", words) for place, (words, _) in enumerate(self.sticks)]
         none = Text("there is no USB stick with a FAT file system: plug one in, look again", "warning")
         items = (
             Text(head, "strong"), Text(""), *(rows or [none]), Text(""),
             Button("again", "Look again"), Button("back", "Back"),
         )  # fmt: skip
-        return Page("sticks", f"Enrolment (step 5 of {LAST_STEP})", items)
+        return Page("sticks", self.words.enrolment, items)
 
     def _act_sticks(self, action: str, values: Mapping[str, str]) -> None:
+        back = self._from_sticks
         if not action.startswith("stick:"):
-            self.at = "enrolment"
+            self.at = back
             if action == "again":
-                self._act_enrolment(self._of_stick, values)
+                self._to_sticks(self._of_stick, back)
             return
         _, stick = self.sticks[int(action.partition(":")[2])]
 
         def then(words: str) -> None:
-            self.note, self.at = words, "enrolment"
+            self.note, self.at = words, back
 
-        if self._of_stick == "save":
-            self._work(
-                "Saving the request", lambda job: self.world.save_request(job, stick), then, "enrolment"
-            )
-        else:
-            self._work(
-                "Taking the answer", lambda job: self.world.take_answer(job, stick), then, "enrolment"
-            )
+        carry = self._carries()[self._of_stick]
+        self._work(carry.doing, lambda job: carry.do(job, stick), then, back)
 
     # --- 8. Progress
 
     def _page_progress(self) -> Page:
         job = self.installing
-        items: list[Item] = [Text("The system is being installed.", "strong"), Text("")]
+        items: list[Item] = [Text(self.words.doing, "strong"), Text("")]
         if job and (progress := job.progress):
             items += [Text(progress.label), Bar(progress.done, progress.total, words_of(progress)), Text("")]
         lines = job.lines[-SHOWN_LINES:] if job else ()
@@ -632,7 +689,7 @@ class Flow:
         if job and job.stopping:
             items += [Text(""), Text("Stopping at the end of this step; Ctrl-C: leave at once", "warning")]
         keys = "Esc: stop   Ctrl-L: draw anew"
-        return Page("progress", f"Progress (step 6 of {LAST_STEP})", tuple(items), keys=keys)
+        return Page("progress", self.words.progress, tuple(items), keys=keys)
 
     def _act_progress(self, action: str, values: Mapping[str, str]) -> None:
         if self.installing and not self.installing.stopping:
@@ -640,8 +697,8 @@ class Flow:
 
     def _page_stop(self) -> Page:
         items = (
-            Text("Stop the installation?", "strong"),
-            Text("What is on the disk by then starts no machine. " + AGAIN),
+            Text(self.words.stop, "strong"),
+            Text(self.words.after),
             Text(""), Button("on", "Go on"), Button("stop", "Stop"),
         )  # fmt: skip
         return Page("stop", "Stop?", items, focus="on")
@@ -654,9 +711,6 @@ class Flow:
 
     def _end_of_installation(self, job: Job[Any]) -> None:
         self.error = job.error
-        if self.job:
-            self.job.stop()
-            self.job = None
         if isinstance(job.error, Changed):
             self.error = None
             self._to_disks(str(job.error))

@@ -1,8 +1,9 @@
-"""The interactive installer on a live machine: `installer`'s pages, and behind them what the verbs do.
+"""The interactive installer on a live machine: pages of `installer` and `recovery`, and behind them what the
+verbs do.
 
-Plan and act are `install`'s, request and answer `provision`'s, what carries them `enrolment`'s: nothing is
-decided here a second time. The installation runs in a thread of its own, which alone holds the lock and the
-mounts; the screen goes on meanwhile.
+Plan and act are `install`'s, `recover`'s and `resealing`'s, request and answer `provision`'s, what carries
+them `enrolment`'s: nothing is decided here a second time. What writes runs in a thread of its own, which
+alone holds the lock and the mounts; the screen goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,13 +26,17 @@ from mosinit import (
     layout,
     network,
     provision,
+    recover,
+    recovery,
     releases,
+    resealing,
     unattended,
 )
 from mosinit.host import Failure, Host, printable
 from mosinit.install import Installer
 from mosinit.installer import Choices, DiskView, Enrolment, Facts, Flow, LinkView, Outcome, Planned
 from mosinit.jobs import Job, Stopped
+from mosinit.recovery import Approving, Found, Rescue
 from mosinit.sources import open_source
 from mosinit.tpm import DEVICE, open_tpm
 
@@ -66,6 +71,10 @@ class Shown(install.Installer):
             yield advance
 
 
+class ShownRecoverer(Shown, recover.Recoverer):
+    """The same of a recovery."""
+
+
 @dataclass(frozen=True)
 class Given:
     """What the command line says already, and where things are: tests have them elsewhere."""
@@ -82,18 +91,25 @@ class Given:
     event_log: Path = provision.EVENT_LOG
     port: Path = unattended.PORT
     medium: str = install.MEDIUM_RELEASE
+    approvals: Path = enrolment.Reseal().approvals
     shown: Callable[[Job[Any]], install.Installer] = Shown
+    recovering: Callable[[Job[Any]], recover.Recoverer] = ShownRecoverer
+
+    @property
+    def reseal(self) -> enrolment.Reseal:
+        """Return where approvals wait to be laid."""
+        return enrolment.Reseal(self.approvals, self.left, self.event_log)
 
 
 def run(host: Host, given: Given) -> dict[str, object]:
-    """Lead a person through an installation; return what was done. Raises what it failed with."""
+    """Lead a person through an installation or a recovery; return what was done. Raises what failed."""
     from mosinit import screens  # with urwid, which nothing else needs
 
     if os.geteuid() != 0:
         raise Failure("installing needs root: run it as root")
     # What is mounted from here ends with this process, sticks included.
     host.unshare_mounts()
-    flow = Flow(Live(host, given), Choices(source=given.source))
+    flow = recovery.Flow(Live(host, given), Choices(source=given.source))
     try:
         screens.run(flow)
     finally:
@@ -110,7 +126,7 @@ def ending(flow: Flow) -> dict[str, object]:
     if flow.outcome is None:
         raise Failure("left before anything was installed: start it again when you like")
     data: dict[str, object] = flow.outcome.data
-    return {**data, "next": "remove the medium and restart"}
+    return {**data, "next": data.get("next", "remove the medium and restart")}
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,7 @@ class Live:
 
     def __init__(self, host: Host, given: Given) -> None:
         self._host, self._given = host, given
+        self._resealed = ""  # the serial of the machine that waits for approvals
 
     def facts(self) -> Facts:
         """Say what this machine is, from what the bring-up left and the TPM says."""
@@ -304,6 +321,102 @@ class Live:
             reply = unattended.exchange(self._given.port, enrolment.read_request(self._given.state))
             enrolment.put_answer(host, reply, str(self._given.port), self._given.state)
 
+    # --- Recovering
+
+    def machines(self, job: Job[Any]) -> Sequence[DiskView]:
+        """List the disks that have a machine's partitions."""
+        return [view(disk) for disk in recover.machines(self._given.shown(job))]
+
+    def reseal(self, job: Job[Any], disk: Path) -> Outcome:
+        """Lay an approval of what PCR 7 is now, once there is one."""
+        given, host = self._given, self._given.recovering(job)
+        options = resealing.Options(disk, None, left=given.left, event_log=given.event_log)
+        with install.alone(host):
+            host.say("looking at the disk and at the TPM")
+            seen = resealing.look(host, options)
+            if not resealing.lacks_approval(seen):
+                return resealed(resealing.nothing(seen))
+            self._resealed = resealing.serial(seen)
+            done = self._await_approvals(host, job, options, seen)
+            given.approvals.unlink(missing_ok=True)
+            return resealed(done)
+
+    def _await_approvals(
+        self, host: recover.Recoverer, job: Job[Any], options: resealing.Options, seen: resealing.Seen
+    ) -> dict[str, object]:
+        """Lay the approvals that come, whichever way they come, as soon as they are right."""
+        path = self._given.approvals
+        asked = resealing.nothing(seen) if seen.shut is None else resealing.describe(seen)
+        told = (str(asked["next"]),) if seen.shut is None else lines_of(asked, "found")
+        said = ways_of_approvals(_links(host), enrolment.ssh_fingerprint(), self._resealed)
+        waiting = Approving(name_of(seen.planned.disk), told, self._resealed, said)
+        tried, job.waiting = (0, 0), waiting
+        while True:
+            if (now := stamp(path)) != tried:
+                tried = now
+                try:
+                    done = resealing.reseal_disk(host, replace(options, approvals=path))
+                    break
+                except (Failure, init.Refused, OSError) as error:
+                    job.waiting = replace(waiting, wrong="; ".join(filter(None, installer.reason(error))))
+            job.sleep(POLL_SECONDS)
+        job.waiting = None
+        return done
+
+    def provision(self, job: Job[Any]) -> None:
+        """Provision the TPM of this machine, as far as that is not done."""
+        host, state = self._given.recovering(job), self._given.state
+        with install.alone(host):
+            if not (state / "seal.json").exists():
+                self._enrol(host, job)
+            host.say("closing the TPM: passwords set, TPM2_Clear off")
+            provision.close(host, state, self._given.tcti)
+
+    def look(self, job: Job[Any], rescue: Rescue) -> Found:
+        """Look at a disk; nothing is written."""
+        given, host = self._given, self._given.recovering(job)
+        options = recover.Options(
+            rescue.disk, rescue.keys(), given.state if rescue.renewed else None,
+            rescue.source or given.medium, left=given.left, loader=given.loader,
+            access=self._access(Choices(source=rescue.source)),
+        )  # fmt: skip
+        with install.alone(host):
+            return found(*self._look(host, options))
+
+    def _look(self, host: recover.Recoverer, options: recover.Options) -> tuple[recover.Look, str]:
+        """Look; if something is lost, say why, and look at what it would be to make that anew."""
+        try:
+            return recover.look(host, options), ""
+        except init.Refused as refused:
+            if options.provisioned is None:  # which takes the secret of a new provisioning
+                raise
+            with contextlib.suppress(Failure, init.Refused, OSError):
+                seen = recover.look(host, replace(options, anew=True))
+                return seen, "; ".join(filter(None, installer.reason(refused)))
+            raise
+
+    def recover(self, job: Job[Any], found: Found) -> Outcome:
+        """Do what was found to be needed, if that is still so."""
+        host, before = self._given.recovering(job), found.plan
+        with install.alone(host):
+            host.say("looking at the disk again")
+            now = recover.look(host, before.options)
+            if (now.planned, recover.describe(now)) != (before.planned, recover.describe(before)):
+                raise Failure(f"{found.disk} is not as it was shown: nothing was written; look again")
+            return recovered(recover.act(host, now))
+
+    def save_event_log(self, job: Job[Any], stick: object) -> str:
+        """Save the firmware's event log on a stick; say where."""
+        assert isinstance(stick, enrolment.Stick)
+        given = self._given
+        name = enrolment.save_event_log(given.shown(job), stick, self._resealed, given.event_log)
+        return f"saved as {name}: the stick can be taken out"
+
+    def take_approvals(self, job: Job[Any], stick: object) -> str:
+        """Take approvals from a stick; say so."""
+        assert isinstance(stick, enrolment.Stick)
+        return f"{enrolment.take_approvals(self._given.shown(job), stick, self._given.reseal)} is taken"
+
     # --- By hand
 
     def sticks(self, job: Job[Any]) -> Sequence[tuple[str, object]]:
@@ -404,12 +517,64 @@ def outcome(done: dict[str, object]) -> Outcome:
     return Outcome(lines, done)
 
 
+def found(seen: recover.Look, lost: str) -> Found:
+    """Return what a person sees of what `recover` found: what `recover --plan` says."""
+    told = recover.describe(seen)
+    will = tuple(dict.fromkeys(lines_of(told, "will do")))
+    return Found(
+        name_of(seen.planned.disk), lines_of(told, "found"), will, lines_of(told, "left"), lost, seen
+    )
+
+
+def lines_of(done: Mapping[str, object], name: str) -> tuple[str, ...]:
+    """Return what a verb says under a name."""
+    rows = done.get(name)
+    return tuple(map(str, rows)) if isinstance(rows, list | tuple) else ()
+
+
+def recovered(done: dict[str, object]) -> Outcome:
+    """Say how a recovery ended."""
+    did = [f"done: {line}" for line in dict.fromkeys(lines_of(done, "will do"))]
+    left = [f"left: {line}" for line in lines_of(done, "left")]
+    entry = f"boot entry: {done['boot entry'] or 'none, the firmware took none'}"
+    head = f"{done['disk']}, serial {done['serial']}: read back as a boot does"
+    return Outcome((head, *(did or ["nothing had to be done"]), *left, entry, str(done["next"])), done)
+
+
+def resealed(done: dict[str, object]) -> Outcome:
+    """Say how resealing ended."""
+    did = [f"done: {line}" for line in lines_of(done, "will do")]
+    return Outcome((f"{done['disk']}, serial {done['serial']}", *did, str(done["next"])), done)
+
+
+def ways_of_approvals(links: Sequence[network.Link], fingerprint: str, number: str) -> tuple[str, ...]:
+    """Say how the event log gets to the organisation from here, and approvals back."""
+    approve = "  mosinit approve event-log --machine {} --keys DIR --out approvals.json"
+    why = "(once you know why the firmware's state, PCR 7, changed)"
+    if not fingerprint:
+        return ("By a USB stick, with what is below, and where the keyset is:", approve.format(number), why)
+    address = _address(links)
+    return (
+        "Over SSH, from where the keyset is:",
+        f"  ssh root@{address} event-log > event-log",
+        approve.format(number),
+        f"  ssh root@{address} approvals < approvals.json",
+        why,
+        f"This machine's host key: {fingerprint}",
+        "Or by a USB stick, with what is below.",
+    )
+
+
+def _address(links: Sequence[network.Link]) -> str:
+    addresses = [address.partition("/")[0] for link in links for address in link.addresses]
+    return addresses[0] if addresses else "ADDRESS (there is no network)"
+
+
 def ways(links: Sequence[network.Link], fingerprint: str, port: Path) -> tuple[str, ...]:
     """Say how a request gets to the organisation from here; without a fingerprint nobody comes by SSH."""
     said: list[str] = []
     if fingerprint:
-        addresses = [address.partition("/")[0] for link in links for address in link.addresses]
-        address = addresses[0] if addresses else "ADDRESS (there is no network)"
+        address = _address(links)
         said += [
             "Over SSH, from where the keyset is:",
             f"  ssh root@{address} request > request.json",

@@ -227,8 +227,8 @@ def find_disk(host: Host, named: Path | None) -> layout.Plan:
     return planned
 
 
-def _only_disk(host: Host) -> Path:
-    """Return the one disk that has a machine's partitions and is not the medium."""
+def machines(host: Host) -> list[layout.Disk]:
+    """Return the disks that have a machine's partitions and are not the medium."""
     found = []
     for name in host.names("/sys/block"):
         if name.startswith(("loop", "ram", "zram", "dm-", "md", "fd", "mtd", "sr", "nbd")):
@@ -237,6 +237,11 @@ def _only_disk(host: Host) -> Path:
             disk = layout.inspect(host, Path("/dev", name))
             if not layout.boot_medium(host, disk) and read_partitions(host, disk):
                 found.append(disk)
+    return found
+
+
+def _only_disk(host: Host) -> Path:
+    found = machines(host)
     if len(found) != 1:
         names = ", ".join(f"{disk.path} (serial {disk.serial})" for disk in found)
         raise Failure(f"{names or 'no disk'} could be the machine's: name its disk by --disk")

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import exchange, explain, init, install, layout, luks, provision, recover, reseal
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mosinit import exchange, explain, init, install, layout, luks, provision, records, recover, reseal
 from mosinit.host import Failure, Host
 from mosinit.recover import Recoverer
 
@@ -79,6 +82,22 @@ def shut(machine: init.Machine, tokens: init.Tokens, order: int, policy: init.Po
     return None
 
 
+def lacks_approval(seen: Seen) -> bool:
+    """Say whether an approval of what PCR 7 is now is needed, for the disk or for the medium's epoch."""
+    tokens = seen.header.tokens
+    assert tokens  # of a config volume
+    return seen.shut is not None or tokens.approvals[seen.pcr7].epoch < seen.policy.epoch
+
+
+def serial(seen: Seen) -> str:
+    """Return the serial under which the organisation files the machine that the disk is of."""
+    tokens = seen.header.tokens
+    assert tokens  # of a config volume
+    key = x509.load_der_x509_certificate(tokens.record).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # the SUDI CA signs no others
+    return records.serial_of(key)
+
+
 def describe(seen: Seen) -> dict[str, object]:
     """Return what was found as plain data."""
     disk = seen.planned.disk
@@ -144,8 +163,9 @@ def ask(host: Host, options: Options, seen: Seen, *, plan: bool) -> dict[str, ob
     """Write the event log for the organisation, and say what to do with it."""
     log = provision.read_event_log(options.event_log)
     steps = (
-        f"where the keyset is: `mosinit approve {options.out.name} --keys DIR --out approvals.json`, once "
-        "you know why PCR 7 changed; then here `mosinit recover --reseal --approvals approvals.json`"
+        f"where the keyset is: `mosinit approve {options.out.name} --machine {serial(seen)} --keys DIR "
+        "--out approvals.json`, once you know why PCR 7 changed; then here `mosinit recover --reseal "
+        "--approvals approvals.json`"
     )
     done = {**describe(seen), "will do": [f"write the event log to {options.out}"], "left": [steps]}
     if not plan:

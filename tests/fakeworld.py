@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from mosinit.installer import (
     DiskView,
     Enrolment,
     Facts,
-    Flow,
     LinkView,
     Outcome,
     Planned,
 )  # fmt: skip
 from mosinit.jobs import Job
+from mosinit.recovery import Approving, Flow, Found, Rescue
 
 GIB = 1 << 30
 FACTS = Facts(
@@ -69,6 +69,37 @@ ENROLMENT = Enrolment(
 )
 
 
+MACHINE = DiskView(
+    Path("/dev/vda"), "vda", "QEMU HARDDISK", "QM00007", 16 * GIB, "sata",
+    ("1  512.0 MiB  vfat  esp", "2  128.0 MiB  crypto_LUKS  machine-config"),
+)  # fmt: skip
+KEY = "-".join(["cbdefghi"] * 8)
+FOUND = Found(
+    "/dev/vda  QEMU HARDDISK  serial QM00007",
+    ("TPM-IDENTITY: config is sealed to an earlier provisioning",),
+    ("give config the key of the new provisioning and its recovery key in place of the old",),
+    (),
+)
+LOST = "LUKS-HEADER: expected a good copy, seen none; config is lost"
+APPROVING = Approving(
+    FOUND.disk,
+    ("TPM-POLICY: expected an approved PCR 7",),
+    "0123456789abcdef",
+    (
+        "Over SSH, from where the keyset is:",
+        "  ssh root@192.0.2.7 event-log > event-log",
+        "  mosinit approve event-log --machine 0123456789abcdef --keys DIR --out approvals.json",
+        "  ssh root@192.0.2.7 approvals < approvals.json",
+        "(once you know why the firmware's state, PCR 7, changed)",
+        "This machine's host key: SHA256:qwJ3Zk0pY0XGx2bQbq5mXvV7eX2m3o0m0n2JmB3b1Qk",
+        "Or by a USB stick, with what is below.",
+    ),
+)
+RECOVERED = Outcome(
+    ("/dev/vda: read back as a boot does", "done: give config the key", "remove the medium and restart"),
+    {"disk": "/dev/vda", "status": 0, "next": "remove the medium and restart"},
+)
+
 OUTCOME = Outcome(
     (
         "sequence 42 on /dev/nvme0n1, generation 5f2b1c9a, in 74 s",
@@ -88,6 +119,11 @@ class FakeWorld:
     calls: list[str] = field(default_factory=list)
     installation: Callable[[Job[Any]], Outcome] = lambda job: OUTCOME
     after: tuple[DiskView, ...] | None = None  # the disks once somebody looked at them
+    of_machines: tuple[DiskView, ...] = (MACHINE,)
+    seen_there: Found = FOUND
+    recovery: Callable[[Job[Any]], Outcome] = lambda job: RECOVERED
+    resealing: Callable[[Job[Any]], Outcome] = lambda job: RECOVERED
+    provisioning: Callable[[Job[Any]], None] = lambda job: None
 
     def _note(self, name: str, *words: object) -> None:
         self.calls.append(" ".join(map(str, (name, *words))))
@@ -176,6 +212,41 @@ class FakeWorld:
         self._note("take", stick)
         return "the answer was taken"
 
+    def machines(self, job: Job[Any]) -> Sequence[DiskView]:
+        """List the disks that have a machine's partitions."""
+        self._note("machines")
+        return self.of_machines
+
+    def reseal(self, job: Job[Any], disk: Path) -> Outcome:
+        """Do what the test says."""
+        self._note("reseal", disk)
+        return self.resealing(job)
+
+    def save_event_log(self, job: Job[Any], stick: object) -> str:
+        """Note it."""
+        self._note("log", stick)
+        return "saved as mosinit/event-log-0123456789abcdef.bin"
+
+    def take_approvals(self, job: Job[Any], stick: object) -> str:
+        """Note it."""
+        self._note("approvals", stick)
+        return "mosinit/approvals.json is taken"
+
+    def provision(self, job: Job[Any]) -> None:
+        """Do what the test says."""
+        self._note("provision")
+        self.provisioning(job)
+
+    def look(self, job: Job[Any], rescue: Rescue) -> Found:
+        """Find what the test says."""
+        self._note("look", rescue.disk, len(rescue.keys()), rescue.source, rescue.renewed)
+        return self.seen_there
+
+    def recover(self, job: Job[Any], found: Found) -> Outcome:
+        """Do what the test says."""
+        self._note("recover", found.disk.split()[0])
+        return self.recovery(job)
+
     def restart(self) -> None:
         """Note it."""
         self._note("restart")
@@ -221,7 +292,26 @@ def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
         wait(job, "read")
         return OUTCOME
 
+    def provisioning(job: Job[Any]) -> None:
+        job.waiting = ENROLMENT
+        wait(job, "answer")
+        job.waiting = None
+
+    def recovery(job: Job[Any]) -> Outcome:
+        job.say("config: the key of the new provisioning, and its recovery key")
+        wait(job, "written")
+        return RECOVERED
+
+    def resealing(job: Job[Any]) -> Outcome:
+        job.waiting = APPROVING
+        wait(job, "approvals")
+        job.waiting = None
+        return RECOVERED
+
     world.installation = installation
+    world.provisioning, world.recovery, world.resealing = provisioning, recovery, resealing
+    if "lost" in words:
+        world.seen_there = replace(FOUND, lost=LOST)
     if "twelve" in words:
         world.seen = tuple(
             DiskView(
