@@ -262,9 +262,12 @@ def test_a_disk_that_waits_for_approvals_says_how_they_come() -> None:
     assert [call for call in world.calls if call.endswith("sdd1")] == ["log sdd1", "approvals sdd1"]
     job.waiting = replace(APPROVING, wrong="TPM-POLICY: these approvals are for another state")
     assert "The last approvals were not taken: TPM-POLICY: these approvals are for" in words(flow)
+    job.waiting = None
+    flow.tick()
+    went_on = flow.at
     job.run()
     flow.tick()
-    assert flow.at == "recovered"
+    assert (went_on, flow.at) == ("progress", "recovered")
 
 
 def test_approvals_that_came_by_another_way_end_the_look_for_sticks() -> None:

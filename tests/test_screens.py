@@ -17,7 +17,7 @@ import pytest
 
 from mosinit import pages, screens
 from mosinit.screens import Look
-from tests.fakeworld import SSD
+from tests.fakeworld import KEY, SSD
 from tests.terminals import SECONDS, Terminal, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,6 +359,87 @@ def test_a_serial_line_is_not_flooded_by_progress() -> None:
         seen = record.stat().st_size
         # Two rows at most change at each look.
         assert 0 < seen <= (time.monotonic() - begun + 1) / screens.TICK_SECONDS * 240
+
+
+# --- Recovery ----------------------------------------------------------------------------------------------
+
+
+def to_ways(shown: Terminal) -> str:
+    shown.press("r", "Enter")
+    return shown.wait("> Firmware or its keys changed", "TPM is new, or the disk is damaged")
+
+
+def test_a_new_tpm_by_keys_alone() -> None:
+    with installer() as shown:
+        to_ways(shown)
+        shown.press("Down", "Enter")
+        shown.wait("The recovery key of /dev/vda", "Recovery key:")
+        shown.type(KEY)
+        shown.press("Tab", "Tab", "Tab", "Tab", "Enter")
+        shown.wait("Recovery: enrolment", "waits to be enrolled", "0123456789abcdef")
+        go(shown, "answer")
+        seen = shown.wait("config is sealed to an earlier provisioning", "[ Do this to /dev/vda ]")
+        assert KEY not in seen
+        shown.press("d", "Enter")
+        shown.wait("This machine is being recovered.", "* config: the key of the new provisioning")
+        go(shown, "written")
+        shown.wait("read back as a boot does", "remove the medium and restart", "> [ Leave ]")
+        shown.press("Enter")
+        shown.ended(0)
+        assert calls(shown) == ["machines", "provision", "look /dev/vda 1  True", "recover /dev/vda"]
+
+
+def test_the_recovery_key_is_shown_as_stars() -> None:
+    with installer() as shown:
+        to_ways(shown)
+        shown.press("Down", "Enter")
+        shown.wait("Recovery key:")
+        record = shown.folder / "bytes"
+        shown.record(record)
+        shown.type(KEY[:8])
+        shown.wait("Recovery key: ********")
+        shown.press("C-c")
+        shown.ended(130)
+        assert KEY[:8].encode() not in record.read_bytes()
+        assert calls(shown) == ["machines"]
+
+
+def test_what_is_lost_is_not_made_anew_by_enter_alone() -> None:
+    with installer("lost") as shown:
+        to_ways(shown)
+        shown.press("Down", "Enter")
+        shown.wait("Recovery key:")
+        shown.type(KEY)
+        shown.press("Tab", "Tab", "Tab", "Enter")
+        shown.wait("config is lost", "type: anew", "[ Make anew what is lost")
+        shown.press("Enter", "Enter", "Enter")
+        shown.wait("the word anew was not typed: nothing was written")
+        shown.press("Escape")
+        shown.wait("Firmware or its keys changed")
+        shown.press("C-c")
+        shown.ended(130)
+        assert calls(shown) == ["machines", "look /dev/vda 1  False"]
+
+
+def test_approvals_are_waited_for_on_one_screen() -> None:
+    with installer() as shown:
+        to_ways(shown)
+        shown.press("Enter")
+        shown.wait(
+            "TPM-POLICY", "root@192.0.2.7 event-log > event-log",
+            "approve event-log --machine 0123456789abcdef",
+            "root@192.0.2.7 approvals < approvals.json", "[ Save the event log on a USB stick ]",
+            "[ Take approvals from a USB stick ]",
+        )  # fmt: skip
+        shown.press("s", "Enter")
+        shown.wait("Save the event log on which stick?", "sdd1")
+        shown.press("Enter")
+        shown.wait("saved as mosinit/event-log-0123456789abcdef.bin")
+        go(shown, "approvals")
+        shown.wait("remove the medium and restart")
+        shown.press("Escape")
+        shown.ended(0)
+        assert calls(shown) == ["machines", "reseal /dev/vda", "sticks", "log sdd1"]
 
 
 # --- Which terminals ---------------------------------------------------------------------------------------
