@@ -292,26 +292,8 @@ def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
         wait(job, "read")
         return OUTCOME
 
-    def provisioning(job: Job[Any]) -> None:
-        job.waiting = ENROLMENT
-        wait(job, "answer")
-        job.waiting = None
-
-    def recovery(job: Job[Any]) -> Outcome:
-        job.say("config: the key of the new provisioning, and its recovery key")
-        wait(job, "written")
-        return RECOVERED
-
-    def resealing(job: Job[Any]) -> Outcome:
-        job.waiting = APPROVING
-        wait(job, "approvals")
-        job.waiting = None
-        return RECOVERED
-
     world.installation = installation
-    world.provisioning, world.recovery, world.resealing = provisioning, recovery, resealing
-    if "lost" in words:
-        world.seen_there = replace(FOUND, lost=LOST)
+    gate_recovery(world, wait, words)
     if "twelve" in words:
         world.seen = tuple(
             DiskView(
@@ -329,6 +311,30 @@ def gated(folder: Path, words: Sequence[str]) -> FakeWorld:
     if "unregistered" in words:
         world.fail["source"] = Failure("registry.example does not answer (timed out): look at the network")
     return world
+
+
+def gate_recovery(world: FakeWorld, wait: Callable[[Job[Any], str], None], words: Sequence[str]) -> None:
+    """Let a recovery wait for files, too."""
+
+    def provisioning(job: Job[Any]) -> None:
+        job.waiting = ENROLMENT
+        wait(job, "answer")
+        job.waiting = None
+
+    def recovery(job: Job[Any]) -> Outcome:
+        job.say("config: the key of the new provisioning, and its recovery key")
+        wait(job, "written")
+        return RECOVERED
+
+    def resealing(job: Job[Any]) -> Outcome:
+        job.waiting = APPROVING
+        wait(job, "approvals")
+        job.waiting = None
+        return RECOVERED
+
+    world.provisioning, world.recovery, world.resealing = provisioning, recovery, resealing
+    if "lost" in words:
+        world.seen_there = replace(FOUND, lost=LOST)
 
 
 def main() -> int:
