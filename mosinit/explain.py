@@ -294,10 +294,10 @@ def last_boot(
     if os.geteuid() != 0:
         host.say("only root can see what the firmware measured: run this as root to have it compared")
         return story(report)
-    return story(report, _compare_with_kept(host, log, machine or init.Machine()))
+    return story(report, compare_with_kept(host, log, machine or init.Machine()))
 
 
-def _compare_with_kept(host: Host, log: Path, machine: init.Machine) -> list[drift.Difference] | None:
+def compare_with_kept(host: Host, log: Path, machine: init.Machine) -> list[drift.Difference] | None:
     """Compare this boot with the last good one of each system on this machine's disks; None without one."""
     found: list[drift.Difference] | None = None
     try:

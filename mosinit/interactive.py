@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mosinit import (
     enrolment,
+    explain,
     init,
     install,
     installed,
@@ -348,6 +349,9 @@ class Live:
         path = self._given.approvals
         asked = resealing.nothing(seen) if seen.shut is None else resealing.describe(seen)
         told = (str(asked["next"]),) if seen.shut is None else lines_of(asked, "found")
+        # What `mosinit explain` says of it: nobody should approve what they did not mean.
+        changed = explain.compare_with_kept(host, self._given.event_log, host.machine())
+        told += tuple(f"in PCR 7: {each.what}" for each in changed or ())
         said = ways_of_approvals(_links(host), enrolment.ssh_fingerprint(), self._resealed)
         waiting = Approving(name_of(seen.planned.disk), told, self._resealed, said)
         tried, job.waiting = (0, 0), waiting
