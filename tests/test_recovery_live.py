@@ -107,7 +107,7 @@ def go(flow: recovery.Flow, *actions: str, until: str, **typed: str) -> str:
     for action in actions:
         flow.act(action, typed)
         wait(flow, until, "ways", "key", "found", "enrolment", "approving", "recovered")
-    wait(flow, until, "ways")
+    wait(flow, until, "ways", "recovered")
     assert flow.at == until, pages.text(flow.page())
     return pages.text(flow.page())
 
