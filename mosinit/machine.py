@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from mosinit.host import Failure
 
 CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
 VARIABLES = "OVMF_VARS.fd"
+SLOTS = "MOSINIT_VM_SLOTS"  # in the environment: a folder; as many machines run at a time as it has files
 REPORT_PORT = "org.mosinit.report"
 EXCHANGE_PORT = "org.mosinit.exchange"
 # Translated, a second processor makes no boot faster, and once in some hundred boots its timer never rings:
@@ -225,6 +227,28 @@ class Machine:
 
 
 @contextlib.asynccontextmanager
+async def _slot() -> AsyncIterator[None]:
+    """Be one of few machines at a time, where somebody wants that; wait for a place."""
+    folder = os.environ.get(SLOTS)
+    if folder is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(path.open("rb")) for path in sorted(Path(folder).iterdir())]
+        while not any(_taken(place) for place in places):
+            await asyncio.sleep(0.2)
+        yield
+
+
+def _taken(place: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
 async def powered(
     hardware: Hardware, disks: list[Path], folder: Path, accelerator: str, more: tuple[str, ...] = ()
 ) -> AsyncIterator[Machine]:
@@ -234,6 +258,7 @@ async def powered(
     """
     log = folder / "qemu.log"
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(_slot())
         messages = stack.enter_context(log.open("wb"))
         pairs = {name: stack.enter_context(channel()) for name in CHANNELS}
         tpm_of_qemu, tpm_of_swtpm = (stack.enter_context(end) for end in socket.socketpair())

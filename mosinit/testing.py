@@ -10,9 +10,12 @@ import os
 
 from mosinit import tools
 from mosinit.host import Host, Usage
+from mosinit.machine import SLOTS
 
 FOLDERS = {"unit": ("tests",), "vm": ("vm-tests",), None: ("tests", "vm-tests")}
-# Two files at a time: an emulated machine has one processor, and more machines at once starve each other.
+# Two files at a time, and two machines however many a file starts beside each other: an emulated machine has
+# one processor, and more at once starve each other.
+MACHINES = 2
 WORKERS = ("-n", "2", "--dist", "loadfile")
 
 
@@ -30,5 +33,9 @@ def run(host: Host, strength: str | None, *, expression: str | None = None, cold
     """Run the tests and return the exit status; the last line of output is pytest's own."""
     words = command(strength, expression=expression, cold=cold)
     # Inside the tools tree every program exists, so a test that skips for want of one would hide something.
-    status = host.call(words, env={**os.environ, "MOSINIT_REQUIRE_TOOLS": "1"}, cwd=tools.checkout())
+    with host.scratch() as slots:
+        for number in range(MACHINES):
+            (slots / str(number)).touch()
+        more = {"MOSINIT_REQUIRE_TOOLS": "1", SLOTS: str(slots)}
+        status = host.call(words, env={**os.environ, **more}, cwd=tools.checkout())
     return 0 if status == 0 else 1

@@ -224,7 +224,7 @@ def swap(events: Sequence[eventlog.Event], name: tuple[str, str], content: bytes
 
 
 def test_what_differs_among_good_firmware_is_reported(trusted: firmware.Certificates) -> None:
-    dbx = bytes(76)
+    dbx = firmware.EMPTY_DBX
     good = list(approvals.platform_events(trusted, dbx))
     more = [
         variable_event((init.EFI_GLOBAL, "AuditMode"), b"\0"),

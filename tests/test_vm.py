@@ -604,3 +604,31 @@ def test_a_report_of_an_earlier_boot_does_not_stay(host: Host, tmp_path: Path) -
     with pytest.raises(Failure, match="keys"):  # a disk without an ESP has no certificates to enrol
         vm.boot(host, boot_of(tmp_path, report=report))
     assert not report.exists()
+
+
+def test_as_many_machines_run_at_a_time_as_there_are_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0").touch()
+    monkeypatch.setenv(machine.SLOTS, str(tmp_path))
+
+    async def runs(seen: list[str], name: str, until: asyncio.Event) -> None:
+        async with machine._slot():
+            seen.append(name)
+            await until.wait()
+        seen.append(f"{name} ends")
+
+    async def story() -> list[str]:
+        seen, first, second = list[str](), asyncio.Event(), asyncio.Event()
+        one = asyncio.create_task(runs(seen, "one", first))
+        await asyncio.sleep(0)
+        two = asyncio.create_task(runs(seen, "two", second))
+        await asyncio.sleep(0.5)
+        assert seen == ["one"]
+        first.set()
+        await one
+        second.set()
+        await two
+        return seen
+
+    assert asyncio.run(story()) == ["one", "one ends", "two", "two ends"]
