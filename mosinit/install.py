@@ -315,16 +315,16 @@ def closing_of(options: Options) -> str:
 
 
 @contextlib.contextmanager
-def alone(host: Host, lock: Path = LOCK, mapped: Path = Path("/dev/mapper")) -> Iterator[None]:
+def alone(host: Host, lock: Path | None = None, mapped: Path = Path("/dev/mapper")) -> Iterator[None]:
     """Be the only installation of this machine, with mounts that end with this process whatever ends it;
     what a killed one left open is closed. Raises `Failure`.
     """
-    with lock.open("a+") as file:
+    with (lock or LOCK).open("a+") as file:
         file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            where = file.read(200) or str(lock)
+            where = file.read(200) or file.name
             raise Failure(
                 f"another installation runs ({where}): go on there, or wait for its end"
             ) from error

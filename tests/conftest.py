@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mosinit import install
 from mosinit.host import Host
 
 
@@ -49,6 +50,12 @@ def host() -> Host:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no cache of whoever runs the tests take part, nor grow."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _own_lock(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no other process's installation, nor its tests, be in the way."""
+    monkeypatch.setattr(install, "LOCK", tmp_path_factory.getbasetemp() / "install.lock")
 
 
 @pytest.fixture
