@@ -58,13 +58,15 @@ def test_of_ssh_there_is_what_a_live_system_answers_with(members: dict[str, tarf
     # A host key in an image would be the key of every machine; the rest are programs for others' machines.
     unwanted = ("/etc/ssh/ssh_host_", "/usr/bin/ssh", "/usr/bin/scp", "/usr/bin/sftp", "/root/.ssh")
     assert [path for path in members if path.startswith(unwanted)] == []
-    assert [path for path in members if path.endswith(("sftp-server", "installer_keys"))] == []
+    assert [path for path in members if path.endswith(("/sftp-server", "/installer_keys"))] == []
     enabled = [path for path in members if ".wants/" in path or ".requires/" in path]
     ours = "/etc/systemd/system/multi-user.target.wants/mosinit-live-ssh.service"
     assert [path for path in enabled if "ssh" in path and "/user/" not in path and "/var/" not in path] == [
         ours
     ]
     assert members["/etc/systemd/system-generators/systemd-ssh-generator"].linkname == "/dev/null"
+    # It would lay /root/.ssh, and an authorized_keys from whatever credential is named as it expects.
+    assert members["/etc/tmpfiles.d/provision.conf"].linkname == "/dev/null"
 
 
 def test_nothing_in_var_replaces_usr_or_etc(members: dict[str, tarfile.TarInfo]) -> None:
