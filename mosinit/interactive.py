@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mosinit import (
+    damage,
     enrolment,
     explain,
     init,
@@ -25,6 +26,7 @@ from mosinit import (
     installed,
     installer,
     layout,
+    machinedisk,
     network,
     provision,
     recover,
@@ -72,7 +74,7 @@ class Shown(install.Installer):
             yield advance
 
 
-class ShownRecoverer(Shown, recover.Recoverer):
+class ShownRecoverer(Shown, damage.Recoverer):
     """The same of a recovery."""
 
 
@@ -94,7 +96,7 @@ class Given:
     medium: str = install.MEDIUM_RELEASE
     approvals: Path = enrolment.Reseal().approvals
     shown: Callable[[Job[Any]], install.Installer] = Shown
-    recovering: Callable[[Job[Any]], recover.Recoverer] = ShownRecoverer
+    recovering: Callable[[Job[Any]], damage.Recoverer] = ShownRecoverer
 
     @property
     def reseal(self) -> enrolment.Reseal:
@@ -326,7 +328,7 @@ class Live:
 
     def machines(self, job: Job[Any]) -> Sequence[DiskView]:
         """List the disks that have a machine's partitions."""
-        return [view(disk) for disk in recover.machines(self._given.shown(job))]
+        return [view(disk) for disk in machinedisk.machines(self._given.shown(job))]
 
     def reseal(self, job: Job[Any], disk: Path) -> Outcome:
         """Lay an approval of what PCR 7 is now, once there is one."""
@@ -343,7 +345,7 @@ class Live:
             return resealed(done)
 
     def _await_approvals(
-        self, host: recover.Recoverer, job: Job[Any], options: resealing.Options, seen: resealing.Seen
+        self, host: damage.Recoverer, job: Job[Any], options: resealing.Options, seen: resealing.Seen
     ) -> dict[str, object]:
         """Lay the approvals that come, whichever way they come, as soon as they are right."""
         path = self._given.approvals
@@ -379,7 +381,7 @@ class Live:
     def look(self, job: Job[Any], rescue: Rescue) -> Found:
         """Look at a disk; nothing is written."""
         given, host = self._given, self._given.recovering(job)
-        options = recover.Options(
+        options = damage.Options(
             rescue.disk, rescue.keys(), given.state if rescue.renewed else None,
             rescue.source or given.medium, left=given.left, loader=given.loader,
             access=self._access(Choices(source=rescue.source)),
@@ -387,15 +389,15 @@ class Live:
         with install.alone(host):
             return found(*self._look(host, options))
 
-    def _look(self, host: recover.Recoverer, options: recover.Options) -> tuple[recover.Look, str]:
+    def _look(self, host: damage.Recoverer, options: damage.Options) -> tuple[damage.Look, str]:
         """Look; if something is lost, say why, and look at what it would be to make that anew."""
         try:
-            return recover.look(host, options), ""
+            return damage.look(host, options), ""
         except init.Refused as refused:
             if options.provisioned is None:  # which takes the secret of a new provisioning
                 raise
             with contextlib.suppress(Failure, init.Refused, OSError):
-                seen = recover.look(host, replace(options, anew=True))
+                seen = damage.look(host, replace(options, anew=True))
                 return seen, "; ".join(filter(None, installer.reason(refused)))
             raise
 
@@ -404,8 +406,8 @@ class Live:
         host, before = self._given.recovering(job), found.plan
         with install.alone(host):
             host.say("looking at the disk again")
-            now = recover.look(host, before.options)
-            if (now.planned, recover.describe(now)) != (before.planned, recover.describe(before)):
+            now = damage.look(host, before.options)
+            if (now.planned, damage.describe(now)) != (before.planned, damage.describe(before)):
                 raise Failure(f"{found.disk} is not as it was shown: nothing was written; look again")
             return recovered(recover.act(host, now))
 
@@ -521,9 +523,9 @@ def outcome(done: dict[str, object]) -> Outcome:
     return Outcome(lines, done)
 
 
-def found(seen: recover.Look, lost: str) -> Found:
+def found(seen: damage.Look, lost: str) -> Found:
     """Return what a person sees of what `recover` found: what `recover --plan` says."""
-    told = recover.describe(seen)
+    told = damage.describe(seen)
     will = tuple(dict.fromkeys(lines_of(told, "will do")))
     return Found(
         name_of(seen.planned.disk), lines_of(told, "found"), will, lines_of(told, "left"), lost, seen

@@ -13,9 +13,9 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import exchange, explain, init, install, layout, luks, provision, records, recover, reseal
+from mosinit import exchange, explain, init, install, layout, luks, machinedisk, provision, records, reseal
+from mosinit.damage import Recoverer
 from mosinit.host import Failure, Host
-from mosinit.recover import Recoverer
 
 _MEND = "recover with the recovery key first (`mosinit recover --key FILE`)"
 _OTHER_TPM = (
@@ -50,7 +50,7 @@ class Seen:
 def look(host: Recoverer, options: Options) -> Seen:
     """See that the disk is this TPM's, and whether it would open. Raises `Refused`, `Failure`."""
     policy = install.policy_of_live(options.left)
-    planned = recover.find_disk(host, options.disk)
+    planned = machinedisk.find_disk(host, options.disk)
     device = layout.device(planned, planned.named("config"))
     with explain.advising(dict.fromkeys(("LUKS-HEADER", "LUKS-TOKEN"), _MEND)):
         header = luks.read_header(host, device, "config")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import enroll, init, install, layout, luks, recover
+from mosinit import damage, enroll, init, install, layout, luks, machinedisk, recover
 from mosinit.generations import Elsewhere
 from mosinit.host import Host
 from tests import installation, provisioned
@@ -23,7 +23,7 @@ from tests.tpms import TpmMachine
 STATE_BYTES = 64 * init.MIB
 
 
-class NativeRecoverer(NativeInstaller, recover.Recoverer):
+class NativeRecoverer(NativeInstaller, damage.Recoverer):
     """A recoverer without device-mapper: a volume's data lies in clear behind its header."""
 
     def __init__(self, site: provisioned.Site | None = None) -> None:
@@ -88,27 +88,27 @@ class Site:
         self.made.renew(self.folder / "renewed")
         self.made.provision()
 
-    def options(self, disk: Path, state: Path | None = None, **changes: object) -> recover.Options:
+    def options(self, disk: Path, state: Path | None = None, **changes: object) -> damage.Options:
         values: dict[str, object] = {"recovery": (self.recovery_key(),), "provisioned": state}
         values |= {"left": self.left, "loader": self.loader, **changes}
-        return recover.Options(disk, **values)  # type: ignore[arg-type]
+        return damage.Options(disk, **values)  # type: ignore[arg-type]
 
     def recover(
         self, disk: Path, state: Path | None = None, host: NativeRecoverer | None = None, **changes: object
     ) -> dict[str, object]:
         """Recover as the verb does."""
         host = host or self.host
-        return recover.act(host, recover.look(host, self.options(disk, state, **changes)))
+        return recover.act(host, damage.look(host, self.options(disk, state, **changes)))
 
     def plan(self, disk: Path, state: Path | None = None, **changes: object) -> dict[str, object]:
         """Say what would be done."""
-        return recover.describe(recover.look(self.host, self.options(disk, state, **changes)))
+        return damage.describe(damage.look(self.host, self.options(disk, state, **changes)))
 
     def boots(self, disk: Path, state: Path) -> init.Manifest:
         """See that a boot would open and verify the disk with what the TPM holds, and its volumes' keys."""
         machine = TpmMachine(self.made.tpm)
         policy = install.policy_of_live(self.left)._replace(uki_id=installation.RUN_ID)
-        parts = recover.read_partitions(Host(), layout.inspect(Host(), disk))
+        parts = machinedisk.read_partitions(Host(), layout.inspect(Host(), disk))
         header = luks.read_header(Host(), layout.device(parts, parts.named("config")), "config")
         assert header.tokens
         record = init.verify_record(header.tokens.record, policy.organisation["sudi-ca.pem"], policy.product)
@@ -118,9 +118,9 @@ class Site:
         init.check_secret(record, bytearray(kept.secret))
         with contextlib.ExitStack() as opened:
             places = {}
-            for name in recover.KINDS:
+            for name in damage.KINDS:
                 device = layout.device(parts, parts.named(name))
-                key = bytearray(recover.key_of(kept, name, parts.named(name).uuid))
+                key = bytearray(damage.key_of(kept, name, parts.named(name).uuid))
                 header = luks.read_header(Host(), device, "config" if name == "config" else "plain")
                 assert header.note == ""
                 init.open_volume(Host(), header, str(device), key, None)
@@ -148,10 +148,10 @@ def site(folder: Path) -> Iterator[Site]:
             planned, verified, policy = install.plan(host, options)
             kept = install.read_provisioned(made.state, policy)
             install.act(host, planned, verified, policy, kept, found.loader)
-            parts = recover.read_partitions(host, layout.inspect(host, disk))
-            for name in recover.KINDS:
+            parts = machinedisk.read_partitions(host, layout.inspect(host, disk))
+            for name in damage.KINDS:
                 part = parts.named(name)
-                key = recover.key_of(kept, name, part.uuid)
+                key = damage.key_of(kept, name, part.uuid)
                 luks.add_recovery(host, layout.device(parts, part), key, kept.recovery)
         yield found
 
@@ -162,7 +162,7 @@ def copy_of(site: Site, folder: Path) -> Iterator[Path]:
     target = folder / "copy"
     subprocess.run(["cp", "--sparse=always", site.image, target], check=True)
     with loop(target) as disk:
-        layout.wait_for_devices(Host(), recover.read_partitions(Host(), layout.inspect(Host(), disk)))
+        layout.wait_for_devices(Host(), machinedisk.read_partitions(Host(), layout.inspect(Host(), disk)))
         yield disk
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import cli, init, keys
+from mosinit import cli, commands, init, keys
 from mosinit.host import Host
 from tests.test_images import PROGRAM, docker_archive, make_tar, plain
 
@@ -18,7 +18,7 @@ Need = Callable[..., None]
 TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + bytes(200_000)})
 
 # Verbs enter the tools tree first; here they take what is there.
-VERBS = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+VERBS = tuple(replace(verb, tools=False) for verb in commands.VERBS)
 
 MANIFEST = """\
 version: 1

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import pytest
 
-from mosinit import __version__, cli, explain, init, testing, tools
+from mosinit import __version__, cli, commands, explain, init, testing, tools, verbs
 from mosinit.host import Failure, Host, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = [verb.words for verb in cli.VERBS]
+WORDS = [verb.words for verb in commands.VERBS]
 
 
 def mosinit(*words: str) -> subprocess.CompletedProcess[str]:
@@ -37,13 +37,13 @@ def mosinit(*words: str) -> subprocess.CompletedProcess[str]:
 def test_help_shows_each_verb_with_its_example() -> None:
     done = mosinit("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for verb in cli.VERBS:
+    for verb in commands.VERBS:
         assert verb.summary in done.stdout
         assert verb.example in done.stdout
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=WORDS)
-def test_help_of_a_verb(verb: cli.Verb) -> None:
+@pytest.mark.parametrize("verb", commands.VERBS, ids=WORDS)
+def test_help_of_a_verb(verb: commands.Verb) -> None:
     done = mosinit(*verb.words.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"example:\n  {verb.example}" in done.stdout
@@ -51,11 +51,11 @@ def test_help_of_a_verb(verb: cli.Verb) -> None:
         assert option.help.split("(")[0].rstrip() in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("group", cli.GROUPS)
+@pytest.mark.parametrize("group", commands.GROUPS)
 def test_help_of_a_group(group: str) -> None:
     done = mosinit(group, "--help")
     assert done.returncode == 0
-    assert [verb.words for verb in cli.VERBS if f"  {verb.words} " in done.stdout] == [
+    assert [verb.words for verb in commands.VERBS if f"  {verb.words} " in done.stdout] == [
         words for words in WORDS if words.startswith(f"{group} ")
     ]
 
@@ -64,8 +64,8 @@ def test_version() -> None:
     assert mosinit("--version").stdout == f"mosinit {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=WORDS)
-def test_examples_are_valid(verb: cli.Verb) -> None:
+@pytest.mark.parametrize("verb", commands.VERBS, ids=WORDS)
+def test_examples_are_valid(verb: commands.Verb) -> None:
     name, *words = shlex.split(verb.example)
     assert name == "mosinit"
     assert cli.parser().parse_args(words).verb is verb
@@ -207,12 +207,12 @@ class Answer(NamedTuple):
     console: Path
 
 
-def table(run: Callable[[Host, argparse.Namespace], cli.Result]) -> tuple[cli.Verb, ...]:
-    return (cli.Verb("go", "goes", "mosinit go", run, tools=False),)
+def table(run: Callable[[Host, argparse.Namespace], verbs.Result]) -> tuple[commands.Verb, ...]:
+    return (commands.Verb("go", "goes", "mosinit go", run, tools=False),)
 
 
-def raising(error: BaseException) -> tuple[cli.Verb, ...]:
-    def run(host: Host, values: argparse.Namespace) -> cli.Result:
+def raising(error: BaseException) -> tuple[commands.Verb, ...]:
+    def run(host: Host, values: argparse.Namespace) -> verbs.Result:
         raise error
 
     return table(run)
@@ -259,7 +259,7 @@ def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_refusal_has_the_remedy_of_what_is_being_done(capsys: pytest.CaptureFixture[str]) -> None:
     """The innermost words count, and the table's where nobody has others."""
 
-    def run(host: Host, values: argparse.Namespace) -> cli.Result:
+    def run(host: Host, values: argparse.Namespace) -> verbs.Result:
         with explain.advising({"SB-OFF": "outer", "SB-DB": "outer"}), explain.advising({"SB-OFF": "inner"}):
             raise init.Refused("SB-OFF", expected="on", seen="off")
 
@@ -279,14 +279,14 @@ def test_an_outcome_brings_its_status_and_its_report(capsys: pytest.CaptureFixtu
     answer = Answer(
         {"result": "refused", "failed": "SB-OFF", "checks": [], "stages": []}, 3, Path("/x/console.log")
     )
-    verbs = table(lambda host, values: cli.outcome(answer))
-    assert cli.main(["go", "--json"], verbs) == 3
+    faked = table(lambda host, values: verbs.outcome(answer))
+    assert cli.main(["go", "--json"], faked) == 3
     assert json.loads(capsys.readouterr().out) == {
         "report": answer.report,
         "status": 3,
         "console": "/x/console.log",
     }
-    assert cli.main(["go"], verbs) == 3
+    assert cli.main(["go"], faked) == 3
     text = capsys.readouterr().out
     assert "refused" in text
     assert "SB-OFF" in text
@@ -297,11 +297,11 @@ def run_in_child(body: str, before: str = "") -> subprocess.Popen[str]:
     program = f"""
 import signal, sys, time
 {before}
-from mosinit import cli
+from mosinit import cli, commands, verbs
 def run(host, values):
 {body}
 sys.argv[1:] = ["go"]
-sys.exit(cli.main(None, (cli.Verb("go", "goes", "mosinit go", run, tools=False),)))
+sys.exit(cli.main(None, (commands.Verb("go", "goes", "mosinit go", run, tools=False),)))
 """
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -337,7 +337,7 @@ def test_a_signal_lets_the_verb_clean_up(number: signal.Signals, status: int) ->
 def test_nohup_means_what_it_says() -> None:
     body = """
     print("started", flush=True); sys.stdin.readline(); print("goes on", flush=True)
-    return cli.Result(None, "done")
+    return verbs.Result(None, "done")
 """
     with run_in_child(body, "signal.signal(signal.SIGHUP, signal.SIG_IGN)") as child:
         assert child.stdout
@@ -348,7 +348,7 @@ def test_nohup_means_what_it_says() -> None:
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
-    with run_in_child("    return cli.Result(None, 'x' * 10_000_000)") as child:
+    with run_in_child("    return verbs.Result(None, 'x' * 10_000_000)") as child:
         assert child.stdout
         assert child.stderr
         child.stdout.close()
@@ -361,13 +361,13 @@ def test_options_that_would_not_count_are_wrong_usage(
 ) -> None:
     """Nobody is to believe that they did."""
     monkeypatch.chdir(tmp_path)
-    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    bare = tuple(replace(verb, tools=False) for verb in commands.VERBS)
     for words, says in (
         ("build --keys k --out o --manifest m --sequence 7", "--sequence goes without --manifest"),
         ("publish m --keys k --to docker://r.example/A:1", "lower-case"),
         ("vm boot --disk d --dir s --setup-mode --keys k", "for --enroll alone"),
     ):
-        assert cli.main(words.split(), verbs) == 2
+        assert cli.main(words.split(), bare) == 2
         said = capsys.readouterr().err
         assert says in said
         assert said.count("\n") == 1
@@ -388,8 +388,8 @@ def test_a_verb_of_machines_elsewhere_is_no_traceback(words: str) -> None:
 
 @pytest.mark.parametrize("program", ["nosuchprogram", "./nosuchprogram", "/"])
 def test_a_program_that_is_not_there_is_told(program: str, capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = tuple(replace(verb, tools=False) for verb in cli.VERBS)
-    assert cli.main(["tools", "run", program, "--version"], verbs) == 1
+    bare = tuple(replace(verb, tools=False) for verb in commands.VERBS)
+    assert cli.main(["tools", "run", program, "--version"], bare) == 1
     said = capsys.readouterr().err
     assert (
         f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists" in said
@@ -472,12 +472,13 @@ def test_messages_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verbs_that_hold_secrets_leave_no_core() -> None:
     """RLIMIT_CORE and PR_GET_DUMPABLE (3), as a verb sees them."""
     program = (
-        "import ctypes, resource, sys; from dataclasses import replace; from mosinit import cli\n"
+        "import ctypes, resource, sys; from dataclasses import replace; "
+        "from mosinit import cli, commands, verbs\n"
         "def run(host, values):\n"
         "    print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
-        "    return cli.Result(None, '')\n"
+        "    return verbs.Result(None, '')\n"
         "bare = {'run': run, 'tools': False, 'checkout': False, 'options': ()}\n"
-        "cli.main(sys.argv[1].split(), tuple(replace(verb, **bare) for verb in cli.VERBS))\n"
+        "cli.main(sys.argv[1].split(), tuple(replace(verb, **bare) for verb in commands.VERBS))\n"
     )
     words = ["keys new", "keys show", "keys export", "build", "publish", "provision", "enroll", "uki sign"]
     for each in [*words, "keys epoch", "approve"]:

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, explain, init, keys, provision, records
+from mosinit import cli, commands, enroll, exchange, explain, init, keys, provision, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
 from tests.eventlogs import encode_event, measured
@@ -434,7 +434,7 @@ def test_documents_go_round(site: Site) -> None:
 
 def run(site: Site, words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.chdir(site.folder)
-    table = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    table = tuple(replace(verb, tools=False) for verb in commands.VERBS)
     return cli.main(words.replace("KEYS", str(site.keyset.folder)).split(), table)
 
 

@@ -22,7 +22,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, enroll, exchange, init, keys, provision, records
+from mosinit import cli, commands, enroll, exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
 from tests import provisioned
@@ -508,7 +508,7 @@ def test_wrong_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    table = tuple(replace(verb, tools=False) for verb in cli.VERBS)
+    table = tuple(replace(verb, tools=False) for verb in commands.VERBS)
     status = cli.main(words.split(), table)
     said = capsys.readouterr()
     assert status in (1, 2)

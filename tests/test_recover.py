@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import generations, init, layout, luks, recover
+from mosinit import damage, generations, init, layout, luks, machinedisk, recover
 from mosinit.host import Failure, Host
 from tests import installation, recovering
 from tests.recovering import NativeRecoverer, Site, fingerprint
@@ -184,7 +184,7 @@ def test_a_disk_in_use(renewed: Site, disk: Path) -> None:
 
 def test_a_disk_that_changes_meanwhile(renewed: Site, disk: Path) -> None:
     host = renewed.host
-    seen = recover.look(host, renewed.options(disk, renewed.made.state))
+    seen = damage.look(host, renewed.options(disk, renewed.made.state))
     words = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--disk-id", str(disk)]
     host.run([*words, "5a3d1b0e-6f0c-4d7a-9c55-d0b3a1f7e2c5"])
     with pytest.raises(Failure, match="not the disk that was looked at"):
@@ -203,11 +203,11 @@ def test_a_disk_must_be_named_unless_there_is_one(renewed: Site) -> None:
             return [] if path == "/sys/block" else super().names(path)
 
     with pytest.raises(Failure, match="no disk could be the machine's: name its disk by --disk"):
-        recover.look(Disks(renewed.made), replace(renewed.options(Path("/dev/null")), disk=None))
+        damage.look(Disks(renewed.made), replace(renewed.options(Path("/dev/null")), disk=None))
 
 
 def test_no_other_partition_is_read_as_ours(renewed: Site, disk: Path) -> None:
-    parts = recover.read_partitions(Host(), layout.inspect(Host(), disk))
+    parts = machinedisk.read_partitions(Host(), layout.inspect(Host(), disk))
     assert [part.name for part in parts.partitions] == ["esp", "config", "store", "scratch", "state"]
 
 

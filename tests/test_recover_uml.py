@@ -22,13 +22,13 @@ NEW_KEY = b"another recovery key"
 RECOVER = """
 import hashlib, json, pickle
 from pathlib import Path
-from mosinit import install, recover, repository
+from mosinit import damage, install, recover, repository
 for name in ("nls_cp437", "nls_ascii", "nls_iso8859-1", "vfat"):
     subprocess.run(["modprobe", "--set-version", os.uname().release, "--dirname", "/run/m", name])
 options, old, new = pickle.loads(Path({needed!r}).read_bytes())
 install.read_provisioned = lambda folder, policy: new
-recover.look_at_tpm = lambda host, seen: seen
-class Recoverer(recover.Recoverer):
+damage.look_at_tpm = lambda host, seen: seen
+class Recoverer(damage.Recoverer):
     def check_layer(self, machine, name, layer, signature):
         assert machine.exists(init.blob_path(layer.digest))
 host = Recoverer()
@@ -52,17 +52,17 @@ with host.opened(Path("/dev/ubda2"), "config", old.secret, "mosinit-damage") as 
 for device, size in (("/dev/ubda1", 8 << 20), ("/dev/ubda3", 4096)):
     with open(device, "r+b", buffering=0) as file:
         file.write(bytes(size))
-given = recover.Options(
+given = damage.Options(
     Path("/dev/ubda"), (old.recovery,), Path("/nonexistent"), left=options.left, loader=options.loader
 )
 before = digests()
-seen = recover.look(host, given)
-plan, after = recover.describe(seen), digests()
+seen = damage.look(host, given)
+plan, after = damage.describe(seen), digests()
 assert after == before, ("a plan that writes", [one == two for one, two in zip(before, after)])
 done = recover.act(host, seen)
 assert done["will do"] == plan["will do"], (plan, done)
 assert done["left"] == [], done
-again = recover.describe(recover.look(host, recover.Options(
+again = damage.describe(damage.look(host, damage.Options(
     Path("/dev/ubda"), (new.recovery,), None, left=options.left, loader=options.loader
 )))
 assert again["found"] == [], again

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import cli, images, keys, publish, registry
+from mosinit import cli, commands, images, keys, publish, registry
 from mosinit.host import Host, Usage
 from tests import registries
 from tests.registries import PASSWORD, USER
@@ -109,7 +109,7 @@ class Command:
             to,
             *self._words(to, source),
         ]
-        table = tuple(verb for verb in cli.VERBS if verb.words == "publish")
+        table = tuple(verb for verb in commands.VERBS if verb.words == "publish")
         status = cli.main(words, tuple(_outside(verb) for verb in table))
         shown = self.capsys.readouterr()
         assert PASSWORD not in shown.out + shown.err
@@ -121,9 +121,9 @@ class Command:
         return self.words if "docker://" in to + source else self.words[:4]
 
 
-def _outside(verb: cli.Verb) -> cli.Verb:
+def _outside(verb: commands.Verb) -> commands.Verb:
     """Return a verb that takes the tools that are there."""
-    return cli.Verb(verb.words, verb.summary, verb.example, verb.run, verb.options, tools=False)
+    return commands.Verb(verb.words, verb.summary, verb.example, verb.run, verb.options, tools=False)
 
 
 @pytest.fixture

@@ -1,0 +1,421 @@
+"""The verbs of the command line: each a function of plain values that returns a `Result`.
+
+Modules are imported where they are used: `--help` and most verbs do with few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mosinit import explain, init
+from mosinit.host import Failure, Host, Usage
+
+DONE, FAILED = 0, 1
+MEDIUM = "oci:/atomfs-cache/mosinit"  # the release of the system that runs
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb hands back: plain data for `--json`, the same for a person, and the exit status."""
+
+    data: object
+    text: str
+    status: int = DONE
+
+
+def demo(host: Host, values: argparse.Namespace) -> Result:
+    """Go from nothing to an installed machine."""
+    from mosinit import demo as demonstration
+
+    return outcome(demonstration.demo(host, values.dir, values.interactive))
+
+
+def test(host: Host, values: argparse.Namespace) -> Result:
+    """Run the tests; their output is their own."""
+    from mosinit import testing
+
+    return Result(None, "", testing.run(host, values.strength, expression=values.k, cold=values.cold))
+
+
+def keys_new(host: Host, values: argparse.Namespace) -> Result:
+    """Make a keyset."""
+    from mosinit import keys
+
+    return _keyset(keys.new(host, values.folder, values.product))
+
+
+def keys_show(host: Host, values: argparse.Namespace) -> Result:
+    """List a keyset."""
+    from mosinit import keys
+
+    return _keyset(keys.open_keyset(host, values.folder))
+
+
+def keys_export(host: Host, values: argparse.Namespace) -> Result:
+    """Write a keyset's public parts."""
+    from mosinit import keys
+
+    made = keys.export(host, values.folder, values.out)
+    return outcome({"organisation": made.folder, "name": made.name, "product": made.product})
+
+
+def keys_epoch(host: Host, values: argparse.Namespace) -> Result:
+    """Raise a keyset's epoch."""
+    from mosinit import keys
+
+    return _keyset(keys.raise_epoch(host, values.folder, values.epoch))
+
+
+def build(host: Host, values: argparse.Namespace) -> Result:
+    """Build everything a machine boots from."""
+    from mosinit import build as builder
+
+    if values.manifest and values.sequence:
+        raise Usage("--sequence goes without --manifest, which names its own")
+    options = {"sequence": values.sequence or 1, "manifest": values.manifest, "profile": values.profile}
+    options["installer_keys"] = values.installer_keys
+    return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
+
+
+def run_tool(host: Host, values: argparse.Namespace) -> Result:
+    """Run a program of the tools tree; its output is its own."""
+    if not values.command:
+        raise Usage("name a program and its arguments: mosinit tools run mkosi --version")
+    program, *_ = values.command
+    if not shutil.which(program):
+        raise Failure(
+            f"the tools tree has no program {program}: `mosinit tools run ls /usr/bin /usr/sbin` lists "
+            "those that it has"
+        )
+    return Result(None, "", host.call(values.command))
+
+
+def publish(host: Host, values: argparse.Namespace) -> Result:
+    """Sign and publish a manifest."""
+    from mosinit import images, keys, registry
+    from mosinit import publish as publisher
+
+    publisher.parse_destination(values.to)
+    keyset = keys.open_keyset(host, values.keys)
+    sources = [target.source for target in publisher.read_written(values.manifest).targets]
+    access = registry.open_access(
+        values.tls_ca, values.login, values.timeout, values.to, sources, values.token_host
+    )
+    cache = images.open_cache(host)
+    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access, cache))
+
+
+def provision_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Provision this machine's TPM: make a request, or take its answer."""
+    if sum(bool(word) for word in (values.organisation, values.answer, values.approvals)) != 1:
+        raise Usage(
+            "name --organisation ORG to make a request, --answer ANSWER to take its answer, or, on an "
+            "installed machine, --approvals FILE"
+        )
+    if not values.organisation:
+        _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
+    if values.approvals:
+        _only_with("--organisation or --answer", values, "dir")
+        from mosinit import installed
+
+        return outcome(installed.take_approvals(host, values.approvals))
+    if not values.dir:
+        raise Usage("--dir names where what is made lies")
+    if bool(values.again) != bool(values.auths):
+        raise Usage("--again and --auths go together: the consent and the opened recovery record")
+    from mosinit import provision
+
+    if values.answer:
+        return outcome(provision.finish(host, values.dir, values.answer, values.tpm))
+    options = provision.Options(
+        organisation=values.organisation,
+        folder=values.dir,
+        epoch=values.epoch,
+        event_log=values.event_log or provision.EVENT_LOG,
+        tcti=values.tpm,
+        consent=values.again,
+        auths=values.auths,
+    )
+    return outcome(provision.request(host, options))
+
+
+def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Answer a machine's request, consent to another, or open a recovery record."""
+    from mosinit import enroll, exchange, keys
+
+    if sum(bool(word) for word in (values.request, values.consent, values.open_recovery)) != 1:
+        raise Usage("name one thing: a REQUEST, --consent SERIAL or --open-recovery FILE")
+    if not values.request:
+        _only_with("a REQUEST", values, "again", "epoch")
+    if not values.out and not values.open_recovery:
+        raise Usage("--out names where answer or consent go")
+    keyset = keys.open_keyset(host, values.keys)
+    if values.open_recovery and values.out:
+        return outcome(enroll.save_recovery(host, values.open_recovery, keyset, values.out, values.machines))
+    if values.open_recovery:
+        text = exchange.encode_recovery(enroll.open_recovery(values.open_recovery, keyset)).decode()
+        return Result(json.loads(text), text.rstrip("\n"))
+    if values.consent:
+        return outcome(enroll.consent(host, values.consent, keyset, values.out, values.machines))
+    places = (values.request, keyset, values.out, values.machines)
+    return outcome(enroll.enroll(host, *places, values.epoch, again=values.again))
+
+
+def approve_platform(host: Host, values: argparse.Namespace) -> Result:
+    """Approve what PCR 7 will be."""
+    from mosinit import approve, keys
+
+    changes = {name: getattr(values, name) for name in ("pk", "kek", "db", "dbx")}
+    options = approve.Options(
+        logs=values.logs,
+        machine=values.machine,
+        machines=values.machines,
+        changes={name: path for name, path in changes.items() if path},
+        epoch=values.epoch,
+        reason=values.reason,
+    )
+    return outcome(approve.approve(host, keys.open_keyset(host, values.keys), values.out, options))
+
+
+def uki_sign(host: Host, values: argparse.Namespace) -> Result:
+    """Sign a UKI that another tool put together."""
+    from mosinit import keys, uki
+
+    keyset = keys.open_keyset(host, values.keys)
+    keys.check_out(values.out, keyset.folder)
+    return outcome(uki.sign(host, values.unsigned, values.initrd, keyset, values.out))
+
+
+def vm_boot(host: Host, values: argparse.Namespace) -> Result:
+    """Boot a disk image in a VM."""
+    from mosinit import demo, vm
+    from mosinit.machine import Hardware
+
+    if values.enroll and not values.keys:
+        raise Usage("--enroll answers as the organisation: name its keyset by --keys")
+    if values.keys and values.setup_mode and not values.enroll:
+        raise Usage("--setup-mode trusts nobody at first: --keys goes with it for --enroll alone")
+    options = vm.BootOptions(
+        disk=values.disk,
+        folder=values.dir,
+        keys=None if values.setup_mode else values.keys,
+        setup_mode=values.setup_mode,
+        report=values.report,
+        until=values.until,
+        timeout=values.timeout or (demo.INSTALL_SECONDS if values.until == "installed" else 300.0),
+        interactive=values.interactive,
+        hardware=Hardware(extra_disks=tuple(values.extra_disk)),
+    )
+    if not values.enroll:
+        return outcome(vm.boot(host, options))
+    with host.scratch() as work:
+        exchange = demo.enroller(host, values.keys, work)
+        return outcome(vm.boot(host, dataclasses.replace(options, exchange=exchange)))
+
+
+def install(host: Host, values: argparse.Namespace) -> Result:
+    """Install a release on this machine's disk."""
+    if values.answers:
+        names = ("disk", "erase", "erase_members", "state", "store", "scratch", "plan", "tls_ca", "login")
+        _without("--answers, which says all", values, *names, "token_host")
+        if values.source != MEDIUM:
+            raise Usage("SOURCE does not go with --answers, which says all")
+    if not values.answers and not values.disk:
+        return _install_step_by_step(host, values)
+    from mosinit import install as installing
+    from mosinit import layout
+
+    installer = installing.Installer()
+    if values.answers:
+        from mosinit import unattended
+
+        return outcome(unattended.run(installer, values.answers))
+    access = None
+    if values.source.startswith("docker:"):
+        from mosinit import registry
+
+        access = registry.open_access(
+            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
+        )
+    options = installing.Options(
+        values.disk, values.dir, values.source, state=values.state << 20, store=values.store << 20,
+        scratch=values.scratch << 20, access=access,
+        consent=layout.Consent(values.erase, values.erase_members),
+    )  # fmt: skip
+    if values.plan:
+        shown = installing.show_plan(host, options)
+        return Result(plain(shown), installing.plan_text(shown))
+    return outcome(installing.install(installer, options))
+
+
+def _install_step_by_step(host: Host, values: argparse.Namespace) -> Result:
+    """Lead a person through an installation, on the terminal."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise Usage(
+            "name the disk to install on: --disk /dev/disk/by-id/…, or --answers FILE; to be asked step by "
+            "step needs a terminal"
+        )
+    _only_with("--disk", values, "erase", "erase_members", "state", "store", "scratch", "plan")
+    from mosinit import enrolment, interactive
+
+    usual = values.dir == Path("state") and not values.dir.exists()
+    given = interactive.Given(
+        source=values.source if values.source.startswith("docker:") else "",
+        state=enrolment.STATE if usual else values.dir,
+        tls_ca=values.tls_ca, login=values.login, timeout=values.timeout, token_hosts=values.token_host,
+    )  # fmt: skip
+    return outcome(interactive.run(host, given))
+
+
+def recover_machine(host: Host, values: argparse.Namespace) -> Result:
+    """Bring a machine back that no longer opens by itself."""
+    # Wrong usage is said first, wherever this is called.
+    if values.reseal:
+        _without("--reseal, which needs no secret", values, "key", "dir", "source", "anew")
+    else:
+        _only_with("--reseal", values, "approvals", "out")
+    from mosinit import damage, recover, recoverykey, resealing
+
+    recoverer = damage.Recoverer()
+    if values.reseal:
+        options = resealing.Options(values.disk, values.approvals, values.out or Path("event-log"))
+        return outcome(resealing.run(recoverer, options, plan=values.plan))
+    access = None
+    if values.source and values.source.startswith("docker:"):
+        from mosinit import registry
+
+        access = registry.open_access(
+            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
+        )
+    found = damage.Options(
+        values.disk, recoverykey.read(values.key), values.dir, values.source, values.anew, access=access
+    )
+    if values.plan:
+        return outcome(damage.show_plan(recoverer, found))
+    return outcome(recover.recover(recoverer, found))
+
+
+def status(host: Host, values: argparse.Namespace) -> Result:
+    """Say what this machine runs."""
+    from mosinit import installed
+
+    return outcome(installed.status(host))
+
+
+def boot_good(host: Host, values: argparse.Namespace) -> Result:
+    """Write down that this boot went well."""
+    from mosinit import installed
+
+    return outcome(installed.boot_good(host))
+
+
+def explain_boot(host: Host, values: argparse.Namespace) -> Result:
+    """Say what checks mean, or what happened in a boot."""
+    if values.what and values.all:
+        raise Usage("explain takes one id, such as SB-OFF, a report, or --all")
+    if not values.all:
+        _only_with("--all", values, "markdown")
+    if bool(values.event_log) != bool(values.against):
+        raise Usage("--event-log and --against go together: the log of one boot, and that of a good one")
+    if values.markdown:
+        return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
+    report = values.what == "-" or (values.what and os.path.exists(values.what))
+    if values.all or (values.what and (values.what.upper() in init.CHECKS or not report)):
+        if values.event_log:
+            raise Usage("--event-log and --against go with a report, or alone")
+        checks = explain.explain_all() if values.all else [explain.explain(values.what)]
+        return Result(checks if values.all else checks[0], explain.text(checks))
+    if not values.what and not values.event_log:
+        told = explain.last_boot(host)
+        return Result(told, explain.story_text(told))
+    differences = None
+    if values.event_log:
+        from mosinit import exchange
+
+        logs = [exchange.read_event_log(path)[0] for path in (values.against, values.event_log)]
+        differences = explain.compare_logs(*logs)
+    if not values.what:
+        return Result(
+            [each._asdict() for each in differences or ()], explain.differences_text(differences or ())
+        )
+    told = explain.story(explain.read_report(Path(values.what)), differences)
+    return Result(told, explain.story_text(told))
+
+
+def print_schema(host: Host, values: argparse.Namespace) -> Result:
+    """Print the schema of manifests."""
+    from mosinit import schema
+
+    return Result(None, json.dumps(schema.manifest(), indent=2))
+
+
+def _only_with(other: str, values: argparse.Namespace, *names: str) -> None:
+    """Refuse options that count with another one alone: nobody is to believe that they did."""
+    for name in names:
+        if getattr(values, name):
+            raise Usage(f"--{name.replace('_', '-')} goes with {other}")
+
+
+def _without(other: str, values: argparse.Namespace, *names: str) -> None:
+    """Refuse what does not go with an option."""
+    for name in names:
+        if getattr(values, name):
+            word = name.upper() if name == "source" else f"--{name.replace('_', '-')}"
+            raise Usage(f"{word} does not go with {other}")
+
+
+# --- How results read --------------------------------------------------------------------------------
+
+
+def _keyset(keyset: Any) -> Result:
+    roles = keyset.describe()
+    rows = [
+        f"{r['role']:<12} {r['algorithm']:<12} until {r['not_after'][:10]}  {r['fingerprint']}"
+        for r in roles
+    ]
+    head = [
+        f"keyset {keyset.name}, product {keyset.product}, epoch {keyset.epoch}",
+        "fingerprints: SHA-256 of the certificate",
+        "",
+    ]
+    data = {"name": keyset.name, "product": keyset.product, "epoch": keyset.epoch}
+    data |= {"folder": str(keyset.folder), "roles": roles}
+    return Result(data, "\n".join(head + rows))
+
+
+def outcome(outcome: object) -> Result:
+    """Return what a verb handed back as plain data; a boot report in it is written out for a person."""
+    data = plain(outcome)
+    if not isinstance(data, dict):
+        return Result(data, str(data))
+    report, status = data.get("report"), data.get("status", DONE)
+    rows = [f"{name}: {_short(value)}" for name, value in data.items() if name not in ("report", "status")]
+    if isinstance(report, dict):
+        rows.insert(0, explain.report_text(report))
+    return Result(data, "\n".join(rows), status if isinstance(status, int) else FAILED)
+
+
+def _short(value: object) -> str:
+    return explain.printable(value) if isinstance(value, str) else json.dumps(value)
+
+
+def plain(value: object) -> object:
+    """Turn records, paths and tuples into what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
