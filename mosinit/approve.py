@@ -55,7 +55,7 @@ class Log(NamedTuple):
 
 
 def approve(host: Host, keyset: Keyset, out: Path, options: Options) -> dict[str, object]:
-    """Write the approvals of what these logs give once the changes are made; say what they are before.
+    """Write the approvals of what these logs give once the changes are made; return what they are.
 
     Raises `Failure`, and writes nothing, if one of them may not be approved.
     """
@@ -80,8 +80,7 @@ def approve(host: Host, keyset: Keyset, out: Path, options: Options) -> dict[str
         reason = options.reason or _reason(log, changes)
         signed = approvals.approve_platform(keyset, platform.pcr7, epoch)
         approval = exchange.Approval(platform.pcr7, signed.epoch, signed.signature, reason)
-        differences = drift.compare((filed if filed and not changes else log).events, events)
-        _show(host, approval, platform, differences)
+        differences = drift.compare((filed or log).events, events)
         told = {"reason": reason, **platform.describe(), "changes": [each.what for each in differences]}
         made.setdefault(platform.pcr7, (approval, told))
     key = init.tpm_name(approvals.policy_keys(keyset).platform)
@@ -100,19 +99,12 @@ def approve(host: Host, keyset: Keyset, out: Path, options: Options) -> dict[str
     }
 
 
-def _show(
-    host: Host,
-    approval: exchange.Approval,
-    platform: approvals.Platform,
-    differences: list[drift.Difference],
-) -> None:
-    """Say what is signed, and what of it is new."""
-    host.say(f"PCR 7 {approval.pcr7.hex()}, up to epoch {approval.epoch}: {approval.reason}")
-    host.say("  Secure Boot with exactly this keyset")
-    for name, value in platform.describe().items():
-        host.say(f"  {name} {value}")
-    for each in differences:
-        host.say(f"  {each.what}")
+def notes(done: Mapping[str, object]) -> list[str]:
+    """Say in words what `approve` signed."""
+    approved = done["approved"]
+    assert isinstance(approved, list)  # of `approve`
+    what = "one state of firmware" if len(approved) == 1 else f"{len(approved)} states of firmware"
+    return [f"approved {what} (PCR 7) up to epoch {done['epoch']}: Secure Boot with exactly this keyset"]
 
 
 def _reason(log: Log, changes: Mapping[tuple[str, str], Update]) -> str:

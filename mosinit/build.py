@@ -76,7 +76,9 @@ def build(
     hostfs.build(host, out, profile, ssh)
     written = manifest or _write_manifest(host, out, keyset.product, epoch, sequence)
     release = out / "release"
-    published = publish.publish(host, written, keyset, f"oci:{release}", cache=images.open_cache(host))
+    # A build makes all that is in its folder anew, whatever the sequence.
+    cache = images.open_cache(host)
+    published = publish.publish(host, written, keyset, f"oci:{release}", cache=cache, anew=True)
     host.say("live medium")
     disk.live_medium(host, bootable.ukis["live"].path, release, keyset, out / "live.raw")
     record = {

@@ -100,7 +100,7 @@ REGISTRY_OPTIONS = (
     Option("--token-host", "one more server that may see the login: one that makes the registry's tokens",
            {"action": "append", "default": [], "metavar": "HOST[:PORT]"}),
     Option("--timeout", "seconds that a registry may stand still (default: 120)",
-           {"type": seconds, "metavar": "S", "default": 120.0}),
+           {"type": seconds, "metavar": "S"}),
 )  # fmt: skip
 
 VERBS = (
@@ -228,7 +228,7 @@ VERBS = (
                    "/sys/kernel/security/tpm0/binary_bios_measurements)", "FILE"),
             Option("--tpm", "the TPM: device:FILE, or swtpm:path=SOCKET for a swtpm whose control socket is "
                    "SOCKET.ctrl (default: device:/dev/tpmrm0)",
-                   {"metavar": "TCTI", "default": "device:/dev/tpmrm0"}),
+                   {"metavar": "TCTI"}),
             folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
                    "CONSENT"),
             folder("--auths", "with --again: what `mosinit enroll --open-recovery` wrote by --out", "FILE"),
@@ -326,8 +326,7 @@ VERBS = (
                    "medium's own)",
                    {"nargs": "?", "metavar": "SOURCE", "default": verbs.MEDIUM}),
             folder("--disk", "the disk: all of it becomes the machine's", "DEV"),
-            folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE",
-                   default=Path("state")),
+            folder("--dir", "what `mosinit provision` made (default: ./state)", "STATE"),
             Option("--erase", "what --plan shows for this disk: all that is on it may then be lost",
                    {"metavar": "WORD"}),
             flag("--erase-members", "also what is encrypted on it, or belongs to a RAID, LVM or ZFS"),

@@ -100,12 +100,15 @@ def add_answers(host: Host, medium: Path, target: Path, text: str) -> Path:
     return target
 
 
-def enroller(host: Host, keyset: Path, folder: Path) -> Callable[[bytes], bytes]:
+def enroller(host: Host, folder_of_keys: Path, folder: Path) -> Callable[[bytes], bytes]:
     """Return the organisation's side of an enrolment: from a machine's request to the answer."""
 
     def answer(request: bytes) -> bytes:
         (folder / "request.json").write_bytes(request)
-        enroll.enroll(host, folder / "request.json", keys.open_keyset(host, keyset), folder / "answer.json")
+        keyset = keys.open_keyset(host, folder_of_keys)
+        done = enroll.enroll(host, folder / "request.json", keyset, folder / "answer.json")
+        for note in enroll.notes(done):
+            host.say(note)
         return json.dumps(json.loads((folder / "answer.json").read_bytes())).encode()
 
     return answer

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -92,8 +92,6 @@ def enroll(
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     known = read_machines(machines)
     earlier = check_filed(known, wanted, again)
-    _show(host, keyset, wanted, platform)
-    _show_earlier(host, wanted.serial, earlier, again)
     certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
@@ -111,24 +109,17 @@ def enroll(
     }  # fmt: skip
 
 
-def _show(host: Host, keyset: Keyset, wanted: Verified, platform: dict[str, object]) -> None:
-    """Say what will be signed, before it is."""
-    host.say(f"machine {wanted.serial}, product {keyset.product}, epoch {wanted.epoch}")
-    host.say(f"  storage key {wanted.storage_key.hex()}")
-    host.say(f"  PCR 7 {wanted.pcr7.hex()}: Secure Boot with exactly this keyset")
-    for name, value in platform.items():
-        host.say(f"    {name} {value}")
-
-
-def _show_earlier(host: Host, serial: str, earlier: list[str], again: str | None) -> None:
-    """Say what is filed of the machine already."""
-    for known in earlier:
-        if known != serial:
-            host.say(f"  this TPM was enrolled before, as {known}")
-        elif known != again:
-            host.say(f"  machine {serial} is filed already, with this very record: it is answered once more")
+def notes(done: Mapping[str, object], again: str | None = None) -> list[str]:
+    """Say in words what `enroll` did, and what was filed of the machine already."""
+    serial, earlier = done["serial"], done["enrolled_before"]
+    assert isinstance(earlier, list)  # of `enroll`
+    lines = [f"machine {serial} is enrolled: its firmware has Secure Boot on, with exactly this keyset"]
+    lines += [f"this TPM was enrolled before, as {known}" for known in earlier if known != serial]
+    if serial in earlier and serial != again:
+        lines += [f"machine {serial} was filed already, with this very record: it is answered once more"]
     if again:
-        host.say(f"  enrolled again in place of {again}, as you said: its record of before holds no more")
+        lines += [f"enrolled again in place of {again}, as you said: its record of before holds no more"]
+    return lines
 
 
 def platform_approvals() -> Approvals:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,13 +65,16 @@ def publish(
     destination: str,
     access: registry.Access | None = None,
     cache: kept.Cache | None = None,
+    *,
+    anew: bool = False,
 ) -> Published:
     """Convert, sign and write the release that a person's manifest describes to `oci:DIR` or
     `docker://HOST[:PORT]/NAME:TAG`.
 
     A relative source is one beside the manifest. Layers that `cache` has are not converted again.
-    An earlier release there is replaced when the new one is whole. Raises `Refused` (the machine's own
-    checks) or `Failure`.
+    An earlier release there is replaced when the new one is whole, but no later one and no other one of the
+    same sequence, unless the caller makes it `anew` each time. Raises `Refused` (the machine's own checks)
+    or `Failure`.
     """
     sources = Sources(manifest.parent, access or registry.Access(), cache)
     target = parse_destination(destination)
@@ -82,6 +85,8 @@ def publish(
         near = Path(os.environ.get("TMPDIR", "/var/tmp")) / "release"
     else:
         check_out(target, keyset.folder)
+        if target.exists() and not anew:
+            _check_order(_read_earlier(target, target), target, written)
         near = target
         near.parent.mkdir(parents=True, exist_ok=True)
     with host.scratch(near=near) as scratch:
@@ -92,13 +97,13 @@ def publish(
         index = _write_release(host, layout, signed, targets)
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
-            registry.push(host, sources.access, layout, target)
+            before = registry.push(host, sources.access, layout, target)
+            instead = before if before != index.digest else ""
         else:
-            layout.path.chmod(0o755)
-            _replace_folder(host, layout.path, target, scratch / "old")
-            host.sync_file(target.parent)
+            instead = _put(host, layout, target, accepted, anew=anew)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
-    host.say(f"published sequence {written.sequence} to {target}: {', '.join(names)}")
+    instead = f", in place of {instead}" if instead else ""
+    host.say(f"published sequence {written.sequence} to {target}{instead}: {', '.join(names)}")
     signature = hashlib.sha256(signed[init.SIGNATURE_MEDIA_TYPE]).hexdigest()
     return Published(written.sequence, accepted.sha256, signature, index.digest, names)
 
@@ -118,13 +123,64 @@ def parse_destination(destination: str) -> Path | registry.Reference:
     return folder
 
 
+class Earlier(NamedTuple):
+    """A release that is in a folder already."""
+
+    product: str
+    sequence: int
+    sha256: str  # of its manifest
+
+
+def _held(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+
+
 def _check_replaceable(folder: Path, name: Path) -> None:
-    """Raise `Failure` unless a folder is a release: it is replaced as a whole, never somebody's images."""
+    """Raise `Failure` unless a folder is empty or a release: it is replaced as a whole, never what is
+    somebody's.
+    """
+    held = _held(folder)
+    if not held:
+        return
     if not (folder / "oci-layout").is_file():
         raise Failure(f"{name} exists and is no OCI image layout: name another folder")
     names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
     if names != [TAG]:
         raise Failure(f"{name} holds images that are no release: name another folder")
+    if others := sorted(held - {"oci-layout", "index.json", "blobs"}):
+        raise Failure(f"{name} holds more than a release ({others[0][:80]}): name another folder")
+
+
+def _read_earlier(folder: Path, name: Path) -> Earlier | None:
+    """Return the release in a folder, None if that is empty. Raises `Failure`."""
+    if not _held(folder):
+        return None
+    store, kind = Store(images.Layout(folder)), init.MANIFEST_MEDIA_TYPE
+    try:
+        part = init.only([each for each in init.find_release(store).values() if each.media_type == kind],
+                         "MANIFEST-ABSENT", "an install manifest")  # fmt: skip
+        text = init.read_blob(store, part.digest, part.size, "MANIFEST-ABSENT")
+        contents = init.parse_manifest(text)
+    except init.Refused as refused:
+        raise Failure(
+            f"the release in {name} cannot be read ({str(refused)[:200]}): remove it, or name another folder"
+        ) from refused
+    return Earlier(contents.product, contents.sequence, hashlib.sha256(text).hexdigest())
+
+
+def _check_order(earlier: Earlier | None, name: Path, coming: init.Contents, sha256: str = "") -> None:
+    """Raise `Failure` if a release does not come after the earlier one: nobody could tell them apart, or get
+    the later one back. Its `sha256` is known once it is made.
+    """
+    if earlier is None:
+        return
+    if earlier.product != coming.product:
+        raise Failure(f"{name} holds a release of product {earlier.product}: name another folder")
+    higher = f"write `sequence: {earlier.sequence + 1}` into the manifest, or name another folder"
+    if earlier.sequence > coming.sequence:
+        raise Failure(f"{name} holds sequence {earlier.sequence}, and this is {coming.sequence}: {higher}")
+    if earlier.sequence == coming.sequence and sha256 not in ("", earlier.sha256):
+        raise Failure(f"{name} holds another release of sequence {earlier.sequence}: {higher}")
 
 
 def read_written(manifest: Path) -> init.Contents:
@@ -157,24 +213,42 @@ def state_bytes(contents: init.Contents) -> int:
     return 0
 
 
-def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:
-    """Put a whole folder in the place of another, which is at `new` or `old` then; whoever looks sees one of
-    them. What is there may have changed since it was looked at: a failure leaves it where it is.
+def _put(host: Host, layout: images.Layout, target: Path, manifest: init.Manifest, *, anew: bool) -> str:
+    """Put a release in its place, and name the earlier one that was there."""
+
+    def check(folder: Path) -> Earlier | None:
+        _check_replaceable(folder, target)
+        earlier = None if anew else _read_earlier(folder, target)
+        _check_order(earlier, target, manifest.contents, manifest.sha256)
+        return earlier
+
+    layout.path.chmod(0o755)
+    earlier = _replace_folder(host, layout.path, target, layout.path.with_name("old"), check)
+    host.sync_file(target.parent)
+    return f"sequence {earlier.sequence}" if earlier and earlier.sha256 != manifest.sha256 else ""
+
+
+Check = Callable[[Path], Earlier | None]
+
+
+def _replace_folder(host: Host, new: Path, target: Path, old: Path, check: Check) -> Earlier | None:
+    """Put a whole folder in the place of another, which is at `new` or `old` then, and return what that was;
+    whoever looks sees one of them. What is there may have changed since it was looked at: a failure leaves
+    it where it is.
     """
     try:
         if not os.path.lexists(target):
             new.rename(target)  # no folder replaces one that holds something
-            return
-        _check_replaceable(target, target)
+            return None
+        check(target)
         try:
             host.swap(new, target)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS):
                 raise
-            _move_aside(new, target, old)
-            return
+            return _move_aside(new, target, old, check)
         try:
-            _check_replaceable(new, target)
+            return check(new)
         except BaseException:
             host.swap(new, target)
             raise
@@ -184,12 +258,13 @@ def _replace_folder(host: Host, new: Path, target: Path, old: Path) -> None:
         ) from error
 
 
-def _move_aside(new: Path, target: Path, old: Path) -> None:
+def _move_aside(new: Path, target: Path, old: Path, check: Check) -> Earlier | None:
     """Do the same where a file system cannot swap: for a moment nothing is there."""
     target.rename(old)
     try:
-        _check_replaceable(old, target)
+        earlier = check(old)
         new.rename(target)
+        return earlier
     except BaseException:
         old.rename(target)
         raise

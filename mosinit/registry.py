@@ -474,8 +474,9 @@ def probe(access: Access, destination: Reference) -> None:
         connection.manifest(destination.tag)
 
 
-def push(host: Host, access: Access, layout: images.Layout, destination: Reference) -> None:
-    """Copy a release, an index and all it lists, and see that its tag then names exactly that index.
+def push(host: Host, access: Access, layout: images.Layout, destination: Reference) -> str:
+    """Copy a release, an index and all it lists, and see that its tag then names exactly that index; return
+    the digest that it named before, empty if that is not known.
 
     Blobs that the registry has are not sent. The tag moves last: whoever looks sees the old release or the
     new one. Raises `Failure`.
@@ -491,6 +492,7 @@ def push(host: Host, access: Access, layout: images.Layout, destination: Referen
                     connection.upload(blob, layout.check_blob(blob), advance)
             data = layout.read_blob(manifest)
             connection.put(manifest.digest, manifest.media_type, data)
+        before = _named(connection)
         connection.put(destination.tag, index.media_type, layout.read_blob(index))
     try:
         kept, _ = connection.manifest(destination.tag)
@@ -500,3 +502,11 @@ def push(host: Host, access: Access, layout: images.Layout, destination: Referen
         ) from None
     if kept.digest != index.digest:
         raise connection.wrong()
+    return before
+
+
+def _named(connection: Connection) -> str:
+    """Return the digest that a tag names, empty if it names nothing, or the registry does not say."""
+    with contextlib.suppress(wire.Absent, wire.Denied):
+        return connection.manifest(connection.reference.tag)[0].digest
+    return ""

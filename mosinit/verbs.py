@@ -11,16 +11,22 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mosinit import explain, init
 from mosinit.host import Failure, Host, Usage
 
+if TYPE_CHECKING:
+    from mosinit.registry import Access
+
 DONE, FAILED = 0, 1
 MEDIUM = "oci:/atomfs-cache/mosinit"  # the release of the system that runs
+STATE = Path("state")  # what `provision` made, where `install` looks for it
+REGISTRY = ("tls_ca", "login", "token_host", "timeout")  # what says how a registry is reached
+REGISTRY_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,13 @@ def run_tool(host: Host, values: argparse.Namespace) -> Result:
 
 def publish(host: Host, values: argparse.Namespace) -> Result:
     """Sign and publish a manifest."""
-    from mosinit import images, keys, registry
+    from mosinit import images, keys
     from mosinit import publish as publisher
 
     publisher.parse_destination(values.to)
     keyset = keys.open_keyset(host, values.keys)
     sources = [target.source for target in publisher.read_written(values.manifest).targets]
-    access = registry.open_access(
-        values.tls_ca, values.login, values.timeout, values.to, sources, values.token_host
-    )
+    access = _access(values, values.to, sources)
     cache = images.open_cache(host)
     return outcome(publisher.publish(host, values.manifest, keyset, values.to, access, cache))
 
@@ -124,7 +128,7 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     if not values.organisation:
         _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
     if values.approvals:
-        _only_with("--organisation or --answer", values, "dir")
+        _only_with("--organisation or --answer", values, "dir", "tpm")
         from mosinit import installed
 
         return outcome(installed.take_approvals(host, values.approvals))
@@ -133,15 +137,16 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     if bool(values.again) != bool(values.auths):
         raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
+    from mosinit.tpm import DEVICE
 
     if values.answer:
-        return outcome(provision.finish(host, values.dir, values.answer, values.tpm))
+        return outcome(provision.finish(host, values.dir, values.answer, values.tpm or DEVICE))
     options = provision.Options(
         organisation=values.organisation,
         folder=values.dir,
         epoch=values.epoch,
         event_log=values.event_log or provision.EVENT_LOG,
-        tcti=values.tpm,
+        tcti=values.tpm or DEVICE,
         consent=values.again,
         auths=values.auths,
     )
@@ -158,6 +163,8 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
         _only_with("a REQUEST", values, "again", "epoch")
     if not values.out and not values.open_recovery:
         raise Usage("--out names where answer or consent go")
+    if not values.out:
+        _only_with("a REQUEST, --consent or --out", values, "machines")
     keyset = keys.open_keyset(host, values.keys)
     if values.open_recovery and values.out:
         return outcome(enroll.save_recovery(host, values.open_recovery, keyset, values.out, values.machines))
@@ -167,13 +174,16 @@ def enroll_machine(host: Host, values: argparse.Namespace) -> Result:
     if values.consent:
         return outcome(enroll.consent(host, values.consent, keyset, values.out, values.machines))
     places = (values.request, keyset, values.out, values.machines)
-    return outcome(enroll.enroll(host, *places, values.epoch, again=values.again))
+    done = enroll.enroll(host, *places, values.epoch, again=values.again)
+    return outcome(done, enroll.notes(done, values.again))
 
 
 def approve_platform(host: Host, values: argparse.Namespace) -> Result:
     """Approve what PCR 7 will be."""
     from mosinit import approve, keys
 
+    if not values.machine:
+        _only_with("--machine SERIAL", values, "machines")
     changes = {name: getattr(values, name) for name in ("pk", "kek", "db", "dbx")}
     options = approve.Options(
         logs=values.logs,
@@ -183,7 +193,8 @@ def approve_platform(host: Host, values: argparse.Namespace) -> Result:
         epoch=values.epoch,
         reason=values.reason,
     )
-    return outcome(approve.approve(host, keys.open_keyset(host, values.keys), values.out, options))
+    done = approve.approve(host, keys.open_keyset(host, values.keys), values.out, options)
+    return outcome(done, approve.notes(done))
 
 
 def uki_sign(host: Host, values: argparse.Namespace) -> Result:
@@ -225,12 +236,14 @@ def vm_boot(host: Host, values: argparse.Namespace) -> Result:
 def install(host: Host, values: argparse.Namespace) -> Result:
     """Install a release on this machine's disk."""
     if values.answers:
-        names = ("disk", "erase", "erase_members", "state", "store", "scratch", "plan", "tls_ca", "login")
-        _without("--answers, which says all", values, *names, "token_host")
+        names = ("disk", "dir", "erase", "erase_members", "state", "store", "scratch", "plan")
+        _without("--answers, which says all", values, *names, *REGISTRY)
         if values.source != MEDIUM:
             raise Usage("SOURCE does not go with --answers, which says all")
     if not values.answers and not values.disk:
         return _install_step_by_step(host, values)
+    if values.disk and not values.source.startswith("docker:"):
+        _only_with("a SOURCE in a registry, docker://…", values, *REGISTRY)
     from mosinit import install as installing
     from mosinit import layout
 
@@ -239,16 +252,9 @@ def install(host: Host, values: argparse.Namespace) -> Result:
         from mosinit import unattended
 
         return outcome(unattended.run(installer, values.answers))
-    access = None
-    if values.source.startswith("docker:"):
-        from mosinit import registry
-
-        access = registry.open_access(
-            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
-        )
     options = installing.Options(
-        values.disk, values.dir, values.source, state=values.state << 20, store=values.store << 20,
-        scratch=values.scratch << 20, access=access,
+        values.disk, values.dir or STATE, values.source, state=values.state << 20, store=values.store << 20,
+        scratch=values.scratch << 20, access=_access(values, values.source),
         consent=layout.Consent(values.erase, values.erase_members),
     )  # fmt: skip
     if values.plan:
@@ -259,43 +265,62 @@ def install(host: Host, values: argparse.Namespace) -> Result:
 
 def _install_step_by_step(host: Host, values: argparse.Namespace) -> Result:
     """Lead a person through an installation, on the terminal."""
+    _only_with("--disk", values, "erase", "erase_members", "state", "store", "scratch", "plan")
+    in_registry = values.source.startswith("docker:")
+    if values.source != MEDIUM and not in_registry:
+        raise Usage("a SOURCE that is in no registry goes with --disk: the pages take docker://… alone")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise Usage(
             "name the disk to install on: --disk /dev/disk/by-id/…, or --answers FILE; to be asked step by "
             "step needs a terminal"
         )
-    _only_with("--disk", values, "erase", "erase_members", "state", "store", "scratch", "plan")
     from mosinit import enrolment, interactive
 
-    usual = values.dir == Path("state") and not values.dir.exists()
     given = interactive.Given(
-        source=values.source if values.source.startswith("docker:") else "",
-        state=enrolment.STATE if usual else values.dir,
-        tls_ca=values.tls_ca, login=values.login, timeout=values.timeout, token_hosts=values.token_host,
+        source=values.source if in_registry else "",
+        state=values.dir or (STATE if STATE.exists() else enrolment.STATE),
+        tls_ca=values.tls_ca, login=values.login, timeout=values.timeout or REGISTRY_SECONDS,
+        token_hosts=values.token_host,
     )  # fmt: skip
     return outcome(interactive.run(host, given))
+
+
+def _access(values: argparse.Namespace, place: str, others: Sequence[str] = ()) -> Access | None:
+    """Return how registries are reached, None if what is read or written lies in none."""
+    if not any(each.startswith("docker:") for each in (place, *others)):
+        _only_with("a registry, docker://…", values, *REGISTRY)
+        return None
+    from mosinit import registry
+
+    seconds = values.timeout or REGISTRY_SECONDS
+    return registry.open_access(values.tls_ca, values.login, seconds, place, list(others), values.token_host)
 
 
 def recover_machine(host: Host, values: argparse.Namespace) -> Result:
     """Bring a machine back that no longer opens by itself."""
     # Wrong usage is said first, wherever this is called.
     if values.reseal:
-        _without("--reseal, which needs no secret", values, "key", "dir", "source", "anew")
+        names = ("key", "dir", "source", "anew", *REGISTRY)
+        _without("--reseal, which needs no secret", values, *names)
+        if values.approvals:
+            _without("--approvals, with which no event log is written", values, "out")
     else:
         _only_with("--reseal", values, "approvals", "out")
+        if not values.key and not values.dir:
+            raise Usage(
+                "what shows that the disk is yours is missing: --key FILE names the recovery key (from "
+                "`mosinit enroll --open-recovery`), --key - has it typed, --dir STATE takes what `mosinit "
+                "provision` left; where firmware changed alone, --reseal needs none of them"
+            )
+        if not (values.source or "").startswith("docker:"):
+            _only_with("a SOURCE in a registry, docker://…", values, *REGISTRY)
     from mosinit import damage, recover, recoverykey, resealing
 
     recoverer = damage.Recoverer()
     if values.reseal:
         options = resealing.Options(values.disk, values.approvals, values.out or Path("event-log"))
         return outcome(resealing.run(recoverer, options, plan=values.plan))
-    access = None
-    if values.source and values.source.startswith("docker:"):
-        from mosinit import registry
-
-        access = registry.open_access(
-            values.tls_ca, values.login, values.timeout, values.source, [], values.token_host
-        )
+    access = _access(values, values.source or "")
     found = damage.Options(
         values.disk, recoverykey.read(values.key), values.dir, values.source, values.anew, access=access
     )
@@ -326,6 +351,8 @@ def explain_boot(host: Host, values: argparse.Namespace) -> Result:
         _only_with("--all", values, "markdown")
     if bool(values.event_log) != bool(values.against):
         raise Usage("--event-log and --against go together: the log of one boot, and that of a good one")
+    if values.all and values.event_log:
+        raise Usage("--event-log and --against go with a report, or alone")
     if values.markdown:
         return Result(explain.explain_all(), explain.markdown_table().rstrip("\n"))
     report = values.what == "-" or (values.what and os.path.exists(values.what))
@@ -392,20 +419,45 @@ def _keyset(keyset: Any) -> Result:
     return Result(data, "\n".join(head + rows))
 
 
-def outcome(outcome: object) -> Result:
-    """Return what a verb handed back as plain data; a boot report in it is written out for a person."""
+def outcome(outcome: object, notes: Sequence[str] = ()) -> Result:
+    """Return what a verb handed back as plain data; for a person a line for each fact, below `notes`, and a
+    boot report in it written out.
+    """
     data = plain(outcome)
     if not isinstance(data, dict):
         return Result(data, str(data))
     report, status = data.get("report"), data.get("status", DONE)
-    rows = [f"{name}: {_short(value)}" for name, value in data.items() if name not in ("report", "status")]
-    if isinstance(report, dict):
-        rows.insert(0, explain.report_text(report))
-    return Result(data, "\n".join(rows), status if isinstance(status, int) else FAILED)
+    facts = {name: value for name, value in data.items() if name not in ("report", "status")}
+    lines = [*([explain.report_text(report)] if isinstance(report, dict) else [])]
+    lines += [*map(explain.printable, notes), *_lines(facts)]
+    return Result(data, "\n".join(lines), status if isinstance(status, int) else FAILED)
 
 
-def _short(value: object) -> str:
-    return explain.printable(value) if isinstance(value, str) else json.dumps(value)
+def _lines(value: object) -> list[str]:
+    """Write plain data for a person: what has a name after it, what is more than one thing below it."""
+    if isinstance(value, dict) and value:
+        return [line for name, item in value.items() for line in _named(explain.printable(name), item)]
+    if isinstance(value, list) and value:
+        return [line for item in value for line in _item(item)]
+    if value is None or isinstance(value, dict | list):
+        return ["none"]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    return [explain.printable(str(value))]
+
+
+def _named(name: str, value: object) -> list[str]:
+    lines = _lines(value)
+    if isinstance(value, dict | list) and value:
+        return [f"{name}:", *(f"  {line}" for line in lines)]
+    return [f"{name}: {lines[0]}"]
+
+
+def _item(value: object) -> list[str]:
+    first, *rest = _lines(value)
+    if not isinstance(value, dict | list):
+        return [first]
+    return [f"- {first}", *(f"  {line}" for line in rest)]
 
 
 def plain(value: object) -> object:

@@ -281,6 +281,10 @@ def _enroll_if_new(host: Host, options: BootOptions) -> None:
             raise Failure(
                 f"the machine in {options.folder} trusts another keyset: no --keys, or a new --dir"
             )
+        if options.setup_mode and record.exists():
+            raise Failure(
+                f"the machine in {options.folder} trusts a keyset already: no --setup-mode, or a new --dir"
+            )
         return
     if options.setup_mode:
         host.say(f"{options.folder} is new: its firmware is in setup mode and trusts nobody")

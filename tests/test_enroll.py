@@ -83,12 +83,13 @@ def test_machines_lie_in_the_keyset_unless_told(site: Site) -> None:
     assert (site.keyset.folder / "machines" / serial / "recovery.cms").exists()
 
 
-def test_the_same_request_twice_is_answered_twice(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_request_twice_is_answered_twice(site: Site) -> None:
     serial = site.enroll()["serial"]
-    assert site.enroll()["enrolled_before"] == [serial]
-    said = capsys.readouterr().err
-    assert f"machine {serial} is filed already, with this very record: it is answered once more" in said
-    assert "enrolled before" not in said
+    done = site.enroll()
+    assert done["enrolled_before"] == [serial]
+    assert enroll.notes(done)[1:] == [
+        f"machine {serial} was filed already, with this very record: it is answered once more"
+    ]
 
 
 def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
@@ -127,9 +128,7 @@ def other_request(site: Site, key: ec.EllipticCurvePrivateKey | None = None) -> 
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_another_record_of_a_filed_tpm_must_be_said(
-    site: Site, foreign: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_record_of_a_filed_tpm_must_be_said(site: Site, foreign: bool) -> None:
     serial = str(site.enroll()["serial"])
     site.answer.unlink()
     first = {path.name: path.read_bytes() for path in (site.machines / serial).iterdir()}
@@ -142,10 +141,10 @@ def test_another_record_of_a_filed_tpm_must_be_said(
     assert not site.answer.exists()
     assert [path.name for path in site.machines.iterdir()] == [serial]
     told = enroll.enroll(*args, again=serial)
-    said = capsys.readouterr().err
-    assert f"enrolled again in place of {serial}" in said
-    assert ("this TPM was enrolled before, as" in said) == foreign
-    assert "filed already" not in said
+    said = enroll.notes(told, serial)
+    before = [f"this TPM was enrolled before, as {serial}"] if foreign else []
+    again = f"enrolled again in place of {serial}, as you said: its record of before holds no more"
+    assert said[1:] == [*before, again]
     assert told["enrolled_before"] == [serial]
     assert (told["serial"] == serial) != foreign
     kept = site.machines / (serial if foreign else f"{serial}-1")
@@ -457,6 +456,30 @@ def test_the_command(
     consent = f"enroll --consent {serial} --keys KEYS --out consent.json --machines machines"
     assert run(site, consent, monkeypatch) == 0
     assert (site.folder / "consent.json").exists()
+
+
+def test_a_person_reads_once_what_is_signed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As lines on standard output: nothing of it is progress."""
+    words = "enroll state/request.json --keys KEYS --out answer.json --machines machines"
+    assert run(site, words, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    (serial,) = (path.name for path in site.machines.iterdir())
+    first, *lines = out.splitlines()
+    assert (
+        first == f"machine {serial} is enrolled: its firmware has Secure Boot on, with exactly this keyset"
+    )
+    pcr7 = sent(site).pcr7.hex()
+    assert {f"serial: {serial}", f"pcr7: {pcr7}", "platform:", "enrolled_before: none"} <= set(lines)
+    assert lines[lines.index("platform:") + 1].startswith("  dbx_bytes: ")
+    assert out.count(pcr7) == 1
+    assert not set('[]{}"') & set(out)
+    assert run(site, words, monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.count("filed already, with this very record") == 1
 
 
 @pytest.mark.parametrize(

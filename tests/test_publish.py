@@ -337,6 +337,75 @@ def test_a_new_release_replaces_the_earlier_one(
     assert [path.name for path in target.parent.iterdir()] == ["release"]
 
 
+def test_what_is_replaced_is_told(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, said = tmp_path / "out/release", []
+    target.mkdir(parents=True)  # an empty folder is as good as none
+    for sequence in (42, 42, 44):
+        written.write_text(written.read_text().replace("sequence: 42", f"sequence: {sequence}"))
+        publish.publish(host, written, keyset, f"oci:{target}")
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said == [
+        f"mosinit: published sequence {words}: hostfs, zot"
+        for words in (f"42 to {target}", f"42 to {target}", f"44 to {target}, in place of sequence 42")
+    ]
+
+
+def other_content(folder: Path, host: Host) -> None:
+    shutil.rmtree(folder / "hostfs")
+    tar = make_tar({"sbin/": b"", "sbin/init": PROGRAM})
+    plain(host, folder / "hostfs", tar, tar=tar)
+
+
+@pytest.mark.parametrize("sequence", [41, 42, 43])
+def test_no_release_takes_the_place_of_one_that_does_not_come_before_it(
+    sequence: int, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    """Two of one sequence nobody could tell apart, and the later of two would be lost."""
+    target = tmp_path / "out/release"
+    publish.publish(host, written, keyset, f"oci:{target}")
+    before = snapshot(target)
+    written.write_text(written.read_text().replace("sequence: 42", f"sequence: {sequence}"))
+    other_content(tmp_path, host)
+    if sequence == 43:
+        publish.publish(host, written, keyset, f"oci:{target}")
+        assert snapshot(target) != before
+        return
+    says = {41: "holds sequence 42, and this is 41: ", 42: "holds another release of sequence 42: "}
+    with pytest.raises(Failure, match=f"{says[sequence]}write `sequence: 43` into the manifest"):
+        publish.publish(host, written, keyset, f"oci:{target}")
+    assert snapshot(target) == before
+    assert [path.name for path in target.parent.iterdir()] == ["release"]
+    # A build makes all that is in its folder anew.
+    publish.publish(host, written, keyset, f"oci:{target}", anew=True)
+    assert snapshot(target) != before
+
+
+def test_a_release_of_another_product_or_with_more_beside_it_is_left_alone(
+    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+) -> None:
+    target, other = tmp_path / "release", keys.new(host, tmp_path / "other", "other")
+    publish.publish(host, written, keyset, f"oci:{target}")
+    before = snapshot(target)
+    mine = written.read_text()
+    written.write_text(mine.replace(keyset.product, other.product).replace("sequence: 42", "sequence: 43"))
+    with pytest.raises(Failure, match=f"holds a release of product {keyset.product}: name another folder"):
+        publish.publish(host, written, other, f"oci:{target}")
+    written.write_text(mine.replace("sequence: 42", "sequence: 43"))
+    (target / "notes").write_text("precious")
+    for anew in (False, True):
+        with pytest.raises(Failure, match=r"holds more than a release \(notes\): name another folder"):
+            publish.publish(host, written, keyset, f"oci:{target}", anew=anew)
+    assert (target / "notes").read_text() == "precious"
+    (target / "notes").unlink()
+    assert snapshot(target) == before
+    (index,) = images.Layout(target).read_index()
+    images.Layout(target).blob_path(index.digest).unlink()
+    with pytest.raises(Failure, match="the release in .* cannot be read .*: remove it, or name another"):
+        publish.publish(host, written, keyset, f"oci:{target}")
+
+
 def test_a_folder_that_is_no_layout_is_never_replaced(
     written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
 ) -> None:

@@ -204,21 +204,24 @@ def test_a_push_tells_how_far_it_is(
     plain(host, tmp_path / "hostfs", tar, tar=tar)
     manifest, to = tmp_path / "manifest.yaml", f"docker://{real.address}/acme/release:1"
     access = registry.Access(authority.path, registry.Login(real.address, f"{USER}:{PASSWORD}"))
-    sent = []
+    sent, placed, digests = [], [], []
     for sequence in (1, 2):
         manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=sequence))
         watched = Watched()
-        publish.publish(watched, manifest, keyset, to, access)
+        made = publish.publish(watched, manifest, keyset, to, access)
         told = [line for line in watched.said if line.startswith(("sending", "sent"))]
         assert told[0] == f"sending the release to {to}, without what is there already"
         # Lines on the way, and one at the end: done, of all, how fast.
         assert len(told) >= 3
+        placed.append(watched.said[-1].partition(", in place of ")[2].partition(": hostfs")[0])
+        digests.append(made.index_digest)
         found = [re.search(r"(\d+\.\d) of (6\.\d) MiB, \d+\.\d MiB/s$", line) for line in told[1:]]
         assert all(found)
         assert told[-1].startswith("sent ")
         sent.append(float(found[-1][1]) if found[-1] else -1)
     assert sent[0] >= 6
     assert sent[1] < 0.5  # the layer is there already
+    assert placed == ["", digests[0]]  # what the tag named before is told
 
 
 def test_progress_and_the_result_as_json_go_different_ways(

@@ -553,6 +553,8 @@ def test_another_keyset_than_the_machine_has_is_not_ignored(need: Need, host: Ho
         vm.boot(host, boot_of(tmp_path, keys=tmp_path / "two"))
     with pytest.raises(Failure, match="is no keyset"):
         vm.boot(host, boot_of(tmp_path, keys=tmp_path / "nothing"))
+    with pytest.raises(Failure, match="trusts a keyset already: no --setup-mode"):
+        vm.boot(host, boot_of(tmp_path, setup_mode=True))
 
 
 def test_a_folder_with_something_else_is_not_filled(host: Host, tmp_path: Path) -> None:
