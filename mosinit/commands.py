@@ -57,7 +57,7 @@ def number(name: str, help: str, highest: int, default: int | None = 1, otherwis
             raise argparse.ArgumentTypeError(f"a whole number from 1 to {highest} is expected, not {text!r}")
         return int(text)
 
-    words = f"{help}, 1 to {highest}" + (f" (default: {otherwise})" if otherwise else "")
+    words = f"{help} (1 to {highest}{f'; default: {otherwise}' if otherwise else ''})"
     return Option(name, words, {"type": read, "default": default, "metavar": "N"})
 
 
@@ -97,7 +97,8 @@ REGISTRY_OPTIONS = (
     folder("--tls-ca", "one more CA that registries may have their certificate from (PEM)", "FILE"),
     folder("--login", "a file with USER:PASSWORD for the registry (default: the variable "
            "MOSINIT_REGISTRY_LOGIN, or what `podman login` keeps)", "FILE"),
-    Option("--token-host", "one more server that may see the login: one that makes the registry's tokens",
+    Option("--token-host", "one more server that may see the login: one that makes the registry's tokens; "
+           "may be repeated",
            {"action": "append", "default": [], "metavar": "HOST[:PORT]"}),
     Option("--timeout", "seconds that a registry may stand still (default: 120)",
            {"type": seconds, "metavar": "S"}),
@@ -111,7 +112,7 @@ VERBS = (
         verbs.demo,
         (
             folder("--dir", "where everything is made (default: ./demo)", default=Path("demo")),
-            flag("--interactive", "end at the console of a demo profile that can log in"),
+            flag("--interactive", "end at the console of a hostfs on which root can log in"),
         ),
         checkout=True,
     ),
@@ -123,7 +124,7 @@ VERBS = (
         (
             positional("strength", "only unit tests or only VM tests", nargs="?", choices=("unit", "vm")),
             Option("-k", "only tests whose names match, as pytest understands it", {"metavar": "EXPR"}),
-            flag("--cold", "boot every VM from zero instead of restoring saved ones"),
+            flag("--cold", "boot every VM from power-on instead of restoring saved ones"),
         ),
         json=False,
         checkout=True,
@@ -165,7 +166,7 @@ VERBS = (
         verbs.keys_epoch,
         (
             positional("folder", "the keyset", type=Path, metavar="DIR"),
-            number("epoch", "the lowest safe epoch; it never falls", init.MAX_EPOCH, None, ""),
+            number("epoch", "the lowest safe epoch, which never falls", init.MAX_EPOCH, None, ""),
         ),
         secrets=True,
     ),
@@ -178,9 +179,9 @@ VERBS = (
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where the results go", required=True),
             folder("--manifest", "your own install manifest (default: hostfs and bootkit alone)", "FILE"),
-            epoch_option("what is below is unsafe", "the keyset's"),
-            number("--sequence", "order of the default manifest of the product", init.MAX_SEQUENCE, None),
-            Option("--profile", "a profile of mkosi for hostfs: `demo` is root's at the console, for tests",
+            epoch_option("of UKIs and release: what is below is unsafe", "the keyset's"),
+            number("--sequence", "the sequence of the default manifest", init.MAX_SEQUENCE, None),
+            Option("--profile", "a profile of mkosi for hostfs; `demo`, for tests, has root at the console",
                    {"metavar": "NAME"}),
             folder("--installer-keys", "who may install by SSH on the live medium: public keys, one a line",
                    "FILE"),
@@ -193,7 +194,8 @@ VERBS = (
         "runs a program of the tools tree, such as mkosi, veritysetup or skopeo",
         "mosinit tools run mkosi --directory mkosi.uki --force build",
         verbs.run_tool,
-        (positional("command", "what to run", nargs=argparse.REMAINDER, metavar="PROGRAM"),),
+        (positional("command", "the program and its arguments", nargs=argparse.REMAINDER,
+                    metavar="PROGRAM"),),
         json=False,
     ),
     Verb(
@@ -204,7 +206,8 @@ VERBS = (
         (
             positional("manifest", "the manifest as a person wrote it", type=Path, metavar="MANIFEST"),
             folder("--keys", "the keyset that signs", required=True),
-            Option("--to", "the OCI layout to write, or the tag in a registry",
+            Option("--to", "the folder of an OCI layout: new, empty, or with an earlier release, of a lower "
+                   "sequence, whose place is taken; or a tag in a registry, which is moved",
                    {"required": True, "metavar": "oci:DIR|docker://HOST[:PORT]/NAME:TAG"}),
             *REGISTRY_OPTIONS,
         ),
@@ -216,8 +219,8 @@ VERBS = (
         "mosinit provision --organisation ./organisation --dir /run/provision",
         verbs.provision_machine,
         (
-            folder("--dir", "what is made, secrets too: on a live machine a folder in memory, such as one "
-                   "below /run", "STATE"),
+            folder("--dir", "where what is made goes, secrets too: on a live machine a folder in memory, "
+                   "such as one below /run", "STATE"),
             folder("--organisation", "make a request to the organisation whose public parts `mosinit keys "
                    "export` wrote there", "ORG"),
             folder("--answer", "take what `mosinit enroll` answered; then the TPM is closed", "FILE"),
@@ -229,8 +232,8 @@ VERBS = (
             Option("--tpm", "the TPM: device:FILE, or swtpm:path=SOCKET for a swtpm whose control socket is "
                    "SOCKET.ctrl (default: device:/dev/tpmrm0)",
                    {"metavar": "TCTI"}),
-            folder("--again", "undo an earlier provisioning first: what `mosinit enroll --consent` wrote",
-                   "CONSENT"),
+            folder("--again", "with --auths: undo an earlier provisioning first; what `mosinit enroll "
+                   "--consent` wrote", "CONSENT"),
             folder("--auths", "with --again: what `mosinit enroll --open-recovery` wrote by --out", "FILE"),
         ),
         secrets=True,
@@ -245,8 +248,8 @@ VERBS = (
             positional("request", "what `mosinit provision` wrote", type=Path, nargs="?", metavar="REQUEST"),
             folder("--keys", "the keyset that signs", required=True),
             folder("--out", "where answer, consent or recovery record (mode 0600) goes", "FILE"),
-            folder("--machines", "where machines and their recovery records are filed (default: "
-                   "DIR/machines)", "FOLDER"),
+            folder("--machines", "where machines and their recovery records are filed (default: `machines` "
+                   "in the keyset)", "FOLDER"),
             epoch_option("the epoch that the request must name", "the keyset's"),
             Option("--again", "the request may take the place of this machine, which is filed already",
                    {"metavar": "SERIAL"}),
@@ -270,7 +273,8 @@ VERBS = (
             folder("--out", "where the approvals go", "FILE", required=True),
             Option("--machine", "take the log with which this machine was enrolled; beside an EVENTLOG, say "
                    "what differs from it", {"metavar": "SERIAL"}),
-            folder("--machines", "where machines are filed (default: DIR/machines)", "FOLDER"),
+            folder("--machines", "with --machine: where machines are filed (default: `machines` in the "
+                   "keyset)", "FOLDER"),
             folder("--dbx", "dbx will be this: signature lists that are all of it, or a signed update",
                    "FILE"),
             folder("--db", "db will be this", "FILE"),
@@ -304,7 +308,7 @@ VERBS = (
             folder("--dir", "the machine: firmware variables, TPM, console log", "STATE", required=True),
             folder("--keys", "the keyset to enrol in a new machine's firmware (default: the medium's own)"),
             folder("--report", "also write the report here", "FILE"),
-            Option("--until", "how far (default: multi-user)",
+            Option("--until", "how far the boot is to get (default: multi-user)",
                    {"choices": ("pivoted", "multi-user", "installed"), "default": "multi-user"}),
             Option("--timeout", "seconds that the boot may take (default: 300, an installation 1800)",
                    {"type": seconds, "metavar": "S"}),
@@ -343,16 +347,17 @@ VERBS = (
     ),
     Verb(
         "recover",
-        "on the live medium, with the recovery key: the way back into a machine that no longer opens",
+        "on the live medium: the way back into a machine that no longer opens",
         "mosinit recover --key recovery.json --dir /run/provision --plan",
         verbs.recover_machine,
         (
             Option("source", "the release that fills the store if it has none that is whole: oci:DIR or "
                    "docker://HOST[:PORT]/NAME:TAG", {"nargs": "?", "metavar": "SOURCE"}),
             folder("--disk", "the machine's disk (default: the only one that is a machine's)", "DEV"),
-            Option("--key", "the recovery key: what `mosinit enroll --open-recovery` wrote by --out, a file "
-                   "(mode 0600) with the key alone, or - to read it from standard input or the terminal; "
-                   "may be repeated", {"action": "append", "default": [], "metavar": "FILE"}),
+            Option("--key", "the recovery key, needed unless --dir opens the disk already: what `mosinit "
+                   "enroll --open-recovery` wrote by --out, a file (mode 0600) with the key alone, or - to "
+                   "read it from standard input or the terminal; may be repeated",
+                   {"action": "append", "default": [], "metavar": "FILE"}),
             folder("--dir", "a new board, or a TPM that was cleared: what `mosinit provision` made since",
                    "STATE"),
             flag("--anew", "config or store may be made anew if nothing of it can be used"),
@@ -390,7 +395,7 @@ VERBS = (
             positional("what", "a check's id, or a file with a boot's report or console log (-: standard "
                        "input); without one: the last boot of this machine", nargs="?", metavar="ID|REPORT"),
             flag("--all", "list every check"),
-            flag("--markdown", "write them as the table of the README"),
+            flag("--markdown", "with --all: write them as the table of the README"),
             folder("--event-log", "the firmware's event log of that boot, or a request: what of PCR 7 "
                    "differs is named", "FILE"),
             folder("--against", "the event log of a good boot, such as EFI/mosinit/eventlog.bin of a disk's "

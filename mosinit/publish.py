@@ -40,13 +40,16 @@ WRITTEN = {**init.TARGET, "source": init.Field(init.text_like(_SOURCE, _SOURCE_W
 
 @dataclass(frozen=True)
 class Published:
-    """What was published: digests are `sha256:…`, those of targets are of image manifests, by name."""
+    """What was published: digests are `sha256:…`, those of targets are of image manifests, by name. What it
+    took the place of is a sequence, or the digest that the tag named; empty if it is what was there.
+    """
 
     sequence: int
     manifest_sha256: str
     signature_sha256: str
     index_digest: str
     targets: Mapping[str, str]
+    replaced: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,12 @@ def publish(
         accepted = check_release(host, layout, policy, keyset)
         if isinstance(target, registry.Reference):
             before = registry.push(host, sources.access, layout, target)
-            instead = before if before != index.digest else ""
+            replaced = before if before != index.digest else ""
         else:
-            instead = _put(host, layout, target, accepted, anew=anew)
+            replaced = _put(host, layout, target, accepted, anew=anew)
     names = {item.target.service_name: item.image.manifest.digest for item in targets}
-    instead = f", in place of {instead}" if instead else ""
-    host.say(f"published sequence {written.sequence} to {target}{instead}: {', '.join(names)}")
     signature = hashlib.sha256(signed[init.SIGNATURE_MEDIA_TYPE]).hexdigest()
-    return Published(written.sequence, accepted.sha256, signature, index.digest, names)
+    return Published(written.sequence, accepted.sha256, signature, index.digest, names, replaced)
 
 
 def parse_destination(destination: str) -> Path | registry.Reference:

@@ -115,7 +115,9 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
     sources = [target.source for target in publisher.read_written(values.manifest).targets]
     access = _access(values, values.to, sources)
     cache = images.open_cache(host)
-    return outcome(publisher.publish(host, values.manifest, keyset, values.to, access, cache))
+    done = publisher.publish(host, values.manifest, keyset, values.to, access, cache)
+    instead = f", in place of {done.replaced}" if done.replaced else ""
+    return outcome(done, [f"published sequence {done.sequence} to {values.to}{instead}"])
 
 
 def provision_machine(host: Host, values: argparse.Namespace) -> Result:
