@@ -172,7 +172,7 @@ VERBS = (
     ),
     Verb(
         "build",
-        "builds initrd, UKI, hostfs image and live medium; needs a checkout",
+        "builds initrds, UKIs, hostfs image, release and live medium; needs a checkout",
         "mosinit build --keys ./keys --out ./out",
         verbs.build,
         (

@@ -148,8 +148,12 @@ def _check_replaceable(folder: Path, name: Path) -> None:
     names = [entry.annotations.get(images.REF_NAME) for entry in images.Layout(folder).read_index()]
     if names != [TAG]:
         raise Failure(f"{name} holds images that are no release: name another folder")
-    if others := sorted(held - {"oci-layout", "index.json", "blobs"}):
-        raise Failure(f"{name} holds more than a release ({others[0][:80]}): name another folder")
+    others = held - {"oci-layout", "index.json", "blobs"}
+    others |= {path.name for path in (folder / "blobs").glob("*")} - {"sha256"}
+    blobs = {path.name for path in (folder / "blobs/sha256").glob("*")}
+    others |= {each for each in blobs if not init.HEX64.fullmatch(each)}
+    if others:
+        raise Failure(f"{name} holds more than a release ({min(others)[:80]}): name another folder")
 
 
 def _read_earlier(folder: Path, name: Path) -> Earlier | None:

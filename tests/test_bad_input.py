@@ -131,6 +131,7 @@ def state(folder: Path) -> list[tuple[str, int, float]]:
 
 
 PUBLISH = "publish good.yaml --keys keys --to oci:new"
+PUSH = "publish good.yaml --keys keys --to docker://127.0.0.1:1/x:1"
 VM = "vm boot --disk disk --dir new"
 KEYSETS = {
     "none": "none is no keyset (it has no keyset.json): make one by `mosinit keys new`",
@@ -206,15 +207,15 @@ CASES: list[tuple[str, int, str]] = [
     ("publish good.yaml --keys keys --to oci:file/new", 1, "file"),
     ("publish good.yaml --keys keys --to docker://r.example/x", 2, "needs a tag"),
     ("publish good.yaml --keys keys --to docker://u:secret-73519@r.example/x:1", 2, "names no image"),
-    (f"{PUBLISH} --tls-ca none", 1, "cannot read none: No such file"),
-    (f"{PUBLISH} --tls-ca folder", 1, "cannot read folder: Is a directory"),
-    (f"{PUBLISH} --tls-ca garbage", 1, "garbage holds no certificate in PEM form"),
-    (f"{PUBLISH} --login none", 1, "cannot read none: No such file"),
-    (f"{PUBLISH} --login folder", 1, "cannot read folder: Is a directory"),
-    (f"{PUBLISH} --login open", 1, "open holds a password and is open to others: chmod 600 open"),
-    (f"{PUBLISH} --login nologin", 1, "nologin does not hold one line USER:PASSWORD"),
-    (f"{PUBLISH} --login binary", 1, "cannot read binary: it is no text"),
-    (f"{PUBLISH} --login login", 2, "--login is for one registry"),
+    (f"{PUSH} --tls-ca none", 1, "cannot read none: No such file"),
+    (f"{PUSH} --tls-ca folder", 1, "cannot read folder: Is a directory"),
+    (f"{PUSH} --tls-ca garbage", 1, "garbage holds no certificate in PEM form"),
+    (f"{PUSH} --login none", 1, "cannot read none: No such file"),
+    (f"{PUSH} --login folder", 1, "cannot read folder: Is a directory"),
+    (f"{PUSH} --login open", 1, "open holds a password and is open to others: chmod 600 open"),
+    (f"{PUSH} --login nologin", 1, "nologin does not hold one line USER:PASSWORD"),
+    (f"{PUSH} --login binary", 1, "cannot read binary: it is no text"),
+    (f"{PUBLISH} --login login", 2, "--login goes with a registry"),
     *((f"{PUBLISH} --timeout {value}", 2, "--timeout") for value in ("0", "-1", "nan", "inf", "x")),
     # uki sign
     *(

@@ -395,12 +395,13 @@ def test_a_release_of_another_product_or_with_more_beside_it_is_left_alone(
     with pytest.raises(Failure, match=f"holds a release of product {keyset.product}: name another folder"):
         publish.publish(host, written, other, f"oci:{target}")
     written.write_text(mine.replace("sequence: 42", "sequence: 43"))
-    (target / "notes").write_text("precious")
-    for anew in (False, True):
-        with pytest.raises(Failure, match=r"holds more than a release \(notes\): name another folder"):
-            publish.publish(host, written, keyset, f"oci:{target}", anew=anew)
-    assert (target / "notes").read_text() == "precious"
-    (target / "notes").unlink()
+    for place in ("", "blobs", "blobs/sha256"):
+        (target / place / "notes").write_text("precious")
+        for anew in (False, True):
+            with pytest.raises(Failure, match=r"holds more than a release \(notes\): name another folder"):
+                publish.publish(host, written, keyset, f"oci:{target}", anew=anew)
+        assert (target / place / "notes").read_text() == "precious"
+        (target / place / "notes").unlink()
     assert snapshot(target) == before
     (index,) = images.Layout(target).read_index()
     images.Layout(target).blob_path(index.digest).unlink()

@@ -136,6 +136,22 @@ def test_what_says_how_a_registry_is_reached_is_for_registries(
         assert says in err
 
 
+def test_a_login_is_for_one_registry(
+    tmp_path: Path, keyset: keys.Keyset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A password does not go wherever a manifest points to."""
+    written, login = tmp_path / "manifest.yaml", tmp_path / "login"
+    login.touch(0o600)
+    login.write_text("user:password")
+    lines = [f"version: 1\nproduct: {keyset.product}\nsequence: 1\nepoch: 1\nupdate_type: partial\ntargets:"]
+    for n in (1, 2):
+        source = f"docker://127.0.0.1:{n}/x"
+        lines += [f"  - {{service_name: a{n}, service_type: fs-only, source: '{source}', version: '1'}}"]
+    written.write_text("\n".join(lines) + "\n")
+    assert mosinit(f"publish {written} --keys {keyset.folder} --to oci:{tmp_path}/r --login {login}") == 2
+    assert "--login is for one registry, and these are 127.0.0.1:1, 127.0.0.1:2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["recover --dir none", "recover --dir none --plan", "recover --key none"])
 def test_what_may_show_whose_a_disk_is_suffices(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What provisioning left opens a disk as well as the recovery key."""
