@@ -252,7 +252,7 @@ def describe(planned: layout.Plan, release: Release, closing: str = "") -> dict[
         "product": contents.product,
         "sequence": contents.sequence,
         "source": release.source.name,
-        "release": releases.digest(release.source.machine),
+        "release": release.index.digest,
         "release bytes": release.size,
         "targets": [target.service_name for target in contents.targets],
         "partitions": [
@@ -660,9 +660,9 @@ def fill_store(host: Installer, planned: layout.Plan, release: Release, provisio
                     for chunk in release.source.blob(blob):
                         file.write(chunk)
                         advance(len(chunk))
-        for name in ("oci-layout", "index.json"):
+        for name, content in release.lists.items():
             with host.replacing(target / name) as fresh:
-                fresh.write_bytes(release.source.document(name))
+                fresh.write_bytes(content)
         host.sync_tree(folder)
 
 

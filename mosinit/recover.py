@@ -187,10 +187,10 @@ def refill(host: Recoverer, release: releases.Release, policy: init.Policy, devi
                     with host.replacing(path) as fresh, fresh.open("wb") as file:
                         file.writelines(release.source.blob(blob))
                 advance(blob.size)
-        for name in ("oci-layout", "index.json"):
+        for name, content in release.lists.items():
             _make_way(target / name)
             with host.replacing(target / name) as fresh:
-                fresh.write_bytes(release.source.document(name))
+                fresh.write_bytes(content)
         host.sync_tree(folder)
         return damage.stored_release(Elsewhere({init.STORE: folder}), policy, host)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
-from mosinit import init, publish
+from mosinit import images, init, publish
 from mosinit.generations import SignedManifest
 from mosinit.host import Failure, Host
-from mosinit.sources import Blob, Source
+from mosinit.sources import INDEX, Blob, Source, lists
 
 # What a release says of itself, beside the signatures of layers.
 KINDS = (
@@ -27,9 +27,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Release:
-    """A verified release: where it lies, its manifest, all its blobs, and the UKI of run mode."""
+    """A verified release: where it lies, its index, its manifest, all its blobs, and the UKI of run mode."""
 
     source: Source
+    index: images.Descriptor
     manifest: init.Manifest
     signed: SignedManifest
     blobs: tuple[Blob, ...]
@@ -40,6 +41,11 @@ class Release:
     def size(self) -> int:
         """Bytes of all blobs."""
         return sum(blob.size for blob in self.blobs)
+
+    @property
+    def lists(self) -> dict[str, bytes]:
+        """Return what lies in a store beside the blobs: of what was verified, wherever it came from."""
+        return lists(self.index)
 
 
 def verify(host: Host, source: Source, policy: init.Policy) -> Release:
@@ -61,7 +67,7 @@ def verify(host: Host, source: Source, policy: init.Policy) -> Release:
     for target in manifest.contents.targets:
         check_target(machine, target, blobs)
     source.check(host, blobs)
-    return Release(source, manifest, signed, blobs, uki, uki_id)
+    return Release(source, find_index(machine), manifest, signed, blobs, uki, uki_id)
 
 
 def signed_manifest(machine: init.Machine, manifest: init.Manifest) -> SignedManifest:
@@ -93,9 +99,8 @@ def check_nothing_more(machine: init.Machine, manifest: init.Manifest) -> None:
     """See that a release lists what its manifest names and nothing else: the list itself is not signed, and
     whoever keeps a release could fill the store, or this machine's memory.
     """
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
+    index = find_index(machine)
+    data = init.read_blob(machine, index.digest, index.size, "MANIFEST-ABSENT")
     _, listed = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
     artefact = next(item for item in listed if item.artifact_type == init.RELEASE_ARTIFACT)
     data = init.read_blob(machine, artefact.digest, artefact.size, "MANIFEST-ABSENT")
@@ -115,14 +120,21 @@ def check_nothing_more(machine: init.Machine, manifest: init.Manifest) -> None:
         raise Failure(f"the release lists {more[0]}, which its manifest does not name: publish it again")
 
 
+def find_index(machine: init.Machine) -> images.Descriptor:
+    """Return the index of a store's one release, which `init.find_release` has found."""
+    data = machine.read(INDEX)
+    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    only = init.only(releases, "MANIFEST-ABSENT", "one release")
+    return images.Descriptor(only.media_type, only.digest, only.size)
+
+
 def list_blobs(machine: init.Machine) -> tuple[Blob, ...]:
     """Return every blob of the store's one release, each once."""
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    _, releases = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    found = {release.digest: release.size for release in releases}
-    data = init.read_blob(machine, releases[0].digest, releases[0].size, "MANIFEST-ABSENT")
-    _, images = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
-    for image in images:
+    index = find_index(machine)
+    found = {index.digest: index.size}
+    data = init.read_blob(machine, index.digest, index.size, "MANIFEST-ABSENT")
+    _, listed = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
+    for image in listed:
         data = init.read_blob(machine, image.digest, image.size, "IMAGE-DIGEST")
         raw, parts = init.parse_descriptors(data, "layers", "IMAGE-FORMAT")
         config = init.parse_descriptor(raw.get("config"), "IMAGE-FORMAT")
@@ -152,9 +164,3 @@ def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blo
     for digest in (*(layer.digest for layer in image.layers), *target.layer_signatures):
         if digest not in present:
             raise init.Refused("STORE-BLOB", expected=f"blob {digest}", seen="a release without it")
-
-
-def digest(machine: init.Machine) -> str:
-    """Return the digest of a release's index."""
-    data = machine.read(f"{init.STORE}/{init.REPOSITORY}/index.json")
-    return init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")[1][0].digest

@@ -4,6 +4,9 @@ A folder is read whole before the disk is touched. Of a registry's release that 
 which everything is decided: signatures, chain, product, epoch, and which blobs there must be. The blobs may
 be larger than a machine's memory: they go straight to the new store, each compared with its digest on the
 way, and are read back before the disk is a machine's.
+
+What no digest names is the list alone, by which a folder says what its release is: it is read once, and
+written anew where the release is stored (`lists`), since whoever keeps a medium may change it meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from mosinit.registry import Access, Connection
 
 STORE = f"{init.STORE}/{init.REPOSITORY}"
+INDEX = f"{STORE}/index.json"
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,10 @@ class Source(Protocol):
     """A release as it lies there: untrusted, each blob compared with its digest when it is read."""
 
     name: str
-    machine: init.Machine  # whose store is the release
+    machine: init.Machine  # whose store is the release, the same one for as long as it is open
 
     def blob(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes; raises at the end unless they were exactly the right ones."""
-
-    def document(self, name: str) -> bytes:
-        """Return index.json or oci-layout."""
 
     def check(self, host: Host, blobs: Sequence[Blob]) -> None:
         """See that all blobs are there, as far as that can be seen. Raises `Failure`, `Refused`."""
@@ -69,6 +70,17 @@ def open_source(
     return Folder(Path(name).absolute())
 
 
+def lists(index: images.Descriptor) -> dict[str, bytes]:
+    """Return what lies in an image layout beside its blobs, with this index alone: as it is published."""
+    named = images.Descriptor(
+        index.media_type, index.digest, index.size, annotations={images.REF_NAME: publish.TAG}
+    )
+    return {
+        "oci-layout": images.encode({"imageLayoutVersion": "1.0.0"}),
+        "index.json": images.encode(images.index_of([named])),
+    }
+
+
 # --- A folder --------------------------------------------------------------------------------------------
 
 
@@ -77,15 +89,12 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, f"oci:{folder}"
-        self.machine = Elsewhere({STORE: folder})
+        self._store = FolderStore({STORE: folder})
+        self.machine: init.Machine = self._store
 
     def blob(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes."""
-        return read_checked(self.machine.real_path(init.blob_path(blob.digest)), blob)
-
-    def document(self, name: str) -> bytes:
-        """Return index.json or oci-layout."""
-        return self.machine.read(f"{STORE}/{name}")
+        return read_checked(self._store.real_path(init.blob_path(blob.digest)), blob)
 
     def check(self, host: Host, blobs: Sequence[Blob]) -> None:
         """Read every byte."""
@@ -93,6 +102,22 @@ class Folder:
             for blob in blobs:
                 for chunk in self.blob(blob):
                     advance(len(chunk))
+
+
+class FolderStore(Elsewhere):
+    """A store as the bring-up reads it, whose list is read once: all else is asked for by digest."""
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        super().__init__(places)
+        self._index: bytes | None = None
+
+    def read(self, path: str, limit: int = init.MIB) -> bytes:
+        """Read a file of the release."""
+        if path != INDEX:
+            return super().read(path, limit)
+        if self._index is None:
+            self._index = super().read(path, limit)
+        return self._index
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -148,10 +173,6 @@ class Registry:
         else:
             yield from self.connection.stream(images.Descriptor("", blob.digest, blob.size), self.say)
 
-    def document(self, name: str) -> bytes:
-        """Return index.json or oci-layout."""
-        return self.machine.read(f"{STORE}/{name}")
-
     def check(self, host: Host, blobs: Sequence[Blob]) -> None:
         """Ask the registry for every blob that was not read yet."""
         for blob in blobs:
@@ -173,14 +194,8 @@ class RegistryStore(Quiet):
         _, listed = init.parse_descriptors(data, "manifests", "MANIFEST-ABSENT")
         self.manifests = {index.digest, *(item.digest for item in listed)}
         self._connection = connection
-        named = images.Descriptor(
-            index.media_type, index.digest, index.size, annotations={images.REF_NAME: publish.TAG}
-        )
-        self._known = {
-            f"{STORE}/oci-layout": images.encode({"imageLayoutVersion": "1.0.0"}),
-            f"{STORE}/index.json": images.encode(images.index_of([named])),
-            init.blob_path(index.digest): data,
-        }
+        self._known = {f"{STORE}/{name}": content for name, content in lists(index).items()}
+        self._known[init.blob_path(index.digest)] = data
 
     def read(self, path: str, limit: int = init.MIB) -> bytes:
         """Read a document of the release; what is not there is an OSError, as in a folder."""

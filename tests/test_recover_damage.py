@@ -437,3 +437,28 @@ def test_approvals_that_came_later_stay(site: Site, disk: Path) -> None:
     assert site.recover(disk, site.first)["status"] == 0
     mended = luks.read_header(Host(), config_of(disk), "config")
     assert mended.tokens == header.tokens._replace(approvals=later)
+
+
+class Swapping(recovering.NativeRecoverer):
+    """Somebody changes what a source lists once all was looked at."""
+
+    def __init__(self, site: Site, source: Path) -> None:
+        super().__init__(site.made)
+        self.source = source
+
+    def say(self, text: str) -> None:
+        """Change it."""
+        super().say(text)
+        if text.startswith("found:"):
+            for name in ("index.json", "oci-layout"):
+                (self.source / name).write_text("anything")
+
+
+def test_a_source_that_changes_between_looking_and_storing(site: Site, disk: Path, tmp_path: Path) -> None:
+    """What was verified is stored."""
+    source = Path(shutil.copytree(site.release, tmp_path / "source"))
+    in_store(disk, shutil.rmtree)
+    host = Swapping(site, source)
+    done = site.recover(disk, host=host, source=f"oci:{source}")
+    assert ((source / "index.json").read_text(), done["status"]) == ("anything", 0)
+    assert site.recover(disk)["found"] == []

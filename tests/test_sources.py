@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import images, init, install, keys, layout, registry, sources
+from mosinit import images, init, install, keys, layout, registry, releases, sources
 from mosinit.host import Failure, Host, Usage
 from mosinit.layout import Consent
 from tests import installation, registries
@@ -415,6 +416,83 @@ def test_a_folder_that_lists_more_than_its_manifest_names(made: Setting, disk: P
     (copy / "index.json").write_bytes(images.encode(images.index_of([item])))
     with pytest.raises(Failure, match="which its manifest does not name"):
         installation.run(NativeInstaller(), dataclasses.replace(made, release=copy), disk)
+
+
+# --- A folder that changes -------------------------------------------------------------------------------
+
+
+class Changing(sources.Folder):
+    """A folder on a medium that shows something else once its list was read `times` times."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__(folder)
+        self.times = times
+        read = self.machine.read
+
+        def reading(path: str, limit: int = init.MIB) -> bytes:
+            data = read(path, limit)
+            if path == f"{sources.STORE}/index.json":
+                self.times -= 1
+                if not self.times:
+                    (folder / "index.json").write_bytes(images.encode(images.index_of([])))
+            return data
+
+        self.machine.read = reading  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def copied(made: Setting, tmp_path: Path) -> Path:
+    """A copy of the release."""
+    return Path(shutil.copytree(made.release, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 4, 5])
+def test_a_folder_that_changes_while_it_is_verified(made: Setting, copied: Path, times: int) -> None:
+    host, policy = Host(), install.policy_of_live(made.left)
+    before = releases.verify(host, sources.open_source(f"oci:{copied}"), policy)
+    now = releases.verify(host, Changing(copied, times), policy)
+    assert json.loads((copied / "index.json").read_bytes())["manifests"] == []
+    assert dataclasses.replace(now, source=before.source) == before
+
+
+class Swapping(NativeInstaller):
+    """Somebody puts another release into the folder once the disk began to change."""
+
+    def __init__(self, folder: Path, other: bytes) -> None:
+        super().__init__()
+        self.folder, self.other = folder, other
+
+    def say(self, text: str) -> None:
+        """Put it there."""
+        super().say(text)
+        if text.startswith("machine-store"):
+            (self.folder / "index.json").write_bytes(self.other)
+            (self.folder / "oci-layout").write_bytes(b"anything")
+
+
+def test_a_folder_that_changes_between_looking_and_storing(made: Setting, copied: Path, disk: Path) -> None:
+    """What was verified is stored: nothing reads the list again, neither here nor at a boot."""
+    blobs, index = changed(made.release, another_image, "index")
+    item = images.Descriptor(images.INDEX_TYPE, index, len(blobs[index]))
+    host = Swapping(copied, images.encode(images.index_of([item])))
+    done = installation.run(host, dataclasses.replace(made, release=copied), disk)
+    assert (copied / "oci-layout").read_bytes() == b"anything"
+    assert done["release"] == parts_of(made.release)["index"]
+    files = stored(host, disk)
+    for name in ("index.json", "oci-layout"):
+        digest = f"sha256:{hashlib.sha256((made.release / name).read_bytes()).hexdigest()}"
+        assert files[name] == digest, name
+
+
+def test_what_a_list_says_beside_its_release_is_not_stored(made: Setting, copied: Path, disk: Path) -> None:
+    listed = json.loads((copied / "index.json").read_bytes())
+    listed["annotations"] = {"org.example": "anything"}
+    listed["manifests"][0]["annotations"]["org.example"] = "anything"
+    (copied / "index.json").write_text(json.dumps(listed))
+    host = NativeInstaller()
+    installation.run(host, dataclasses.replace(made, release=copied), disk)
+    files, plain = stored(host, disk), (made.release / "index.json").read_bytes()
+    assert files["index.json"] == f"sha256:{hashlib.sha256(plain).hexdigest()}"
 
 
 # --- A connection that breaks ------------------------------------------------------------------------------
