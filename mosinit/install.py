@@ -3,12 +3,12 @@
 1. Look: the release is verified by the bring-up's own functions, the disk is looked at, a plan made.
 2. Act, on that disk alone: partitions, encrypted volumes, the release by digest, manifest.git, the tokens of
    the seal, the UKI.
-3. Read all of it back as a boot would. Only then the TPM is closed, and the boot loader gets the name by
-   which firmware finds it, in one rename, so that half a machine does not start; and the disk is called a
-   machine's.
+3. Read all of it back as a boot would. Only then the TPM is closed, the disk is called a machine's, and the
+   boot loader gets the name by which firmware finds it, in one rename: half a machine does not start.
 
 Whatever fails before leaves a disk and a TPM that the same command takes again, and so does a power cut; one
-that comes while the TPM is closed, or just behind it, is mended by the same command too (`resume`).
+that comes while the TPM is closed, or behind it, is mended by the same command too (`resume`). Of what may
+have started nothing is lost without a word, whatever became of its TPM: the disk has its own id by then.
 """
 
 from __future__ import annotations
@@ -231,10 +231,18 @@ def steps(planned: layout.Plan, release: Release, closing: str = "") -> tuple[St
         Step("esp", f"boot loader and {place}, nothing that firmware finds yet"),
         Step("reading everything back", "by what the boot itself calls"),
         *([Step("TPM", closing)] if closing else []),
-        Step("start", f"the boot loader gets the name {esp.STARTED}: from here the disk starts a machine"),
-        Step("disk id", "the disk gets an id of its own: from here it needs a word to be erased"),
-        Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
+        *ending("gets"),
     )  # fmt: skip
+
+
+def ending(gets: str) -> tuple[Step, ...]:
+    """Return what is done once the TPM is closed; `gets`, or has, where the power broke it off."""
+    return (
+        Step("disk id", f"the disk {gets} an id of its own: from here it needs a word to be erased"),
+        Step("start", f"the boot loader {gets} the name {esp.STARTED}: from here the disk starts a machine"),
+        Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
+        Step("mark", "the mark of what is being installed is wiped: nothing is left to be finished"),
+    )
 
 
 def describe(planned: layout.Plan, release: Release, closing: str = "") -> dict[str, object]:
@@ -472,9 +480,10 @@ ACTS: Mapping[str, Callable[[Work], None]] = {
     "esp": lambda work: fill_esp(work.host, work.planned, work.release, work.provisioned, work.loader),
     "reading everything back": _back,
     "TPM": _close_tpm,
+    "disk id": lambda work: layout.take_id(work.host, work.planned),
     "start": lambda work: let_start(work.host, work.planned),
-    "disk id": lambda work: layout.finish(work.host, work.planned),
     "boot entry": _enter,
+    "mark": lambda work: layout.wipe_mark(work.host, work.planned),
 }
 
 
@@ -502,7 +511,10 @@ def find_broken_off(host: Host, disk: layout.Disk, options: Options) -> BrokenOf
         key, (flags, _), others = machine.find_storage_key(), machine.flags(), machine.keeps_others()
     if key is None or init.tpm_name(key).hex() != disk.complete or not flags & provision.PASSWORDS:
         return None
-    planned, closed = layout.plan_of(host, disk), flags & init.PROVISIONED == init.PROVISIONED
+    closed = flags & init.PROVISIONED == init.PROVISIONED
+    if not closed and not disk.unfinished:
+        return None  # its TPM was closed before it got its id: somebody opened that since
+    planned = layout.plan_of(host, disk)
     kept = not closed and (options.provisioned / "auths.json").exists()
     # Clearing would also end what another system keeps in this TPM: then it is closed to the end.
     undo = not (kept or others or flags & (init.Permanent.LOCKOUT_AUTH | init.Permanent.CLEAR_DISABLED))
@@ -510,13 +522,8 @@ def find_broken_off(host: Host, disk: layout.Disk, options: Options) -> BrokenOf
         step = Step("TPM", "cleared: closing it was broken off, and its passwords went with the power")
         return BrokenOff(planned, True, (step,))
     words = "closed to the end" + ("" if kept or closed else ", with new passwords where it has none yet")
-    rest = (
-        Step("TPM", "it is closed already; it is looked at" if closed else words),
-        Step("start", f"the boot loader has the name {esp.STARTED}"),
-        Step("disk id", "the disk gets an id of its own"),
-        Step("boot entry", f"{bootentry.LABEL} is first in the firmware's order, others stay"),
-    )
-    return BrokenOff(planned, False, rest)
+    step = Step("TPM", "it is closed already; it is looked at" if closed else words)
+    return BrokenOff(planned, False, (step, *ending("has")))
 
 
 def resume(host: Installer, options: Options) -> dict[str, object] | None:
@@ -537,9 +544,10 @@ def resume(host: Installer, options: Options) -> dict[str, object] | None:
     host.say(f"{disk.path}: all is on it; what was broken off is finished")
     with layout.held(host, disk), _told(disk):
         _close_to_the_end(host, options, record, policy)
+        layout.take_id(host, found.plan)
         let_start(host, found.plan)
-        layout.finish(host, found.plan)
         entry = add_boot_entry(host, found.plan)
+        layout.wipe_mark(host, found.plan)
     return {"disk": disk.path, "serial": disk.serial, "finished": "what was broken off", "boot entry": entry}
 
 

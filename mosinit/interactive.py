@@ -283,7 +283,8 @@ class Live:
         if made is None:
             if done := install.resume(host, without_consent(options)):
                 return done
-            made = install.plan(host, options)  # the TPM was set back: all begins anew
+            # The TPM was set back: all begins anew, where nothing can be lost that nobody was asked for.
+            made = install.plan(host, without_consent(options))
         if not (options.provisioned / "seal.json").exists():
             self._enrol(host, job)
         self.check_unchanged(job, planned)

@@ -23,7 +23,7 @@ GIB = 1 << 30
 SMALLEST = 8 * GIB
 ESP_BYTES, CONFIG_BYTES = 512 * init.MIB, 128 * init.MIB
 SMALLEST_VOLUME = 64 * init.MIB
-# A disk has this id while it is being installed: whoever finds it may begin anew without asking.
+# A disk has this id while it is being installed: whoever finds it and our mark may begin without asking.
 UNFINISHED = "5a3d1b0e-6f0c-4d7a-9c55-d0b3a1f7e2c4"
 EDGES = init.MIB  # of a disk, where tables and superblocks lie
 # Written before anything else, where no partition table reaches and no partition lies: so a disk whose table
@@ -338,8 +338,9 @@ def _size_mark(size: int) -> str:
 def mark(disk: Disk, storage_key: str = "") -> bytes:
     """Return what lies on a disk while it is installed, and on no copy of it.
 
-    Once all was read back it names the storage key of the machine's TPM, which is closed from then on. All
-    of it lies in one sector, which no power cut tears.
+    Once all was read back it names the storage key of the machine's TPM, which is closed from then on; it
+    goes last of all, when the disk has its own id and starts a machine. All of it lies in one sector, which
+    no power cut tears.
     """
     own = "" if disk.serial == disk.name else disk.serial
     said = f"mosinit is installing on this disk {UNFINISHED}\n{disk.size} {own}\n"
@@ -367,8 +368,10 @@ def _content(disk: Disk, head: bytes, tail: bytes) -> tuple[str, bool, str]:
     try:
         parts = init.parse_gpt(header, entries, sector, disk.size // sector)
     except init.Refused:
-        return ("" if empty else "data without a valid partition table"), marked, ""
-    unfinished = marked and init.format_guid(header[56:72]) == UNFINISHED  # UEFI specification 5.3.2
+        # Once all is on a disk no power cut tears its table, of which one sector alone changes: something
+        # else did, and a machine may have started from it.
+        return ("" if empty else "data without a valid partition table"), marked and not name, ""
+    unfinished = marked and disk_id(header) == UNFINISHED
     sizes = ", ".join(f"{part.size >> 20} MiB" for part in parts)
     text = f"{len(parts)} partitions ({sizes})" if parts else "an empty partition table"
     return text, unfinished, name if marked else ""
@@ -631,7 +634,10 @@ def note_complete(host: Host, plan: Plan, storage_key: bytes) -> None:
 
 
 def plan_of(host: Host, disk: Disk) -> Plan:
-    """Return the plan by which a disk was made that is complete. Raises `Failure` if that is another one."""
+    """Return the plan by which a disk was made that is complete, with the id that it has or is to get.
+
+    Raises `Failure` if it was made by another one.
+    """
     fd = _open_same(host, disk, os.O_RDONLY)
     try:
         header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
@@ -644,20 +650,41 @@ def plan_of(host: Host, disk: Disk) -> Plan:
             f"{disk.path} is not laid out as its mark says: name another disk, or to lose all of it, say "
             f"--erase {disk.word}"
         )
-    return Plan(disk, str(uuid.uuid4()), tuple(parts), "")
+    identity = disk_id(header)
+    return Plan(disk, str(uuid.uuid4()) if identity == UNFINISHED else identity, tuple(parts), "")
 
 
-def finish(host: Host, plan: Plan) -> None:
-    """Give the disk its own id: from here it is a machine's, and needs a word to be erased."""
-    words = ["--quiet", "--lock=yes", "--no-reread", "--disk-id", str(plan.disk.path), plan.identity]
-    host.run(["sfdisk", *words], timeout=120)
-    host.sync_file(plan.disk.path)
-    with open(plan.disk.path, "r+b", buffering=0) as file:
-        file.seek(MARK_OFFSET)
-        file.write(bytes(MARK_BYTES))
-        os.fsync(file.fileno())
+def disk_id(header: bytes) -> str:
+    """Return the disk id that a GPT header has."""
+    return init.format_guid(header[56:72])  # UEFI specification 5.3.2
+
+
+def take_id(host: Host, plan: Plan) -> None:
+    """Give the disk its own id, before anything on it can start: from here it needs a word to be erased. One
+    that has it is left as it is, since it may have started.
+    """
+    fd = _open_same(host, plan.disk, os.O_RDONLY)
+    try:
+        has = disk_id(host.read_at(fd, plan.disk.sector, plan.disk.sector))
+    finally:
+        os.close(fd)
+    if has != plan.identity:
+        words = ["--quiet", "--lock=yes", "--no-reread", "--disk-id", str(plan.disk.path), plan.identity]
+        host.run(["sfdisk", *words], timeout=120)
+        host.sync_file(plan.disk.path)
     check(host, plan)
     wait_for_devices(host, plan)
+
+
+def wipe_mark(host: Host, plan: Plan) -> None:
+    """Wipe the mark of a disk that has its own id and starts: nothing is left to be finished."""
+    fd = _open_same(host, plan.disk, os.O_RDWR)
+    try:
+        os.pwrite(fd, bytes(MARK_BYTES), MARK_OFFSET)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    check(host, plan)
 
 
 def check(host: Host, plan: Plan) -> None:

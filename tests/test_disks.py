@@ -306,7 +306,8 @@ def test_a_serial_alone_is_enough_for_answers_but_loses_no_machine(disk: Path) -
     layout.write(Host(), plan)
     layout.check_usable(Host(), layout.inspect(Host(), disk), Consent())  # it is ours, and unfinished
     layout.wait_for_devices(Host(), plan)
-    layout.finish(Host(), plan)
+    layout.take_id(Host(), plan)
+    layout.wipe_mark(Host(), plan)
     luks(disk, plan.named("machine-config").start)
     found = layout.inspect(Host(), disk)
     assert ("crypto_LUKS", False) in {(row.holds, row.member) for row in found.rows}

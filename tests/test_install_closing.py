@@ -128,21 +128,77 @@ def test_power_that_fails_before_the_tpm_is_closed(machine: Machine, step: str) 
     machine.check_whole()
 
 
-@pytest.mark.parametrize("step", ["start", "disk id", "boot entry"])
-def test_power_that_fails_behind(machine: Machine, step: str) -> None:
+ENDING = ("disk id", "start", "boot entry", "mark")
+
+
+def cut_off(machine: Machine, step: str) -> dict[str, bytes]:
+    """Have the power fail where a step behind the closing of the TPM begins; return its passwords."""
     machine.take()
+    auths = dict(provision._read_auths(machine.site.state))
     with pytest.raises(Failure, match="is not installed"):
         machine.run(failing=step)
     machine.lose_power()
     assert machine.site.flags() & CLOSED == CLOSED
-    if step == "boot entry":
-        machine.check_whole()
-        return
+    assert machine.starts() == (step in ENDING[2:])
+    return auths
+
+
+@pytest.mark.parametrize("step", ENDING)
+def test_power_that_fails_behind(machine: Machine, step: str) -> None:
+    cut_off(machine, step)
     shown = install.show_plan(Host(), machine.options)
-    assert [each["step"] for each in shown["steps"]] == ["TPM", "start", "disk id", "boot entry"]  # type: ignore[attr-defined]
+    assert [each["step"] for each in shown["steps"]] == ["TPM", *ENDING]  # type: ignore[attr-defined]
     assert "it is closed already" in install.plan_text(shown)
+    identity = disk_id(machine.disk)
     assert machine.run()["finished"] == "what was broken off"
     machine.check_whole()
+    # The table of a disk that has an id of its own is not written again.
+    assert (disk_id(machine.disk) == identity) == (step != "disk id")
+
+
+def disk_id(disk: Path) -> str:
+    told = subprocess.run(["sfdisk", "--disk-id", disk], capture_output=True, check=True, text=True)
+    return told.stdout.strip()
+
+
+@pytest.mark.parametrize("step", ENDING)
+def test_power_that_fails_behind_and_a_tpm_that_is_cleared_later(machine: Machine, step: str) -> None:
+    """What may have started holds what is nowhere else, and the note for its TPM says nothing any more."""
+    cut_off(machine, step)
+    machine.site.tpm.clear()
+    machine.site.start()
+    assert install.resume(machine.installer(), machine.options) is None
+    if step == "disk id":
+        machine.take()
+        machine.run()
+        machine.check_whole()
+        return
+    serial = layout.inspect(Host(), machine.disk).serial
+    bare = layout.Consent(serial, members=True, serial_is_enough=True)
+    for consent in (layout.Consent(), bare):
+        with pytest.raises(Failure, match="to lose all of it|its serial alone does not let that be lost"):
+            install.plan(Host(), replace(machine.options, consent=consent))
+    with machine.disk.open("r+b", buffering=0) as file:
+        file.seek(512)
+        file.write(bytes(512))
+    with pytest.raises(Failure, match="to lose all of it"):
+        install.plan(Host(), machine.options)
+
+
+def test_the_tpm_of_what_has_started_is_never_set_back(machine: Machine) -> None:
+    """With the passwords of the recovery record somebody opened it since: no power cut leaves it so."""
+    auths, site = cut_off(machine, "mark"), machine.site
+    with tpms.open_tpm(site.tpm.tcti) as opened:
+        opened.open_hierarchies(auths)
+    site.tpm.allow_clear()
+    site.tpm.run("tpm2_changeauth", "-c", "e", "secret")
+    found = layout.inspect(Host(), machine.disk)
+    assert (bool(found.complete), found.unfinished) == (True, False)
+    assert install.find_broken_off(Host(), found, machine.options) is None
+    assert install.resume(machine.installer(), machine.options) is None
+    assert site.flags() & PASSWORDS == init.Permanent.ENDORSEMENT_AUTH
+    with tpms.open_tpm(site.tpm.tcti) as opened:
+        assert opened.find_storage_key()
 
 
 def writes_of_closing(machine: Machine) -> list[tuple[str, int]]:

@@ -128,7 +128,8 @@ def test_the_bring_up_reads_what_is_written(
         again = layout.make_plan(layout.inspect(host, device))
         layout.write(host, again)
         layout.wait_for_devices(host, again)
-        layout.finish(host, again)
+        layout.take_id(host, again)
+        layout.wipe_mark(host, again)
         done = layout.inspect(host, device)
         assert not done.unfinished
         assert done.content == "4 partitions (512 MiB, 128 MiB, 3775 MiB, 1887 MiB)"
@@ -191,8 +192,9 @@ def test_a_disk_in_use(host: Host, need: Callable[..., None], memory: Path) -> N
 
 
 @pytest.mark.parametrize("offset", [0, 512, 1024])
+@pytest.mark.parametrize("ended", [True, False])
 def test_a_table_that_was_torn_is_known_as_ours(
-    host: Host, need: Callable[..., None], memory: Path, offset: int
+    host: Host, need: Callable[..., None], memory: Path, offset: int, ended: bool
 ) -> None:
     need("sfdisk", "losetup")
     with loop(memory / "disk") as device:
@@ -203,9 +205,12 @@ def test_a_table_that_was_torn_is_known_as_ours(
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
         layout.wait_for_devices(host, plan)
-        layout.finish(host, plan)
+        layout.note_complete(host, plan, b"\0\x0b" + bytes(32))
+        layout.take_id(host, plan)
+        if ended:
+            layout.wipe_mark(host, plan)
         tear(device, offset)
-        # What was a machine's is lost only for who says so.
+        # What was a machine's, or may have been, is lost only for who says so.
         with pytest.raises(Failure, match=f"say --erase {device.name}-"):
             layout.check_usable(host, layout.inspect(host, device))
 
@@ -242,7 +247,8 @@ def test_the_medium_itself(host: Host, need: Callable[..., None], memory: Path) 
     with loop(memory / "disk") as device:
         plan = layout.make_plan(layout.inspect(host, device))
         layout.write(host, plan)
-        layout.finish(host, plan)
+        layout.take_id(host, plan)
+        layout.wipe_mark(host, plan)
         disk = layout.inspect(host, device)
         with pytest.raises(Failure, match="is the medium that this system was booted from"):
             layout.check_usable(Booted(plan.partitions[0].uuid), disk, Consent(disk.word))

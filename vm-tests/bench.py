@@ -64,7 +64,7 @@ STEPS = {
     "esp": "boot partition",
     "reading": "reading everything back",
     "TPM": "closing the TPM",
-    "start": "start and boot entry",
+    "disk": "disk id, start and boot entry",
 }
 
 
