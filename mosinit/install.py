@@ -19,7 +19,7 @@ import fcntl
 import hmac
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -407,7 +407,7 @@ class Work:
     loader: Path
     closing: Closing
     commit: str = ""
-    entry: str | None = None
+    ended: dict[str, str | None] = field(default_factory=dict)
 
 
 def act(
@@ -424,7 +424,7 @@ def act(
             ACTS[step.name](work)
     return {
         **describe(planned, release, closing.said), "generation": work.commit, "uki": release.uki_id,
-        "boot entry": work.entry, "seconds": round(host.monotonic() - begun, 1),
+        "boot entry": work.ended["boot entry"], "seconds": round(host.monotonic() - begun, 1),
     }  # fmt: skip
 
 
@@ -468,8 +468,22 @@ def _close_tpm(work: Work) -> None:
     work.closing.close()
 
 
-def _enter(work: Work) -> None:
-    work.entry = add_boot_entry(work.host, work.planned)
+# What follows the closing of the TPM, also where that was broken off: see `ending`.
+ENDS: Mapping[str, Callable[[Installer, layout.Plan], str | None]] = {
+    "disk id": lambda host, planned: layout.take_id(host, planned),
+    "start": lambda host, planned: let_start(host, planned),
+    "boot entry": lambda host, planned: add_boot_entry(host, planned),
+    "mark": lambda host, planned: layout.wipe_mark(host, planned),
+}
+
+
+def _end(name: str) -> Callable[[Work], None]:
+    """Return how a step behind the closing of the TPM is carried out."""
+
+    def act(work: Work) -> None:
+        work.ended[name] = ENDS[name](work.host, work.planned)
+
+    return act
 
 
 ACTS: Mapping[str, Callable[[Work], None]] = {
@@ -480,10 +494,7 @@ ACTS: Mapping[str, Callable[[Work], None]] = {
     "esp": lambda work: fill_esp(work.host, work.planned, work.release, work.provisioned, work.loader),
     "reading everything back": _back,
     "TPM": _close_tpm,
-    "disk id": lambda work: layout.take_id(work.host, work.planned),
-    "start": lambda work: let_start(work.host, work.planned),
-    "boot entry": _enter,
-    "mark": lambda work: layout.wipe_mark(work.host, work.planned),
+    **{name: _end(name) for name in ENDS},
 }
 
 
@@ -542,13 +553,18 @@ def resume(host: Installer, options: Options) -> dict[str, object] | None:
         _clear(host, options)
         return None
     host.say(f"{disk.path}: all is on it; what was broken off is finished")
+    ended = {}
     with layout.held(host, disk), _told(disk):
+        closing, *rest = found.steps
+        host.say(f"{closing.name}: {closing.does}")
         _close_to_the_end(host, options, record, policy)
-        layout.take_id(host, found.plan)
-        let_start(host, found.plan)
-        entry = add_boot_entry(host, found.plan)
-        layout.wipe_mark(host, found.plan)
-    return {"disk": disk.path, "serial": disk.serial, "finished": "what was broken off", "boot entry": entry}
+        for step in rest:
+            host.say(f"{step.name}: {step.does}")
+            ended[step.name] = ENDS[step.name](host, found.plan)
+    return {
+        "disk": disk.path, "serial": disk.serial, "finished": "what was broken off",
+        "boot entry": ended["boot entry"],
+    }  # fmt: skip
 
 
 def _record_of(

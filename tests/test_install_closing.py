@@ -156,6 +156,18 @@ def test_power_that_fails_behind(machine: Machine, step: str) -> None:
     assert (disk_id(machine.disk) == identity) == (step != "disk id")
 
 
+@pytest.mark.parametrize("step", ["TPM", *ENDING])
+def test_power_that_fails_again_while_that_is_finished(machine: Machine, step: str) -> None:
+    cut_off(machine, "disk id")
+    with pytest.raises(Failure, match="is not installed"):
+        machine.run(failing=step)
+    machine.lose_power()
+    found = layout.inspect(Host(), machine.disk)
+    assert (machine.starts(), found.unfinished) == (step in ENDING[2:], step in ("TPM", "disk id"))
+    assert machine.run()["finished"] == "what was broken off"
+    machine.check_whole()
+
+
 def disk_id(disk: Path) -> str:
     told = subprocess.run(["sfdisk", "--disk-id", disk], capture_output=True, check=True, text=True)
     return told.stdout.strip()
