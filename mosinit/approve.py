@@ -80,6 +80,7 @@ def approve(host: Host, keyset: Keyset, out: Path, options: Options) -> dict[str
         reason = options.reason or _reason(log, changes)
         signed = approvals.approve_platform(keyset, platform.pcr7, epoch)
         approval = exchange.Approval(platform.pcr7, signed.epoch, signed.signature, reason)
+        # With changes of ours too: what else a log says differs from what was filed is not for them to hide.
         differences = drift.compare((filed or log).events, events)
         told = {"reason": reason, **platform.describe(), "changes": [each.what for each in differences]}
         made.setdefault(platform.pcr7, (approval, told))
