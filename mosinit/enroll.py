@@ -28,7 +28,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import exchange, explain, images, init, records
+from mosinit import drift, eventlog, exchange, explain, images, init, records
 from mosinit.host import Failure, Host, Usage
 from mosinit.keys import Keyset, check_out, choose_epoch
 
@@ -92,6 +92,7 @@ def enroll(
     platform = approvals.read_log(keyset, untrusted.event_log, wanted.pcr7)
     known = read_machines(machines)
     earlier = check_filed(known, wanted, again)
+    changes = _changes(machines, wanted, earlier)
     certificate = records.issue(keyset, wanted.key, wanted.record, wanted.digest)
     init.verify_record(certificate, keyset.certificate_path("sudi-ca").read_bytes(), keyset.product)
     answer = exchange.Answer(
@@ -105,7 +106,7 @@ def enroll(
     return {
         "serial": wanted.serial, "product": keyset.product, "epoch": wanted.epoch,
         "storage_key": wanted.storage_key.hex(), "pcr7": wanted.pcr7.hex(), "platform": platform,
-        "enrolled_before": earlier, "answer": out, "machine": folder,
+        "enrolled_before": earlier, "changes": changes, "answer": out, "machine": folder,
     }  # fmt: skip
 
 
@@ -120,6 +121,24 @@ def notes(done: Mapping[str, object], again: str | None = None) -> list[str]:
     if again:
         lines += [f"enrolled again in place of {again}, as you said: its record of before holds no more"]
     return lines
+
+
+def _changes(machines: Path, wanted: Verified, earlier: list[str]) -> list[str]:
+    """Return what differs in PCR 7 from the logs that are filed of this machine: who asks once more may have
+    put back an older dbx, which is approved like any.
+    """
+    found: dict[str, None] = {}
+    for serial in earlier:
+        path = machines / serial / "eventlog.bin"
+        if not path.exists():
+            continue
+        try:
+            logs = exchange.read_file(path, exchange.LOG_BYTES), wanted.event_log
+            before, now = (eventlog.parse_event_log(log) for log in logs)
+        except ValueError as error:
+            raise Failure(f"cannot read {path} ({error}): restore it from a backup") from error
+        found |= dict.fromkeys(each.what for each in drift.compare(before, now))
+    return list(found)
 
 
 def platform_approvals() -> Approvals:

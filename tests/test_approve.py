@@ -360,7 +360,7 @@ def test_a_firmware_update_is_approved_by_the_log_of_another_machine(site: Site)
     assert told["approved"][0]["changes"] == ["DeployedMode is measured now, and was not before"]
 
 
-def test_what_a_log_hides_behind_a_change_is_named(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_log_hides_behind_a_change_is_named(site: Site) -> None:
     """A machine whose dbx was rolled back asks, at the same time as its organisation changes something."""
     filed(site, swap(good(site.trusted), DBX, hashes(b"a", b"b")))
     log = site.log(swap(good(site.trusted), DBX, hashes(b"a")))
@@ -368,7 +368,6 @@ def test_what_a_log_hides_behind_a_change_is_named(site: Site, capsys: pytest.Ca
     given = {"machine": "1234", "machines": site.folder / "machines", "changes": {"kek": kek}}
     told = site.approve(log, **given)
     assert any("dbx changed: 1 entry removed" in change for change in told["approved"][0]["changes"])
-    assert "dbx changed: 1 entry removed" in capsys.readouterr().err
 
 
 def filed(site: Site, events: Sequence[Event]) -> None:

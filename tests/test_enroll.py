@@ -17,10 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import cli, commands, enroll, exchange, explain, init, keys, provision, records
+from mosinit import approvals, cli, commands, enroll, exchange, explain, firmware, init, keys, provision, records
 from mosinit.host import Failure, Usage
 from tests import provisioned
-from tests.eventlogs import encode_event, measured
+from tests.eventlogs import encode_event, encode_log, measured
 from tests.provisioned import Site
 
 
@@ -90,6 +90,16 @@ def test_the_same_request_twice_is_answered_twice(site: Site) -> None:
     assert enroll.notes(done)[1:] == [
         f"machine {serial} was filed already, with this very record: it is answered once more"
     ]
+
+
+def test_a_filed_machine_that_asks_with_another_firmware_state(site: Site) -> None:
+    """Root can have the same record answered once more, after an older dbx was put back."""
+    serial = str(site.enroll()["serial"])
+    certificates = firmware.certificates_of_keyset(site.keyset.folder)
+    before = approvals.platform_events(certificates, firmware.EMPTY_DBX)
+    (site.machines / serial / "eventlog.bin").write_bytes(encode_log(before))
+    assert "dbx changed: 1 entry removed" in str(site.enroll()["changes"])
+    assert site.enroll()["changes"] == []
 
 
 def test_a_filed_recovery_record_is_never_replaced(site: Site) -> None:
