@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from mosinit import generations, init, packs
 from mosinit.generations import Elsewhere, NewGeneration, SignedManifest
 from mosinit.host import Failure, Host
+from mosinit.removal import let_change, remove
 
 NEW = ".manifest.git.new"  # beside it, while it is made
 # What ours never has: with it git sees other objects than the bring-up, or a boot sees none.
@@ -90,6 +92,7 @@ def rebuild(host: Host, folder: Path, policy: init.Policy, release: NewGeneratio
         shutil.copytree(_made_anew(host, folder, work / "git", policy, release), fresh)
     sync_tree(host, fresh)
     if os.path.lexists(folder):
+        let_change(folder)
         host.swap(fresh, folder)
     else:
         fresh.rename(folder)
@@ -133,14 +136,6 @@ def sync_tree(host: Host, folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         host.sync_file(path)
     host.sync_file(folder)
-
-
-def remove(path: Path) -> None:
-    """Remove what stands somewhere, whatever it is, if anything."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # --- Objects ---------------------------------------------------------------------------------------------
@@ -232,9 +227,10 @@ def _usable(
     """
     found: dict[int, tuple[NewGeneration, bool]] = {}
     machine = Elsewhere({init.MANIFEST_GIT: made})
-    for commit in named.values():
-        if not _exists(made, commit):
-            continue
+    heads = dict.fromkeys([named.get(generations.BRANCH, ""), *named.values()])
+    there = (commit for commit in heads if _exists(made, commit))
+    # Each is read with all that is behind it, and names cost whoever wrote them nothing.
+    for commit in itertools.islice(there, init.MAX_GENERATIONS):
         generations.set_branch(host, made, commit)
         for each, manifest in look(made, policy).usable:
             good = f"{generations.GOOD}/{each.commit}" in named

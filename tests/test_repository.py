@@ -208,3 +208,35 @@ def test_the_old_one_stays_until_the_new_one_is_whole(host: Host, folder: Path) 
     assert (folder / "objects/pack").exists()
     assert repository.look(folder.with_name(repository.NEW), POLICY).whole
     assert repository.rebuild(host, folder, POLICY, None).whole
+
+
+def test_names_without_end_are_not_all_read(
+    host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of names of one commit, and as many commits of one tree, fit into a few megabytes."""
+    head = generations.head(folder)
+    assert head
+    names = "".join(f"{head} refs/good/{number:040x}\n" for number in range(300))
+    (folder / "packed-refs").write_text(names)
+    written = subprocess.run(
+        ["git", "-c", "safe.directory=*", f"--git-dir={folder}", "fast-import", "--quiet"],
+        input=b"".join(
+            b"commit refs/good/%040x\ncommitter x <x> %d +0000\ndata 1\nx\nfrom %s\n\n"
+            % (10**6 + number, number, head.encode())
+            for number in range(90)
+        ),
+        check=False, capture_output=True,
+    )  # fmt: skip
+    assert written.returncode == 0, written.stderr
+    (folder / "refs/heads/main").write_text("0" * 40)
+    looks = []
+
+    def look(folder: Path, policy: init.Policy) -> repository.State:
+        looks.append(folder)
+        return real(folder, policy)
+
+    real = repository.look
+    monkeypatch.setattr(repository, "look", look)
+    assert repository.rebuild(host, folder, POLICY, None).whole
+    assert len(looks) < 100
+    assert sequences(folder)[:1] == [9]
