@@ -88,7 +88,7 @@ def lay_approvals(
 
     `keep` are values of PCR 7, in hex, whose approvals stay whatever room is needed: that of now. Raises
     `Refused`, and changes nothing then, if the organisation of `policy` did not sign each of them, or if one
-    ends before this machine's epoch.
+    ends before this machine's epoch; `Failure` if it is another header by now.
     """
     present = header.tokens
     assert present  # of a config volume
@@ -98,6 +98,9 @@ def lay_approvals(
     merged = merge(present, policy, fresh, keep)
     if merged != present.approvals:
         wanted = present._replace(approvals=merged)
+        # All tokens that differ are written: those of another disk would be lost.
+        if luks.read_header(host, device, "config") != header:
+            raise Failure(f"{device} is not as it was looked at: nothing was changed; run this again")
         header = luks.import_tokens(host, device, wanted)
         if header.tokens != wanted or header.note:
             raise Failure(f"{device} does not keep what is written to it ({header.note}): use another disk")

@@ -255,3 +255,16 @@ def test_another_file_is_refused(volume: Volume, case: str) -> None:
     path.write_bytes(b"x" * (init.MIB + 1))
     with pytest.raises(Failure, match="more than 1048576 bytes"):
         reseal.read_approvals(path, volume.policy())
+
+
+def test_a_header_that_became_another_is_not_written(volume: Volume) -> None:
+    """Between look and write the disk may be exchanged: that one's seal and record would be lost."""
+    volume.write(volume.approved(1))
+    seen = volume.header()
+    tokens = volume.write(volume.approved(3), epoch=2).tokens
+    assert tokens
+    luks.import_tokens(volume.host, volume.path, tokens._replace(seal_private=b"another machine's"))
+    before = volume.path.read_bytes()
+    with pytest.raises(Failure, match="is not as it was looked at: nothing was changed"):
+        reseal.lay_approvals(volume.host, volume.path, seen, volume.policy(), volume.approved(2))
+    assert volume.path.read_bytes() == before
