@@ -17,7 +17,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mosinit import approvals, cli, commands, enroll, exchange, explain, firmware, init, keys, provision, records
+from mosinit import (
+    approvals,
+    cli,
+    commands,
+    enroll,
+    exchange,
+    explain,
+    firmware,
+    init,
+    keys,
+    provision,
+    records,
+)
 from mosinit.host import Failure, Usage
 from tests import provisioned
 from tests.eventlogs import encode_event, encode_log, measured
