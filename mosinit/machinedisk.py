@@ -60,7 +60,9 @@ def read_partitions(host: Host, disk: layout.Disk) -> layout.Plan:
     parts = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
     rows = []
     for part in parts:
-        name = NAMES.get(part.kind, part.name if part.kind == init.LINUX_TYPE else "")
+        # By their types alone, as a boot takes them, but for the one that has a name, too.
+        other = init.STATE if (part.kind, part.name) == (init.LINUX_TYPE, init.STATE) else ""
+        name = NAMES.get(part.kind, other)
         rows.append(layout.Partition(part.number, name, part.kind, part.uuid, part.start, part.size, ""))
     names = [row.name for row in rows]
     for name in ("esp", "config", "store", "scratch"):
