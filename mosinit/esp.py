@@ -6,6 +6,7 @@ whose store is sealed, and UKIs come from the machine's store by digest.
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 from collections.abc import Sequence
@@ -77,13 +78,18 @@ def _entry_fault(folder: Path, entry: Entry) -> str:
 
 def _loader_fault(folder: Path, loader: bytes) -> str:
     for name in (LOADER, STARTED):
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != loader:
+        if not holds(folder / name, loader):
             return f"{name} is not the boot loader of the medium"
-    settings = folder / "loader/loader.conf"
-    if not settings.is_file() or settings.read_bytes() != LOADER_CONF:
+    if not holds(folder / "loader/loader.conf", LOADER_CONF):
         return "loader/loader.conf is another"
     return ""
+
+
+def holds(path: Path, content: bytes) -> bool:
+    """Say whether a file is exactly that. One of another size is not read: it may be larger than memory."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != len(content):
+        return False
+    return hmac.compare_digest(path.read_bytes(), content)
 
 
 def _foreign_fault(folder: Path, entries: Sequence[Entry]) -> str:
