@@ -7,7 +7,6 @@ journal. A disk is this machine's if the recovery key opens its config or store.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
 KINDS = {"config": init.CONFIG_TYPE, "store": init.STORE_TYPE, "state": init.LINUX_TYPE}
 MADE = ("config", "store")  # what can be made anew; what lies in state is nowhere else
 CHUNK = 4 * init.MIB
+ROOM, ROOM_FILES = 8 * init.MIB, 512  # in config, for what may have to be laid there
 OPENED = f"{install.OPENED}recover-"  # closed by the next run if a killed one left it
+_NEW_IDS = "; machine-id and SSH host keys will be new"
 PROVISION = (
     "provision the machine (`mosinit provision`, `mosinit enroll`), then recover with --dir and the folder "
     "that it made"
@@ -98,17 +99,30 @@ class Recoverer(install.Installer):
         with self.scratch() as folder:
             point = folder / "seen"
             point.mkdir()
-            self.mount(str(device), str(point), "ext4", flags, "noload")
+            # Whoever made it may have chosen that a kernel panics at the first error.
+            self.mount(str(device), str(point), "ext4", flags, "noload,errors=continue")
             try:
                 yield point
             finally:
                 self.patiently(lambda: self.unmount(str(point)))
 
+    def mend(self, device: Path) -> bool:
+        """Repair a file system as far as that loses nothing, and say whether a boot then takes it."""
+        if superblock_fault("", device):
+            # What a kernel does at an error, and options: no word of a file's content.
+            for words in (("-e", "continue"), ("-E", "mount_opts=")):
+                _quietly("tune2fs", *words, str(device))
+        return not self.e2fsck(device, "-p") & ~3 and superblock_fault("", device) is None
+
     def e2fsck(self, device: Path, *words: str) -> int:
         """Check a file system and return e2fsck's status; it never asks."""
-        command = ["e2fsck", "-f", *words, str(device)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        return done.returncode
+        return _quietly("e2fsck", "-f", *words, str(device))
+
+
+def _quietly(*command: str) -> int:
+    """Run a program and return its status. What it says is for nobody, and may be more than memory holds."""
+    null = subprocess.DEVNULL
+    return subprocess.run(command, stdin=null, stdout=null, stderr=null, check=False).returncode
 
 
 class Finding(NamedTuple):
@@ -118,6 +132,9 @@ class Finding(NamedTuple):
     found: str
     will: str = ""
     left: str = ""
+
+
+_NOTHING = Finding("STORE-BLOB", "the store has no whole release (it is lost)")
 
 
 class Stored(NamedTuple):
@@ -142,6 +159,7 @@ class Volume:
     ours: bool = False  # slot 0 takes what provisioning left
     broken: bool = False  # its file system needs a repair
     lost: bool = False  # it is to be made anew
+    emptied: bool = False  # its file system is to be made anew
 
     @property
     def kind(self) -> str:
@@ -175,6 +193,10 @@ class Look:
     def loader(self) -> bytes:
         """Return the boot loader of the medium."""
         return self.options.loader.read_bytes()
+
+    def with_volume(self, volume: Volume, *findings: Finding) -> Look:
+        """Return the same with a volume that was found to be otherwise."""
+        return self.add(*findings, volumes={**self.volumes, volume.name: volume})
 
     def add(self, *findings: Finding, **changes: object) -> Look:
         """Return the same with more findings, and changed."""
@@ -269,8 +291,12 @@ def _about_lost(refused: init.Refused, name: str) -> init.Refused:
     if refused.check == "LUKS-TOKEN":
         return explain.advised(refused, PROVISION)
     remedy = f"{name} is lost: if it is to be made anew, say --anew"
+    if refused.check == "VOLUME-READ" and name == "store":
+        remedy += " and name the release as SOURCE"
     if name == "config":
         remedy += ", and --dir with what `mosinit provision` made; machine-id and SSH host keys will be new"
+    if refused.check == "VOLUME-READ":
+        remedy += "; or open it by the recovery key elsewhere, and run e2fsck by hand"
     if name not in MADE:
         remedy = f"{name} holds what is nowhere else: repair its header by hand, or install again"
     return explain.advised(refused, remedy)
@@ -281,13 +307,16 @@ def look_at_headers(seen: Look) -> Look:
     falls.
     """
     config, provisioned = seen.volumes["config"], seen.provisioned
-    if config.lost and not provisioned:
-        raise Failure(f"config is lost, and a new one needs the secret of a new provisioning: {PROVISION}")
+    lost = [volume.name for volume in seen.volumes.values() if volume.lost]
+    if lost and not provisioned:
+        raise Failure(
+            f"{lost[0]} is lost, and a new one needs the secret of a new provisioning: {PROVISION}"
+        )
     for name, volume in seen.volumes.items():
         fault = volume.found.fault
         if volume.lost:
             what = str(fault or "it does not open by the recovery key")
-            note = "; machine-id and SSH host keys will be new" if name == "config" else ""
+            note = _NEW_IDS if name == "config" else ""
             seen = seen.add(Finding(_check(fault, "LUKS-HEADER"), f"{name} is lost: {what}",
                                     f"make {name} anew{note}"))  # fmt: skip
             continue
@@ -416,43 +445,114 @@ def stored_release(machine: init.Machine, policy: init.Policy, host: Host) -> St
 
 def look_at_store(host: Recoverer, seen: Look) -> Look:
     """Look into the store: its file system, and the release in it."""
-    store, fault, told = seen.volumes["store"], None, "it is lost"
+    store, found, before = seen.volumes["store"], _NOTHING, None
     if not store.lost:
         header = store.header
         with host.unlocked(store.device, header, store.key, f"{OPENED}look-store", read_only=True) as device:
             seen = _look_at_files(host, seen, store, device)
-            try:
-                with host.seen(device) as folder:
-                    release = stored_release(Elsewhere({init.STORE: folder}), seen.policy, host)
+            store = seen.volumes["store"]
+            if not store.emptied:
+                release = _release_on(host, seen, device)
+                if isinstance(release, Stored):
                     return replace(seen, release=release)
-            except (init.Refused, OSError) as error:
-                fault = error
-                told = str(error).replace(str(folder), init.STORE)
-    check = fault.check if isinstance(fault, init.Refused) else "STORE-BLOB"
-    what = f"the store has no whole release ({told})"
+                found = release
+            else:
+                with contextlib.suppress(OSError):
+                    before = _release_on(host, seen, device)
     source = seen.options.source
     if source is None:
         left = "name the release that is to be in it, or a later one: oci:DIR or docker://…"
-        if store.lost:
-            raise Failure(f"{what}: {left}")
-        return seen.add(Finding(check, what, left=left))
+        if store.lost or store.emptied:
+            raise Failure(f"{found.found}: {left}")
+        return seen.add(found._replace(left=left))
     incoming = releases.verify(host, open_source(source, seen.options.access), seen.policy)
-    return seen.add(Finding(check, what, f"fill the store from {source}"), incoming=incoming)
+    if isinstance(before, Stored):
+        _check_newer(incoming, before.manifest.contents.sequence)
+    return seen.add(found._replace(will=f"fill the store from {source}"), incoming=incoming)
+
+
+def _release_on(host: Recoverer, seen: Look, device: Path) -> Stored | Finding:
+    """Return the release in the store's file system, or why there is none."""
+    with host.seen(device) as folder:
+        try:
+            return stored_release(Elsewhere({init.STORE: folder}), seen.policy, host)
+        except (init.Refused, OSError) as error:
+            check = error.check if isinstance(error, init.Refused) else "STORE-BLOB"
+            told = str(error).replace(str(folder), init.STORE)
+            return Finding(check, f"the store has no whole release ({told})")
 
 
 def _look_at_files(host: Recoverer, seen: Look, volume: Volume, device: Path) -> Look:
-    """Check a file system without changing it."""
-    if host.e2fsck(device, "-n") == 0:
+    """Check a file system without changing it; config's is a copy, and is repaired to see whether it can be.
+
+    Raises `Refused` if it is beyond repair, unless it may be made anew.
+    """
+    odd = superblock_fault(volume.name, device)
+    if host.e2fsck(device, "-n") == 0 and odd is None:
         return seen
-    volumes = {**seen.volumes, volume.name: replace(volume, broken=True)}
-    finding = Finding("VOLUME-READ", f"the file system of {volume.name} has faults", "e2fsck -p")
-    return seen.add(finding, volumes=volumes)
+    what = f"the file system of {volume.name} has faults{f' ({odd.seen})' if odd else ''}"
+    lost = _beyond_repair(host, seen.options, volume, device)
+    if not lost:
+        changed = replace(volume, broken=True)
+        return seen.with_volume(changed, Finding("VOLUME-READ", what, "e2fsck -p"))
+    return _with_new_files(seen, volume, lost)
+
+
+def _with_new_files(seen: Look, volume: Volume, lost: str) -> Look:
+    """Say that the file system of config or store is to be made anew; `lost` says what that of now is.
+
+    Raises `Refused` unless it may be, `Failure` without what it takes.
+    """
+    name = volume.name
+    if not seen.options.anew:
+        raise _about_lost(init.Refused("VOLUME-READ", expected="an ext4 file system", seen=lost), name)
+    if name == "config" and seen.provisioned is None:
+        raise Failure(f"config is lost, and a new one needs the identity of a new provisioning: {PROVISION}")
+    will = f"make the file system of {name} anew{_NEW_IDS if name == 'config' else ''}"
+    finding = Finding("VOLUME-READ", f"{name} is lost: {lost}", will)
+    return seen.with_volume(replace(volume, emptied=True), finding)
+
+
+def superblock_fault(name: str, device: Path) -> init.Refused | None:
+    """Return why a boot would not mount a file system, if its superblock alone says so."""
+    try:
+        init.mount_ext4(_Unmounted(), str(device), name, init.RO_STRICT)
+    except init.Refused as refused:
+        return refused
+    return None
+
+
+class _Unmounted(Quiet):
+    """A machine that looks, and mounts nothing."""
+
+    def mount(self, *_: object) -> None:
+        """Do nothing."""
+
+
+def _beyond_repair(host: Recoverer, options: Options, volume: Volume, device: Path) -> str:
+    """Say why a file system with faults has to be made anew, empty if it can be repaired."""
+    if volume.name == "config":
+        return "" if host.mend(device) else "one that e2fsck -p does not repair"
+    if volume.name == "store" and options.anew and options.source:
+        return "one with faults, and what it is to hold comes from the release"
+    if volume.name == "store":
+        try:
+            with host.seen(device):
+                return ""
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""  # what state holds is nowhere else
 
 
 def look_at_state(host: Recoverer, seen: Look) -> Look:
-    """Check the file system of /var."""
-    volume = seen.volumes.get(init.STATE)
+    """Check the file system of /var, and that there is one if the release demands it."""
+    volume, release = seen.volumes.get(init.STATE), seen.release or seen.incoming
     if volume is None:
+        if release and init.STATE in {each.label for each in release.manifest.contents.storage}:
+            refused = init.Refused(
+                "VOLUME-STATE", expected="a volume `state`, as the release says", seen="none"
+            )
+            raise explain.advised(refused, "name a release that does without, or install the machine again")
         return seen
     header = volume.header
     with host.unlocked(volume.device, header, volume.key, f"{OPENED}look-state", read_only=True) as device:
@@ -463,12 +563,14 @@ def look_at_config(host: Recoverer, seen: Look) -> Look:
     """Look into config, through a copy in memory."""
     config = seen.volumes["config"]
     if config.lost:
-        return seen
+        return _with_release(seen)
     with host.scratch() as work:
         copy = work / "config"
         _copy(config.device, copy)
         with host.unlocked(copy, config.header, config.key, f"{OPENED}look-config") as device:
             seen = _look_at_files(host, seen, config, device)
+            if seen.volumes["config"].emptied:
+                return _with_release(seen)
             try:
                 with host.seen(device) as folder:
                     found = repository.look(folder / "manifest.git", seen.policy)
@@ -476,13 +578,33 @@ def look_at_config(host: Recoverer, seen: Look) -> Look:
                         seen = _about_repository(host, seen, found, folder / "manifest.git")
                     other = _other_identity(folder, seen.provisioned)
                     good = good_of(folder / "manifest.git", found)
+                    full = _is_full(folder)
             except OSError as error:
-                refused = init.Refused("VOLUME-READ", expected="an ext4 file system", seen=str(error))
-                raise _about_lost(refused, "config") from error
+                lost = error.strerror or str(error)
+                return _with_release(_with_new_files(seen, seen.volumes["config"], lost))
     if other:
         seen = seen.add(Finding("TPM-IDENTITY", "config has another machine identity", "lay the new one"))
+    release = seen.release or seen.incoming
+    if full and (other or not found.whole or (release and not runs(release, found))):
+        lost = "one without room for what is to be laid there"
+        return _with_release(_with_new_files(seen, seen.volumes["config"], lost))
     seen = replace(seen, repository=found, good=good, other_identity=other)
     return _about_generations(seen, found)
+
+
+def _is_full(folder: Path) -> bool:
+    """Say whether a file system has no room for a manifest.git and an identity."""
+    seen = os.statvfs(folder)
+    return seen.f_bfree * seen.f_frsize < ROOM or seen.f_ffree < ROOM_FILES
+
+
+def _with_release(seen: Look) -> Look:
+    """See that there is a release, without which a new config would have no generation. Raises `Failure`."""
+    if seen.release is None and seen.incoming is None:
+        raise Failure(
+            "config is to be made anew for the release in the store, and there is none: name SOURCE"
+        )
+    return seen
 
 
 def good_of(git: Path, found: repository.State) -> frozenset[str]:
@@ -496,17 +618,27 @@ def _about_generations(seen: Look, found: repository.State) -> Look:
     if release is None or not found.usable or runs(release, found):
         return seen
     newest = max((each.sequence for each, _ in found.usable), default=0)
+    _check_newer(release, newest)
+    what = f"no generation runs the release {release.manifest.contents.sequence}"
+    return seen.add(Finding("GENERATION", what, "add that generation to manifest.git"))
+
+
+def _check_newer(release: Stored | releases.Release, newest: int) -> None:
+    """Refuse a release that is older than what the machine ran."""
     sequence = release.manifest.contents.sequence
     if sequence < newest:
         refused = init.Refused("MANIFEST-SEQUENCE", expected=f"{newest} or later", seen=str(sequence))
         raise explain.advised(refused, "name the release that this machine runs, or a later one, as SOURCE")
-    what = f"no generation runs the release {sequence}"
-    return seen.add(Finding("GENERATION", what, "add that generation to manifest.git"))
 
 
 def runs(release: Stored | releases.Release, found: repository.State) -> bool:
-    sha256 = release.manifest.sha256
-    return any(manifest.sha256 == sha256 for _, manifest in found.usable)
+    """Say whether a boot of the release's UKI finds a generation with it."""
+    return any(_of(release, each, manifest) for each, manifest in found.usable)
+
+
+def _of(release: Stored | releases.Release, generation: init.Generation, manifest: init.Manifest) -> bool:
+    """Say whether a generation is of a release: nobody signs which UKI it is for."""
+    return (generation.uki, manifest.sha256) == (release.uki_id, release.manifest.sha256)
 
 
 def _copy(device: Path, target: Path) -> None:
@@ -518,11 +650,7 @@ def _copy(device: Path, target: Path) -> None:
 def _other_identity(folder: Path, provisioned: Provisioned | None) -> bool:
     if provisioned is None:
         return False
-    for name, content in provisioned.sudi:
-        path = folder / "sudi" / name
-        if not path.is_file() or not hmac.compare_digest(path.read_bytes(), content):
-            return True
-    return False
+    return not all(esp.holds(folder / "sudi" / name, content) for name, content in provisioned.sudi)
 
 
 def _about_repository(host: Recoverer, seen: Look, found: repository.State, folder: Path) -> Look:
@@ -544,17 +672,14 @@ def new_generation(release: Stored | releases.Release) -> generations.NewGenerat
 
 
 def entries_of(seen: Look, found: repository.State | None, good: frozenset[str]) -> list[esp.Entry]:
-    """Return what must lie on the ESP: the UKI of each generation whose release is in the store."""
+    """Return what must lie on the ESP: the UKI of the release that is in the store."""
     release = seen.release or seen.incoming
     if release is None:
         return []
-    entries = [
-        esp.Entry(each.sequence, release.uki, each.commit in good)
-        for each, manifest in (found.usable if found else ())
-        if each.uki == release.uki_id
-    ]
-    sequence = release.manifest.contents.sequence
-    return entries or [esp.Entry(sequence, release.uki, False)]
+    ours = {
+        each.commit for each, manifest in (found.usable if found else ()) if _of(release, each, manifest)
+    }
+    return [esp.Entry(release.manifest.contents.sequence, release.uki, bool(ours & good))]
 
 
 def look_at_esp(host: Recoverer, seen: Look) -> Look:

@@ -395,8 +395,6 @@ class Live:
         try:
             return damage.look(host, options), ""
         except init.Refused as refused:
-            if options.provisioned is None:  # which takes the secret of a new provisioning
-                raise
             with contextlib.suppress(Failure, init.Refused, OSError):
                 seen = damage.look(host, replace(options, anew=True))
                 return seen, "; ".join(filter(None, installer.reason(refused)))

@@ -36,6 +36,7 @@ from mosinit.damage import MADE, OPENED, Look, Options, Recoverer, Stored, Volum
 from mosinit.generations import Elsewhere, Quiet
 from mosinit.host import Failure, Host
 from mosinit.install import Provisioned
+from mosinit.removal import let_change, remove
 from mosinit.sources import Blob, read_checked
 
 # What recover mends, and how it is called for that: the remedies of these checks, and no others, say so.
@@ -75,7 +76,11 @@ def _act(host: Recoverer, seen: Look) -> dict[str, object]:
     volumes = {name: restore_header(host, seen, volume) for name, volume in seen.volumes.items()}
     seen = replace(seen, volumes=volumes)
     for volume in seen.volumes.values():
-        if volume.broken and not volume.lost:
+        if volume.emptied:
+            host.say(f"{volume.name}: its file system anew")
+            with _opened(host, volume) as device:
+                make_files(host, volume, device)
+        elif volume.broken and not volume.lost:
             with _opened(host, volume) as device:
                 repair(host, volume.name, device)
     if seen.incoming is not None:
@@ -154,31 +159,38 @@ def make_anew(host: Recoverer, seen: Look, volume: Volume) -> Volume:
     assert key  # it was made with it
     made = replace(made, key=key, ours=True)
     with _opened(host, made) as device:
-        words = ["-L", f"machine-{volume.name}", "-U", volume.part.uuid]
-        host.run([*install.EXT4, *words, device], timeout=600)
+        make_files(host, made, device)
     return made
+
+
+def make_files(host: Host, volume: Volume, device: Path) -> None:
+    """Make an empty file system in a volume."""
+    words = ["-L", f"machine-{volume.name}", "-U", volume.part.uuid]
+    host.run([*install.EXT4, *words, device], timeout=600)
 
 
 def repair(host: Recoverer, name: str, device: Path) -> None:
     """Repair a file system as far as that loses nothing. Raises `Failure`."""
     host.say(f"{name}: e2fsck -p")
-    code = host.e2fsck(device, "-p")
-    if code & ~3:
-        more = ", or say --anew" if name in MADE else ""
+    if not host.mend(device):
+        more = ", or say --anew, and name the release" if name in MADE else ""
         raise Failure(
-            f"e2fsck -p does not repair the file system of {name} (status {code}), and answering yes to its "
-            f"questions may lose files: open the volume by the recovery key and run e2fsck by hand{more}"
+            f"e2fsck -p does not repair the file system of {name}, and answering yes to its questions may "
+            f"lose files: open the volume by the recovery key and run e2fsck by hand{more}"
         )
 
 
 def refill(host: Recoverer, release: releases.Release, policy: init.Policy, device: Path) -> Stored:
     """Fill the store with a release: what is there already stays."""
     with host.mounted(device, "ext4") as folder:
+        let_change(folder)
         target = folder / init.REPOSITORY
-        for place in (target, target / "blobs", target / "blobs/sha256"):
+        places = target, target / "blobs", target / "blobs/sha256"
+        for place in places:
             if place.is_symlink() or not place.is_dir():
-                repository.remove(place)
+                remove(place)
                 place.mkdir()
+            let_change(place)
         with host.progress("copying the release", release.size) as advance:
             for blob in release.blobs:
                 path = target / f"blobs/sha256/{blob.digest.removeprefix('sha256:')}"
@@ -191,14 +203,17 @@ def refill(host: Recoverer, release: releases.Release, policy: init.Policy, devi
             _make_way(target / name)
             with host.replacing(target / name) as fresh:
                 fresh.write_bytes(content)
-        host.sync_tree(folder)
+        # Each file was synced where it was written; what else lies there is nobody's to open.
+        for place in (*reversed(places), folder):
+            host.sync_file(place)
         return damage.stored_release(Elsewhere({init.STORE: folder}), policy, host)
 
 
 def _make_way(path: Path) -> None:
-    """Remove what is no file where one has to be."""
+    """Let a file be replaced, and remove what is none where one has to be."""
+    let_change(path)
     if path.is_symlink() or not path.is_file():
-        repository.remove(path)
+        remove(path)
 
 
 def _has(path: Path, blob: Blob) -> bool:
@@ -219,14 +234,15 @@ def restore_config(host: Recoverer, seen: Look) -> list[esp.Entry]:
         return damage.entries_of(seen, found, seen.good)
     with _opened(host, config) as device, host.mounted(device, "ext4") as folder:
         git = folder / "manifest.git"
+        let_change(folder)
+        if seen.provisioned:
+            lay_identity(host, folder, seen.provisioned)
+        if not os.path.lexists(folder / "state"):
+            lay_state(host, folder, volume=init.STATE in seen.volumes)
+        # The last: without it this begins again, also where config was made anew and that was broken off.
         if found is None or stale:
             host.say("config: manifest.git")
             found = bring_in_order(host, seen, git)
-        if seen.provisioned:
-            lay_identity(host, folder, seen.provisioned)
-        if config.lost:
-            (folder / "state").mkdir(mode=0o700, exist_ok=True)
-            state.make(host, folder / "state", volume=init.STATE in seen.volumes)
         host.sync_file(folder)
         return damage.entries_of(seen, found, damage.good_of(git, found))
 
@@ -246,15 +262,25 @@ def lay_identity(host: Host, folder: Path, provisioned: Provisioned) -> None:
     """Lay the SUDI key of the new provisioning into config, whatever root left in its place."""
     sudi = folder / "sudi"
     if sudi.is_symlink() or not sudi.is_dir():
-        repository.remove(sudi)
+        remove(sudi)
         sudi.mkdir(mode=0o700)
+    let_change(sudi)
     for name, content in provisioned.sudi:
         path = sudi / name
-        if path.is_symlink() or not path.is_file():
-            repository.remove(path)
-        if not path.exists() or path.read_bytes() != content:
+        _make_way(path)
+        if not esp.holds(path, content):
             with host.replacing(path, mode=0o400) as fresh:
                 fresh.write_bytes(content)
+
+
+def lay_state(host: Host, folder: Path, *, volume: bool) -> None:
+    """Give config what outlives the boots of a new machine, all of it at once."""
+    fresh = folder / ".state.new"
+    remove(fresh)
+    fresh.mkdir(mode=0o700)
+    state.make(host, fresh, volume=volume)
+    fresh.rename(folder / "state")
+    host.sync_file(folder)
 
 
 def restore_esp(host: Recoverer, seen: Look, entries: list[esp.Entry]) -> None:
@@ -287,8 +313,8 @@ def read_back(host: Recoverer, seen: Look) -> None:
         found = repository.look(config_folder / "manifest.git", seen.policy)
         if seen.release is None:
             return
-        policy = seen.policy._replace(uki_id=seen.release.uki_id)
-        manifest = init.pick_generation(machine, policy)
+        policy = seen.policy._replace(uki_id=seen.release.uki_id, mode="run")
+        manifest = init.load_manifest(machine, policy, init.Volumes((), (), dict.fromkeys(seen.volumes, "")))
         for target in init.boot_targets(manifest.contents):
             image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))
             pairs = zip(image.layers, target.layer_signatures, strict=True)

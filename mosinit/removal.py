@@ -18,8 +18,8 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def let_change(path: Path) -> None:
-    """Let a file or folder be changed that is marked otherwise (chattr(1), `+i` and `+a`); not what is in it,
-    nor what a link leads to.
+    """Let a file or folder be changed that is marked otherwise (chattr(1): +i, +a); not what is in it, nor
+    what a link leads to.
     """
     with contextlib.suppress(OSError):
         seen = path.lstat()
@@ -51,9 +51,7 @@ def remove(path: Path) -> None:
 
 
 def _empty(top: Path) -> None:
-    """Remove all that is in a folder. Python's own way takes a file descriptor for each level, and a level of
-    its stack.
-    """
+    """Remove all that is in a folder, with one folder open at a time however deep it is."""
     here, way = os.open(top, _FOLDER), list[str]()
     try:
         while True:
