@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,9 @@ MEMBERS = ("bcache", "ceph_bluestore", "drbd", "stratis", "vmfs")
 # libblkid/blkid.h: BLKID_SUBLKS_LABEL, TYPE, USAGE, MAGIC, BADCSUM: what is damaged counts too.
 FLAGS = 1 << 1 | 1 << 5 | 1 << 7 | 1 << 9 | 1 << 10
 MOST = 16  # signatures of one place
+MOST_ENTRIES = 1024  # of a GPT, which may announce any number; usual are 128
+# UEFI specification 5.3.2: magic, where the other copy is, how many entries, bytes of each.
+_GPT = struct.Struct("<8s24xQ40xII")
 BTRFS_DEVICES = (64 << 10) + 0x88  # btrfs_super_block.num_devices: on how many devices it lies
 OURS = (init.CONFIG_TYPE, init.STORE_TYPE, init.SCRATCH_TYPE)
 
@@ -90,14 +94,18 @@ def printable(text: object) -> str:
 
 
 def rows(host: Host, path: Path, size: int, sector: int) -> tuple[Row, ...]:
-    """Return what lies on a disk: signatures of the disk as a whole first, then its partitions."""
+    """Return what lies on a disk: signatures of the disk as a whole first, then its partitions.
+
+    Raises `Failure` where it says that it has more partitions than anybody has looked at.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _check_entries(path, fd, size, sector)
         whole = [
             Row(0, size, "", kind, label, is_member(kind, usage))
             for kind, usage, label in signatures(fd, 0, size)
         ]
-        parts = list(_partitions(host, path, fd, sector))
+        parts = list(_partitions(host, path, fd, size, sector))
     finally:
         os.close(fd)
     kinds = [kind for _, kind in parts]
@@ -106,13 +114,29 @@ def rows(host: Host, path: Path, size: int, sector: int) -> tuple[Row, ...]:
     return (*whole, *found)
 
 
+def _check_entries(path: Path, fd: int, size: int, sector: int) -> None:
+    """Refuse a table that would take memory and time without end: sfdisk reads all that one announces."""
+    first = os.pread(fd, _GPT.size, sector)
+    other = _GPT.unpack(first)[1] if len(first) == _GPT.size else 0
+    for block in (1, size // sector - 1, other):
+        header = os.pread(fd, _GPT.size, block * sector) if block < size // sector else b""
+        if len(header) < _GPT.size:
+            continue
+        magic, _, count, each = _GPT.unpack(header)
+        if magic == b"EFI PART" and (count > MOST_ENTRIES or count * each > MOST_ENTRIES * 128):
+            raise Failure(
+                f"{path} has a table of {count} partitions of {each} bytes each, too much to look at: name "
+                "another disk"
+            )
+
+
 def _foreign(row: Row, *, ours: bool) -> Row:
     """Leave encrypted volumes of a machine that mosinit installed out of the members."""
     member = row.member and not (ours and row.holds == "crypto_LUKS")
     return Row(row.number, row.size, row.kind, row.holds, row.label, member)
 
 
-def _partitions(host: Host, path: Path, fd: int, sector: int) -> Iterator[tuple[Row, str]]:
+def _partitions(host: Host, path: Path, fd: int, size: int, sector: int) -> Iterator[tuple[Row, str]]:
     """Yield each partition, by whatever kind of table, and its type as it lies there."""
     try:
         table = json.loads(host.run(["sfdisk", "--json", path], timeout=SECONDS))["partitiontable"]
@@ -124,7 +148,9 @@ def _partitions(host: Host, path: Path, fd: int, sector: int) -> Iterator[tuple[
     except (Failure, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return
     for number, start, count, kind, name in listed:
-        found = [] if kind in EXTENDED else signatures(fd, start * sector, count * sector)
+        # A table may be that of a larger disk: what lies behind the end is nowhere.
+        there = min(count * sector, size - start * sector)
+        found = [] if kind in EXTENDED or there <= 0 else signatures(fd, start * sector, there)
         holds = ", ".join(each for each, _, _ in found)
         label = next((text for _, _, text in found if text), printable(name))
         member = kind in MEMBER_KINDS or any(is_member(each, usage) for each, usage, _ in found)

@@ -224,10 +224,10 @@ def inspect(host: Host, path: Path) -> Disk:
             ends = read_ends(host, fd, size)
         finally:
             os.close(fd)
+        rows = content.rows(host, real, size, sector) if sector in (512, 4096) else ()
     except OSError as error:
         raise Failure(f"{path} cannot be read ({error.strerror or error}): name another disk") from error
     text, unfinished, complete = _content(seen, *ends)
-    rows = content.rows(host, real, size, sector) if sector in (512, 4096) else ()
     if not is_begun(rows):
         unfinished, complete = False, ""
     parts = [f"{row.size >> 20} MiB" for row in rows if row.number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import struct
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
@@ -334,6 +335,40 @@ def test_a_btrfs_on_many_disks_is_a_member(disk: Path, memory: Path, need: Calla
     with loop(memory / "second", 1 << 30) as second:
         run("mkfs.btrfs", "--quiet", "--force", "-d", "raid0", "-m", "raid1", disk, second)
     assert members(disk) == ["the whole disk, 8192 MiB: btrfs"]
+
+
+@pytest.mark.parametrize(("start", "size"), [(2048, 4_000_000_000), (16_777_215, 5), (4_000_000_000, 2048)])
+def test_a_table_of_a_larger_disk(disk: Path, start: int, size: int) -> None:
+    """A copy on a smaller disk, which nobody would get rid of by this medium."""
+    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", start, size)
+    put(disk, 446, entry.ljust(64, b"\0") + b"\x55\xaa")
+    assert said(disk) == [f"partition 1, {size >> 11} MiB: Linux"]
+    found = layout.look(Host(), disk)
+    assert found is not None
+    assert (found.unusable, found.content) == ("", f"1 partitions ({size >> 11} MiB)")
+    layout.check_usable(Host(), found, Consent(found.word))
+
+
+def table(count: int, each: int, other: int = 1) -> bytes:
+    """Return the header of a GPT that announces so many entries."""
+    head = struct.pack("<8sIIIIQQQQ16s", b"EFI PART", 0x10000, 92, 0, 0, 1, other, 34, 99, b"")
+    return head + struct.pack("<QIII", 2, count, each, 0)
+
+
+@pytest.mark.parametrize("each", [128, 1 << 20, 1])
+@pytest.mark.parametrize("place", ["first", "last", "named by the first"])
+def test_a_table_without_end_is_not_read(disk: Path, place: str, each: int) -> None:
+    blocks = {"first": 1, "last": (8 * GIB >> 9) - 1, "named by the first": 5000}
+    put(disk, 512, table(128, 128, 5000))
+    put(disk, blocks[place] * 512, table(1025, each))
+    found = layout.look(Host(), disk)
+    assert found is not None
+    assert found.unusable == f"has a table of 1025 partitions of {each} bytes each, too much to look at"
+
+
+def test_a_table_may_be_larger_than_usual(disk: Path) -> None:
+    run("sfdisk", disk, data="label: gpt\ntable-length: 1024\nsize=1MiB\n")
+    assert said(disk) == ["partition 1, 1 MiB: Linux"]
 
 
 # --- Between looking and acting --------------------------------------------------------------------------
