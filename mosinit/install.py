@@ -17,13 +17,26 @@ import contextlib
 import dataclasses
 import fcntl
 import hmac
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosinit import bootentry, esp, generations, init, installed, layout, luks, publish, releases, state
+from mosinit import (
+    bootentry,
+    esp,
+    explain,
+    generations,
+    init,
+    installed,
+    layout,
+    luks,
+    publish,
+    releases,
+    state,
+)
 from mosinit.generations import Elsewhere
 from mosinit.host import Broken, Failure, Host, printable
 from mosinit.releases import Release
@@ -158,6 +171,23 @@ def check_epoch(provisioned: Provisioned, release: Release, policy: init.Policy)
     if seen < epoch:
         expected = f"a release of epoch {epoch} or later, which this machine was provisioned for"
         raise init.Refused("EPOCH", expected=expected, seen=f"epoch {seen}")
+
+
+def check_approved(provisioned: Provisioned, release: Release, store: Elsewhere) -> None:
+    """Refuse a UKI of a later epoch than this machine's firmware is approved for: it would open nothing."""
+    with (
+        open(store.real_path(init.blob_path(release.uki.digest)), "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as uki,
+    ):
+        epoch = releases.uki_epoch(uki)
+    most = max(approval.epoch for approval in provisioned.tokens.approvals.values())
+    if most < epoch:
+        expected, seen = f"an approval of this firmware for epoch {epoch}", f"one up to epoch {most}"
+        raise explain.advised(
+            init.Refused("TPM-APPROVAL", expected=expected, seen=seen),
+            f"install a release of epoch {most}; or raise the keyset's epoch (`mosinit keys epoch`), and "
+            "provision the machine from a medium that was built after that",
+        )
 
 
 # --- The verb --------------------------------------------------------------------------------------------
@@ -417,6 +447,8 @@ def act(
     """Carry out a plan; raises `Failure` or `Refused` and leaves a disk that can be taken again."""
     begun = host.monotonic()
     check_epoch(provisioned, release, policy)
+    if isinstance(there := release.source.machine, Elsewhere):  # a registry's is known once it was copied
+        check_approved(provisioned, release, there)
     work = Work(host, planned, release, policy, provisioned, loader, closing)
     with layout.held(host, planned.disk), _told(planned.disk):
         for step in steps(planned, release, closing.said):
@@ -750,6 +782,7 @@ def read_back(
         for blob in release.blobs:
             for _ in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):
                 pass
+        check_approved(provisioned, release, machine)
         for target in manifest.contents.targets:
             releases.check_target(machine, target, release.blobs)
             image = init.parse_image(init.read_blob(machine, target.digest, target.size, "IMAGE-DIGEST"))

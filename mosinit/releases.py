@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cryptography import x509
 
-from mosinit import images, init, publish
+from mosinit import approvals, images, init, pe, publish
 from mosinit.generations import SignedManifest
 from mosinit.host import Failure, Host
 from mosinit.sources import INDEX, Blob, Source, lists
@@ -152,6 +152,15 @@ def find_uki(machine: init.Machine, bootkit: init.Target) -> tuple[Blob, str]:
         seen = f"{len(found)} UKIs, id {uki_id or 'missing'}"
         raise init.Refused("MANIFEST-UKI", expected="a bootkit with the UKI of run mode", seen=seen)
     return Blob(found[0].digest, found[0].size), uki_id
+
+
+def uki_epoch(data: pe.Bytes) -> int:
+    """Return the epoch for which a UKI of run mode was approved. Raises `Refused` for one that was not."""
+    try:
+        section = pe.parse(data).section(data, approvals.APPROVAL)
+    except ValueError as error:
+        raise init.Refused("TPM-APPROVAL", expected="a UKI of run mode", seen=str(error)) from error
+    return init.parse_uki_approval(section.rstrip(b"\0")).epoch
 
 
 def check_target(machine: init.Machine, target: init.Target, blobs: Sequence[Blob]) -> None:

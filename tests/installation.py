@@ -19,15 +19,25 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mosinit import images, init, install, keys, luks, publish, uki
+from mosinit import approvals, images, init, install, keys, luks, publish, uki
 from mosinit.host import Host
 from mosinit.hostfs import KernelTree
 from tests import volumes
 from tests.fake import policy_json
+from tests.test_approvals import make_pe
 from tests.test_images import PROGRAM, make_tar, plain
 
 RUN_ID, LIVE_ID = "12" * 32, "34" * 32
-UKI = b"the UKI of run mode " * 100_000
+_APPROVAL = {"schema": 1, "epoch": 1, "unseal": "ab" * 256, "set_epoch": "cd" * 256}
+
+
+def make_uki(epoch: int = 1) -> bytes:
+    """Make a UKI of run mode, as far as an installation looks into it."""
+    approval = json.dumps({**_APPROVAL, "epoch": epoch}).encode()
+    return make_pe([(".linux", b"the UKI of run mode " * 100_000, 0), (approvals.APPROVAL, approval, 0)])
+
+
+UKI = make_uki()
 LOADER = b"a signed boot loader " * 5000
 RECOVERY = b"cccccccc-dddddddd"
 DATA = init.LUKS_DATA + init.BLOCK  # behind what dm-integrity writes in front of it
@@ -53,14 +63,16 @@ def setting(host: Host, folder: Path, sequence: int = 7) -> Setting:
     return Setting(keyset, release, left, folder / "loader.efi", make_provisioned(keyset))
 
 
-def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int, *, storage: str = "") -> Path:
-    """Publish hostfs and bootkit; `storage` is lines of the manifest."""
+def make_release(
+    host: Host, folder: Path, keyset: keys.Keyset, sequence: int, *, storage: str = "", epoch: int = 1
+) -> Path:
+    """Publish hostfs and bootkit; `storage` is lines of the manifest, `epoch` that of manifest and UKI."""
     folder.mkdir(exist_ok=True)
     tree = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
     plain(host, folder / "hostfs", tree, tar=tree)
     (folder / "modules").mkdir()
     (folder / "modules/modules.dep").write_text("")
-    (folder / "run.efi").write_bytes(UKI)
+    (folder / "run.efi").write_bytes(make_uki(epoch))
     kernel = KernelTree("6.12", folder / "vmlinuz", folder / "modules")
     ukis = {"run": uki.Uki(folder / "run.efi", RUN_ID), "live": uki.Uki(folder / "run.efi", LIVE_ID)}
     uki.bootkit(host, kernel, ukis, images.Layout(folder / "bootkit"))
@@ -68,8 +80,8 @@ def make_release(host: Host, folder: Path, keyset: keys.Keyset, sequence: int, *
         f"  - service_name: {name}\n    service_type: {name}\n    source: oci:./{name}\n    version: '1'\n"
         for name in ("hostfs", "bootkit")
     )
-    text = f"version: 1\nproduct: {keyset.product}\nsequence: {sequence}\nepoch: 1\nupdate_type: complete\n"
-    (folder / "manifest.yaml").write_text(f"{text}{storage}targets:\n{rows}")
+    text = f"version: 1\nproduct: {keyset.product}\nsequence: {sequence}\nepoch: {epoch}\n"
+    (folder / "manifest.yaml").write_text(f"{text}update_type: complete\n{storage}targets:\n{rows}")
     publish.publish(host, folder / "manifest.yaml", keyset, f"oci:{folder / 'release'}")
     return folder / "release"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from mosinit import bootentry, generations, init, install, keys, layout, luks, tools
+from mosinit import bootentry, explain, generations, init, install, keys, layout, luks, tools
 from mosinit.esp import LOADER_CONF
 from mosinit.host import Failure, Host
 from mosinit.layout import Consent
@@ -470,6 +470,20 @@ def test_a_release_that_the_tpm_of_this_machine_calls_unsafe(
     with pytest.raises(init.Refused, match="EPOCH: expected a release of epoch 2 or later.*seen epoch 1"):
         installation.run(NativeInstaller(), dataclasses.replace(made, provisioned=provisioned), disk)
     assert (memory / "disk").stat().st_blocks == 0
+
+
+def test_a_uki_of_a_later_epoch_than_this_firmware_is_approved_for(
+    made: Setting, disk: Path, memory: Path, tmp_path: Path
+) -> None:
+    """It is approved up to epoch 2: what was installed would refuse to start, by TPM-APPROVAL."""
+    release = installation.make_release(Host(), tmp_path / "later", made.keyset, 8, epoch=3)
+    later = dataclasses.replace(made, release=release)
+    with pytest.raises(init.Refused, match="TPM-APPROVAL: .* for epoch 3, seen one up to epoch 2") as caught:
+        installation.run(NativeInstaller(), later, disk)
+    assert "install a release of epoch 2; or" in explain.refusal(caught.value)["remedy"]
+    assert (memory / "disk").stat().st_blocks == 0
+    again = installation.make_release(Host(), tmp_path / "again", made.keyset, 9, epoch=2)
+    installation.run(NativeInstaller(), dataclasses.replace(made, release=again), disk)
 
 
 def test_a_record_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:

@@ -368,6 +368,20 @@ def test_what_the_store_gives_back_is_the_release_s(made: Setting, disk: Path, a
         assert (esp / "EFI/Linux/mosinit_7+3.efi").read_bytes() == installation.UKI
 
 
+def test_a_registry_s_uki_of_a_later_epoch_starts_nothing(
+    made: Setting, disk: Path, authority: Authority, tmp_path: Path
+) -> None:
+    """What it is approved for is in its bytes, which are first seen when they are on the disk."""
+    release = installation.make_release(Host(), tmp_path / "later", made.keyset, 8, epoch=3)
+    with registries.running(authority.server()) as server:
+        fill(server, release)
+        host = NativeInstaller()
+        with pytest.raises(init.Refused, match="TPM-APPROVAL: .* for epoch 3, seen one up to epoch 2"):
+            run(made, disk, authority, server.address, host)
+    assert layout.inspect(host, disk).unfinished
+    assert not [step for step in host.steps if step.startswith("start")]
+
+
 # --- Names -----------------------------------------------------------------------------------------------
 
 
