@@ -18,6 +18,7 @@ they must be the same: no one can know which of two was meant.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import init, smbios
+from mosinit import init, ports, smbios
 from mosinit.generations import Quiet
 from mosinit.host import Failure, Host, Usage
 
@@ -33,6 +34,7 @@ NAME = "mosinit.answers"
 BYTES, CA_BYTES = 4096, 64 << 10
 ON_MEDIUM, CA_ON_MEDIUM = "mosinit/answers.yaml", "mosinit/registry-ca.pem"
 REPORT_PORT = Path("/dev/virtio-ports/org.mosinit.report")
+TELL_SECONDS = 10.0  # in which somebody has to take it
 FIELDS = {"version", "disk", "erase", "members", "source", "state", "store", "scratch"}
 SIZES = ("state", "store", "scratch")
 NONE, FOUND, UNKNOWN = 1, 0, 255  # systemd.service(5), ExecCondition=
@@ -193,11 +195,14 @@ def on_medium(host: Host) -> dict[str, bytes]:
     return found
 
 
-def tell(words: Mapping[str, object]) -> None:
-    """Send one line to whoever runs this virtual machine, if anybody does."""
-    if REPORT_PORT.exists():
-        with REPORT_PORT.open("wb", buffering=0) as port:
-            port.write(json.dumps(words).encode() + b"\n")
+def tell(words: Mapping[str, object], port: Path = REPORT_PORT, seconds: float = TELL_SECONDS) -> None:
+    """Send one line to whoever runs this virtual machine, if anybody does: whatever became of that, what is
+    told of stays as it is.
+    """
+    with contextlib.suppress(OSError):
+        if port.exists():
+            with ports.opened(port, seconds) as fd:
+                ports.send(fd, json.dumps(words).encode() + b"\n", seconds)
 
 
 def main() -> int:

@@ -6,17 +6,15 @@ The request goes out as one line of JSON, and the organisation's answer is the o
 from __future__ import annotations
 
 import json
-import os
-import select
 from pathlib import Path
 
-from mosinit import answers, enrolment, init, install, layout, provision
+from mosinit import answers, enrolment, init, install, layout, ports, provision
 from mosinit.host import Failure, Host
 
 PORT = Path("/dev/virtio-ports/org.mosinit.exchange")
 STATE = enrolment.STATE
 ANSWER_BYTES = 4 << 20
-ANSWER_SECONDS = 3600.0  # somebody may have to look at the request
+ANSWER_SECONDS = 3600.0  # until somebody listens; and then, as they may have to look at the request
 NETWORK_SECONDS = 120
 WAIT_ONLINE = "/usr/lib/systemd/systemd-networkd-wait-online"
 
@@ -92,19 +90,16 @@ def wait_for_network(host: Host) -> None:
 def exchange(port: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> bytes:
     """Send a request as one line and return the line that comes back."""
     line = json.dumps(json.loads(request)).encode() + b"\n"
-    fd = os.open(port, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        while line:
-            line = line[os.write(fd, line[:32768]) :]
-        reply = b""
-        while not reply.endswith(b"\n"):
-            ready, _, _ = select.select([fd], [], [], seconds)
-            data = os.read(fd, 65536) if ready else b""
-            if not data:
-                raise Failure(f"no answer came from {port}: enroll the machine, then install again")
-            reply += data
-            if len(reply) > ANSWER_BYTES:
-                raise Failure(f"what came from {port} is no answer: it has more than {ANSWER_BYTES} bytes")
-        return reply
-    finally:
-        os.close(fd)
+    with ports.opened(port, seconds) as fd:
+        try:
+            ports.send(fd, line, seconds)
+        except TimeoutError as error:
+            raise Failure(
+                f"nobody takes the request at {port}: connect whoever enrolls machines, then install again"
+            ) from error
+        reply = ports.receive(fd, ANSWER_BYTES, seconds)
+    if len(reply) > ANSWER_BYTES:
+        raise Failure(f"what came from {port} is no answer: it has more than {ANSWER_BYTES} bytes")
+    if not reply.endswith(b"\n"):
+        raise Failure(f"no answer came from {port}: enroll the machine, then install again")
+    return reply

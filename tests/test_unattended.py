@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import socket
 import threading
 import tty
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from mosinit import install, layout, unattended
+from mosinit import answers, install, layout, ports, unattended
 from mosinit.answers import Answers
 from mosinit.host import Failure, Host
 from tests.registries import Authority
@@ -48,6 +51,72 @@ def test_a_request_is_one_line_and_so_is_the_answer() -> None:
 def test_no_answer() -> None:
     with pytest.raises(Failure, match="no answer came"):
         exchanged(b"{", b"{}", seconds=0.2)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[Path]:
+    """A port at which nobody listens: a terminal takes a few KiB, and then whoever writes waits for ever."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    try:
+        yield Path(os.ttyname(theirs))
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def ends(work: Callable[[], object]) -> bool:
+    """Say whether something ends at all."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(60)
+    return not thread.is_alive()
+
+
+def test_nobody_listens_at_the_port() -> None:
+    said: list[str] = []
+
+    def exchange() -> None:
+        try:
+            unattended.exchange(port, json.dumps("a" * 100_000).encode(), 0.1)
+        except Failure as failure:
+            said.append(str(failure))
+
+    with deaf() as port:
+        assert ends(exchange)
+    assert said == [
+        f"nobody takes the request at {port}: connect whoever enrolls machines, then install again"
+    ]
+
+
+def test_what_became_of_an_installation_waits_for_no_listener(tmp_path: Path) -> None:
+    with deaf() as port:
+        assert ends(lambda: answers.tell({"a": "b" * 100_000}, port, 0.1))
+    # Whoever has the port, or what stands there: the installation is as it is.
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "port"))
+        answers.tell({"a": 1}, tmp_path / "port", 0.1)
+
+
+def test_a_port_that_somebody_else_has_is_waited_for() -> None:
+    """It has one opener at a time: mosinit-report.service has it when the system is up."""
+    tries = []
+
+    def busy(path: Path, flags: int) -> int:
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.EBUSY, "busy")
+        return os.open(path, flags)
+
+    with deaf() as port:
+        with ports.opened(port, 60, busy) as fd:
+            ports.send(fd, b"a line\n", 60)
+        assert tries == [port] * 3
+        with pytest.raises(FileNotFoundError), ports.opened(port.with_name("none"), 60):
+            pass
+        tries.clear()
+        with pytest.raises(OSError, match="busy"), ports.opened(port, -1, busy):
+            pass
 
 
 def test_a_machine_that_nobody_can_enroll_is_told_so_before_its_tpm_is_asked(tmp_path: Path) -> None:
