@@ -125,6 +125,9 @@ def request(host: Host, options: Options) -> dict[str, object]:
     secrets = make_secrets(host)
     with open_tpm(options.tcti) as machine:
         if options.consent and options.auths:
+            # What can be refused is refused while the machine of before still opens.
+            _check_bank(machine)
+            _check_event_log(machine, log, options.event_log)
             start_over(machine, organisation, policy, options)
         inspect(machine, policy, epoch)
         _check_event_log(machine, log, options.event_log)
@@ -208,10 +211,7 @@ def make_secrets(host: Host) -> Secrets:
 
 def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
     """Refuse a TPM that cannot be provisioned, or is; nothing is written."""
-    with init.asking_tpm("the TPM to tell its banks"):
-        banks = init.active_banks(machine)
-    if "sha256" not in banks:
-        raise init.Refused("TPM-BANK", expected="a SHA-256 bank", seen=", ".join(banks) or "none")
+    _check_bank(machine)
     flags = _check_usable(machine)
     if flags & PASSWORDS:
         expected = "a TPM that nobody provisioned (or --again with the organisation's consent)"
@@ -219,6 +219,13 @@ def inspect(machine: Tpm, policy: init.PolicyKeys, epoch: int) -> None:
     machine.find_storage_key()
     with explain.advising({"TPM-INDEX": _FOREIGN_INDEX}):
         _check_epoch(machine, policy, epoch, "say")
+
+
+def _check_bank(machine: Tpm) -> None:
+    with init.asking_tpm("the TPM to tell its banks"):
+        banks = init.active_banks(machine)
+    if "sha256" not in banks:
+        raise init.Refused("TPM-BANK", expected="a SHA-256 bank", seen=", ".join(banks) or "none")
 
 
 def _check_usable(machine: Tpm) -> init.Permanent:

@@ -19,6 +19,7 @@ from mosinit import exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure
 from tests import provisioned
+from tests.eventlogs import encode_log, measured
 from tests.provisioned import (
     PASSWORDS,
     WRITES,
@@ -573,6 +574,18 @@ def test_without_consent_and_passwords_nothing_begins_anew(
     assert writes(way.seen) == []
     if isinstance(caught.value, init.Refused):
         assert "`mosinit enroll --consent SERIAL`" in remedy(caught.value)
+
+
+def test_with_the_event_log_of_another_start_nothing_begins_anew(site: Site) -> None:
+    """Its passwords would be gone, and with them the machine of before: it opens no TPM without."""
+    site.consent(site.provision())
+    other = site.folder / "other-log"
+    other.write_bytes(encode_log([measured(7, 4, bytes(4))]))
+    with Breaking(site.tpm) as way, pytest.raises(Failure, match="other-log gives PCR 7 .* the TPM has"):
+        given = site.options(tcti=way.tcti, state=site.folder / "second", again=True)
+        provision.request(site.host, replace(given, event_log=other))
+    assert writes(way.seen) == []
+    assert site.flags() & init.PROVISIONED == init.PROVISIONED
 
 
 def test_the_epoch_does_not_fall_when_a_machine_begins_anew(site: Site) -> None:
