@@ -613,8 +613,24 @@ def verify_answer(
     _check_request(certificate, state)
     verify_approvals(organisation, policy, untrusted.approvals)
     order = untrusted.order
-    init.verify_epoch_order(order.statement, order.signature, order.certificate, organisation.policy())
+    ordered = init.verify_epoch_order(
+        order.statement, order.signature, order.certificate, organisation.policy()
+    )
+    _check_epochs(state, untrusted.approvals, ordered)
     return record
+
+
+def _check_epochs(state: State, approvals: Mapping[str, init.PlatformApproval], ordered: int) -> None:
+    """Refuse what was signed for an earlier epoch: it is public, no signature holds an answer together, and
+    with the TPM's bits of today nothing would open.
+    """
+    if ordered < state.epoch:
+        expected = f"an order of epoch {state.epoch}"
+        raise init.Refused("EPOCH-ORDER", expected=expected, seen=f"one of epoch {ordered}")
+    least = min(approval.epoch for approval in approvals.values())
+    if least < state.epoch:
+        expected = f"approvals up to epoch {state.epoch} or later"
+        raise init.Refused("TPM-APPROVAL", expected=expected, seen=f"one up to epoch {least}")
 
 
 def _check_request(certificate: x509.Certificate, state: State) -> None:

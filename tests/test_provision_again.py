@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from mosinit import exchange, init, keys, provision, records
+from mosinit import approvals, enroll, exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure
 from tests import provisioned
@@ -399,6 +399,34 @@ def test_wrong_answers_change_nothing(site: Site, spoil: Callable[[Site], None],
     assert writes(way.seen) == []
     assert sorted(path.name for path in site.state.iterdir()) == before
     assert not site.flags() & PASSWORDS
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("approvals", "TPM-APPROVAL: expected approvals up to epoch 2 or later, seen one up to epoch 1"),
+        ("order", "EPOCH-ORDER: expected an order of epoch 2, seen one of epoch 1"),
+    ],
+)
+def test_parts_of_an_earlier_epoch_are_not_taken(site: Site, part: str, says: str) -> None:
+    """Approvals and orders are public: who carries an answer has those of before, as they were signed."""
+    site.request(epoch=2)
+    site.enroll(epoch=2)
+    whole = exchange.parse_answer(site.answer.read_bytes(), "answer")
+    earlier: dict[str, Any] = {
+        "approvals": {
+            pcr7: approvals.approve_platform(site.keyset, bytes.fromhex(pcr7), 1) for pcr7 in whole.approvals
+        },
+        "order": enroll.sign_order(site.keyset, 1),
+    }
+    site.answer.write_bytes(exchange.encode_answer(whole._replace(**{part: earlier[part]})))
+    with Breaking(site.tpm) as way, pytest.raises(init.Refused, match=says) as caught:
+        site.finish(tcti=way.tcti)
+    assert "the answer that `mosinit enroll` wrote to" in remedy(caught.value)
+    assert writes(way.seen) == []
+    assert not (site.state / "seal.json").exists()
+    site.answer.write_bytes(exchange.encode_answer(whole))
+    site.finish()
 
 
 @pytest.mark.parametrize(
