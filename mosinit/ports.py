@@ -55,7 +55,11 @@ def receive(fd: int, limit: int, seconds: float) -> bytes:
     until, line = time.monotonic() + seconds, b""
     while not line.endswith(b"\n") and len(line) <= limit:
         ready, _, _ = select.select([fd], [], [], max(0, until - time.monotonic()))
-        data = os.read(fd, 65536) if ready else b""
+        try:
+            data = os.read(fd, 65536) if ready else b""
+        except BlockingIOError:
+            time.sleep(POLL_SECONDS)
+            continue
         if not data:
             break
         line += data
