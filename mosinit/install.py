@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hmac
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -175,11 +174,9 @@ def check_epoch(provisioned: Provisioned, release: Release, policy: init.Policy)
 
 def check_approved(provisioned: Provisioned, release: Release, store: Elsewhere) -> None:
     """Refuse a UKI of a later epoch than this machine's firmware is approved for: it would open nothing."""
-    with (
-        open(store.real_path(init.blob_path(release.uki.digest)), "rb") as file,
-        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as uki,
-    ):
-        epoch = releases.uki_epoch(uki)
+    # Not mapped: a disk that cannot be read would end this process without a word.
+    uki = b"".join(read_checked(store.real_path(init.blob_path(release.uki.digest)), release.uki))
+    epoch = releases.uki_epoch(uki)
     most = max(approval.epoch for approval in provisioned.tokens.approvals.values())
     if most < epoch:
         expected, seen = f"an approval of this firmware for epoch {epoch}", f"one up to epoch {most}"
