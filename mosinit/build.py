@@ -61,6 +61,8 @@ def build(
     keys.check_out(out, keyset.folder)
     if out.exists() and not out.is_dir():
         raise Failure(f"{out} is not a folder: name another one with --out")
+    if profile is not None:
+        hostfs.check_profile(profile)
     ssh = hostfs.read_installer_keys(installer_keys) if installer_keys else b""
     if manifest is not None:
         sequence = check_manifest(manifest, out, epoch).sequence

@@ -145,8 +145,10 @@ def main(arguments: Sequence[str] | None = None, table: Sequence[Verb] = VERBS) 
         values = _parse(words, table)
         as_json = getattr(values, "json", False)
         if not hasattr(values, "verb"):
-            names = [verb.words for verb in _verbs_of(getattr(values, "group", ""), table)]
-            raise Usage(f"a verb is missing: {', '.join(names)} (see `mosinit --help`)")
+            group = getattr(values, "group", "")
+            names = [verb.words for verb in _verbs_of(group, table)]
+            where = f"mosinit {group}".rstrip()
+            raise Usage(f"a verb is missing: {', '.join(names)} (see `{where} --help`)")
         result = run(host, values, words)
         _print(json.dumps(result.data, indent=1) if as_json else result.text)
         return result.status

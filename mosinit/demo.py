@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mosinit import answers, build, enroll, init, keys, layout, vm
-from mosinit.host import Host
+from mosinit.host import Host, Usage
 
 INSTALL_SECONDS = 1800.0
 ESP_OFFSET = init.MIB  # of a medium that `build` made
@@ -31,6 +31,8 @@ def demo(host: Host, folder: Path, interactive: bool = False) -> dict[str, objec
     """
     begun = time.monotonic()
     keyset = folder / "keys"
+    if (folder / "keyset.json").exists():
+        raise Usage(f"{folder} is a keyset, where nothing else goes: name another place by --dir")
     folder.mkdir(parents=True, exist_ok=True)
     if not keyset.exists():
         host.say(f"keys: a new keyset in {keyset}")

@@ -172,12 +172,19 @@ def read_report(path: Path) -> console.Report:
     return find_report(untrusted, str(path))
 
 
-def compare_logs(before: bytes, now: bytes) -> list[drift.Difference]:
-    """Return what of PCR 7 differs between two event logs. Raises `Failure` if one cannot be read."""
-    try:
-        return drift.compare(*(eventlog.parse_event_log(log) for log in (before, now)))
-    except ValueError as error:
-        raise Failure(f"an event log cannot be read ({error}): name one as the firmware keeps it") from error
+def compare_logs(
+    before: bytes, now: bytes, names: tuple[str, str] = ("the log of before", "the log of now")
+) -> list[drift.Difference]:
+    """Return what of PCR 7 differs between two event logs. Raises `Failure` that names one it cannot read."""
+    parsed = []
+    for name, log in zip(names, (before, now), strict=True):
+        try:
+            parsed.append(eventlog.parse_event_log(log))
+        except ValueError as error:
+            raise Failure(
+                f"{name} cannot be read ({error}): name an event log as the firmware keeps it"
+            ) from error
+    return drift.compare(*parsed)
 
 
 def differences_text(differences: Sequence[drift.Difference]) -> str:

@@ -236,7 +236,8 @@ def _esp_offset(host: Host, disk: Path) -> int:
         starts = [int(row["start"]) for row in table["partitions"] if row["type"].upper() == ESP_TYPE]
     except (Failure, ValueError, KeyError) as error:
         raise Failure(
-            f"{disk} has no partition table that can be read: name the keyset by --keys"
+            f"{disk} has no partition table that can be read: name an image that a machine starts from; or, "
+            "for a disk without keys of its own, the keyset by --keys"
         ) from error
     if len(starts) != 1:
         raise Failure(f"{disk} has {len(starts)} EFI system partitions, not one: name the keyset by --keys")

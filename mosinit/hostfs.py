@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosinit import tools
-from mosinit.host import Failure, Host, closed_environment
+from mosinit.host import Failure, Host, Usage, closed_environment
 
 # What mkosi itself writes, and the image that only wraps a UKI.
 NOT_INPUTS = {
@@ -60,6 +60,17 @@ def build(host: Host, out: Path, profile: str | None = None, installer_keys: byt
     more = {INSTALLER_KEYS: installer_keys} if installer_keys else {}
     cached = _cached(host, "hostfs", [*names, "mosinit", "mosinit.py"], words, more)
     return _place(host, cached, out / "hostfs")
+
+
+def check_profile(profile: str) -> None:
+    """Refuse a profile that the checkout does not have: mkosi would build hostfs without a word about it."""
+    names = sorted(
+        path.name.removesuffix(".conf") for path in (tools.checkout() / "mkosi.profiles").iterdir()
+    )
+    if profile not in names:
+        raise Usage(
+            f"there is no profile {profile}: --profile takes {', '.join(names)} (see mkosi.profiles)"
+        )
 
 
 def kernel(host: Host, out: Path) -> KernelTree:

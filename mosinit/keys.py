@@ -224,6 +224,8 @@ def open_keyset(host: Host, folder: Path) -> Keyset:
     check_owner(
         folder, *(path for role in ROLES for path in (folder / f"{role}.key", folder / f"{role}.pem"))
     )
+    if (folder / "PK.pem").exists() and not any(folder.glob("*.key")):
+        raise Failure(f"{folder} holds public parts alone: name the keyset itself, which has the keys")
     certificates = {role: _open_role(folder, role) for role in ROLES}
     owners: dict[bytes, str] = {}
     for role, certificate in certificates.items():

@@ -124,8 +124,8 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     """Provision this machine's TPM: make a request, or take its answer."""
     if sum(bool(word) for word in (values.organisation, values.answer, values.approvals)) != 1:
         raise Usage(
-            "name --organisation ORG to make a request, --answer ANSWER to take its answer, or, on an "
-            "installed machine, --approvals FILE"
+            "name one thing: --organisation ORG to make a request, --answer FILE to take its answer, or, on "
+            "an installed machine, --approvals FILE"
         )
     if not values.organisation:
         _only_with("--organisation", values, "epoch", "event_log", "again", "auths")
@@ -135,7 +135,7 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
 
         return outcome(installed.take_approvals(host, values.approvals))
     if not values.dir:
-        raise Usage("--dir names where what is made lies")
+        raise Usage("name by --dir where what is made lies")
     if bool(values.again) != bool(values.auths):
         raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
@@ -371,7 +371,7 @@ def explain_boot(host: Host, values: argparse.Namespace) -> Result:
         from mosinit import exchange
 
         logs = [exchange.read_event_log(path)[0] for path in (values.against, values.event_log)]
-        differences = explain.compare_logs(*logs)
+        differences = explain.compare_logs(*logs, names=(str(values.against), str(values.event_log)))
     if not values.what:
         return Result(
             [each._asdict() for each in differences or ()], explain.differences_text(differences or ())

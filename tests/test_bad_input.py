@@ -55,6 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     host = Host()
     keyset = keys.new(host, folder / "keys", "acme")
     keys.new(host, folder / "other", "other")
+    keys.export(host, folder / "keys", folder / "organisation")
     (folder / "file").write_bytes(b"content")
     (folder / "empty").touch()
     (folder / "folder").mkdir()
@@ -157,6 +158,8 @@ CASES: list[tuple[str, int, str]] = [
     ("keys new new --product Acme", 2, "product name 'Acme'"),
     ("keys new new --product ../x", 2, "product name '../x'"),
     *((f"keys show {name}", 1, says) for name, says in KEYSETS.items()),
+    # provision
+    ("provision --organisation o --answer a --dir d", 2, "name one thing: --organisation ORG"),
     # build
     *((f"build --keys {name} --out new", 1, says) for name, says in KEYSETS.items()),
     ("build --keys keys --out file", 1, "file is not a folder: name another one with --out"),
@@ -165,6 +168,13 @@ CASES: list[tuple[str, int, str]] = [
     ("build --keys keys --out new --epoch 65", 2, "--epoch"),
     ("build --keys keys --out new --epoch -1", 2, "--epoch"),
     ("build --keys keys --out new --epoch 1.5", 2, "--epoch"),
+    ("build --keys keys --out new --profile none", 2, "no profile none: --profile takes demo ("),
+    ("build --keys keys --out new --profile ../x", 2, "no profile ../x"),
+    (
+        "build --keys organisation --out new",
+        1,
+        "organisation holds public parts alone: name the keyset itself",
+    ),
     ("build --keys keys --out new --manifest none.yaml", 1, "cannot read none.yaml"),
     ("build --keys keys --out new --manifest broken.yaml", 3, "broken.yaml: line 4, epoch"),
     ("build --keys keys --out new --manifest good.yaml --epoch 3", 1, "good.yaml is of epoch 1"),
@@ -234,7 +244,7 @@ CASES: list[tuple[str, int, str]] = [
     ("vm boot --disk none --dir new", 1, "cannot read the disk none: make it first, or name another"),
     ("vm boot --disk folder --dir new", 1, "cannot read the disk folder"),
     ("vm boot --disk disk --dir file", 1, "file"),
-    ("vm boot --disk disk --dir new", 1, "disk has no partition table that can be read"),
+    ("vm boot --disk disk --dir new", 1, "disk has no partition table that can be read: name an image"),
     ("vm boot --disk empty --dir new", 1, "empty has no partition table that can be read"),
     ("vm boot --disk garbage --dir new", 1, "garbage has no partition table that can be read"),
     (f"{VM} --keys none", 1, "none is no keyset: make one by `mosinit keys new`"),
@@ -242,10 +252,12 @@ CASES: list[tuple[str, int, str]] = [
     *((f"{VM} --timeout {value}", 2, "--timeout") for value in ("0", "-1", "nan", "inf", "x")),
     # the rest
     ("demo --dir file", 1, "file"),
+    ("demo --dir keys", 2, "keys is a keyset, where nothing else goes: name another place by --dir"),
     ("test unit --cold", 2, "--cold"),
     ("test neither", 2, "invalid choice"),
     ("explain", 1, "not started by mosinit: name a report"),
     ("explain SB-OFF --all", 2, "one id"),
+    ("explain --event-log file --against garbage", 1, "garbage cannot be read"),
     ("explain \x1b[31m", 2, "no check has the id ?[31m"),
     ("explain " + "x" * 5000, 2, "explain --all"),
 ]

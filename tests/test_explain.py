@@ -312,7 +312,7 @@ def test_real_logs_are_compared(tmp_path: Path) -> None:
         ("--all --event-log x --against y", 2, "go with a report, or alone"),
         ("--event-log x", 2, "go together"),
         ("--event-log /nonexistent --against y", 1, "cannot use /nonexistent|cannot use y"),
-        ("--event-log /etc/passwd --against /etc/passwd", 1, "an event log cannot be read"),
+        ("--event-log /etc/passwd --against /etc/passwd", 1, "/etc/passwd cannot be read"),
         ("/etc/passwd", 1, "/etc/passwd is no boot report"),
         ("./none.json", 2, "neither a check's id nor a file"),
     ],

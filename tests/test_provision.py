@@ -480,10 +480,10 @@ def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("provision --dir s", "name --organisation ORG .*, --answer ANSWER .* --approvals FILE"),
+        ("provision --dir s", "name one thing: --organisation ORG .*, --answer FILE .* --approvals FILE"),
         (
             "provision --dir s --organisation o --answer a",
-            "name --organisation ORG .*, --answer ANSWER .* --approvals FILE",
+            "name one thing: --organisation ORG .*, --answer FILE .* --approvals FILE",
         ),
         ("provision --dir s --answer a --again c", "--again goes with --organisation"),
         ("provision --dir s --answer a --auths c", "--auths goes with --organisation"),
@@ -491,8 +491,11 @@ def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Pa
         ("provision --dir s --answer a --event-log l", "--event-log goes with --organisation"),
         ("provision --dir s --organisation o --again c", "--again and --auths go together"),
         ("provision --dir s --organisation o --auths c", "--again and --auths go together"),
-        ("provision --organisation o", "--dir names where"),
-        ("provision --dir s --answer a --approvals b", "name --organisation ORG .* --approvals FILE"),
+        ("provision --organisation o", "name by --dir where"),
+        (
+            "provision --dir s --answer a --approvals b",
+            "name one thing: --organisation ORG .* --approvals FILE",
+        ),
         ("provision --approvals a --dir s", "--dir goes with --organisation or --answer"),
         ("provision --approvals a --epoch 2", "--epoch goes with --organisation"),
         ("provision --dir s --organisation . --epoch 65", "from 1 to 64"),
