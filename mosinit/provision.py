@@ -400,7 +400,7 @@ def _read_request(folder: Path) -> exchange.Request:
 def read_state(folder: Path) -> State:
     """Read what a request left."""
     try:
-        if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        if folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
             raise Failure(f"{folder} is open to others: chmod 700 {folder}")
         keys.check_owner(folder, *folder.iterdir())
         words = init.parse_json((folder / "machine.json").read_bytes(), "")
@@ -412,8 +412,8 @@ def read_state(folder: Path) -> State:
     except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
-            f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the right "
-            "folder, or remove it and begin anew"
+            f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the folder that "
+            "it made, or begin anew in a new one"
         ) from error
 
 

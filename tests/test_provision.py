@@ -501,6 +501,10 @@ def test_without_its_password_the_sudi_key_does_nothing(done: Site, tmp_path: Pa
         ("provision --dir s --organisation . --epoch 65", "from 1 to 64"),
         ("provision --dir s --organisation none", "none holds no public parts .*`mosinit keys export`"),
         ("provision --dir none --answer a", "is not what `mosinit provision"),
+        (
+            "provision --dir /etc/passwd --answer a",
+            "/etc/passwd is not what .* it made, or begin anew in a new one",
+        ),
     ],
 )
 def test_wrong_words(
