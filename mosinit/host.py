@@ -81,6 +81,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _one_reason(error: Exception) -> str:
+    """Say why something failed; copying a tree (`shutil.Error`) tells each file of it."""
+    rows = error.args[0] if isinstance(error, shutil.Error) else None
+    return str(rows[0][2]) if isinstance(rows, list) and rows else str(error)
+
+
 class Broken(Failure):
     """A program that failed: what it says is told, and who started it says what to do."""
 
@@ -290,7 +296,7 @@ class Host(init.Kernel):
                 # Tools tell in many words, or in none, that a disk is full.
                 if shutil.disk_usage(folder).free >= FULL_BYTES:
                     raise
-                reason = error.reason if isinstance(error, FullDisk) else str(error)
+                reason = error.reason if isinstance(error, FullDisk) else _one_reason(error)
                 raise FullDisk(Path(folder).parent, reason) from error
 
     @contextlib.contextmanager

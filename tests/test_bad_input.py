@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mosinit import cli, commands, init, keys
-from mosinit.host import Host
+from mosinit.host import FullDisk, Host
 from tests.test_images import PROGRAM, docker_archive, make_tar, plain
 
 Need = Callable[..., None]
@@ -331,3 +331,15 @@ def test_a_full_disk(
     assert str(full) in said.splitlines()[-1]
     assert state(world) == before
     assert [path for path in full.rglob("*") if path.is_file() and path.stat().st_size] == []
+
+
+def test_a_tree_that_a_full_disk_stops_is_one_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    each = [("from/a", "to/a", "[Errno 28] No space left on device: 'to/a'"), ("from/b", "to/b", "the same")]
+    reason = r"is full: make room there \(\[Errno 28\] No space"
+    with pytest.raises(FullDisk, match=reason) as told, Host().scratch(near=tmp_path / "new"):
+        raise shutil.Error(each)
+    assert "from/" not in str(told.value)
