@@ -187,16 +187,17 @@ def open_config(machine: init.Machine) -> Iterator[tuple[Path, init.LuksHeader]]
 # --- boot-good -------------------------------------------------------------------------------------------
 
 
-def boot_good(host: Host, paths: Paths | None = None) -> dict[str, object]:
+def boot_good(
+    host: Host, paths: Paths | None = None, machine: init.Machine | None = None
+) -> dict[str, object]:
     """Write down that this boot went well; done twice, it changes nothing the second time."""
-    paths = paths or Paths()
+    paths, machine = paths or Paths(), machine or Quiet()
     now = running(paths)
     if now.policy.mode != "run":
         raise Failure("this is a live system: only what runs from a machine's own disk can prove good")
     host.unshare_mounts()
     with writable(host, paths.config):
         generations.mark_good(host, paths.repository, now.generation)
-    machine = Quiet()
     esp, _ = init.open_partition(machine, init.find_disk(machine), init.ESP_TYPE)
     try:
         with host.mounted(Path(os.readlink(f"/proc/self/fd/{esp}")), "vfat") as folder:

@@ -15,12 +15,13 @@ import pytest
 from mosinit import approvals, exchange, generations, images, init, installed, lastgood, layout, luks
 from mosinit.generations import Quiet
 from mosinit.host import Failure, Host
-from tests import installation
+from tests import installation, sealed
 from tests.eventlogs import encode_log, measured
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.test_install import TOOLS
 from tests.test_layout import loop
+from tests.tpms import TpmMachine
 
 
 class Machine(Quiet):
@@ -138,8 +139,11 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
         ],
         "generation": running.commit,
         "good": False,
+        "previous refusal": None,
+        "report": json.loads((running.paths.left / "report.json").read_text()),
     }
     assert {name: told[name] for name in wanted} == wanted
+    assert told["uki"] == json.loads((running.paths.left / "report.json").read_text())["uki_id"]
     kept = (running.paths.config / "state/etc/machine-id").read_text()
     assert f"{told['machine id']}\n" == kept
     path = running.paths.config / "state/etc/machine-id"
@@ -151,6 +155,19 @@ def test_what_runs_and_from_where(running: Running, host: Host) -> None:
     again = installed.status(host, running.paths, running.machine)
     rows = [{"sequence": 7, "generation": running.commit, "runs": True, "good": True}]
     assert (again["good"], again["generations"]) == (True, rows)
+
+
+def test_the_state_of_the_tpm(need: Callable[..., None], tmp_path: Path) -> None:
+    need("swtpm", "tpm2_createprimary")
+    material = sealed.provision(tmp_path / "tpm")
+    with sealed.copy_of(material, tmp_path / "copy") as tpm:
+        machine = TpmMachine(tpm)
+        key = material.record.storage_key.hex()
+        wanted = {"present": True, "provisioned": True, "locked out": False, "storage key": key, "epoch": 1}
+        assert installed.describe_tpm(machine) == wanted
+        tpm.clear()
+        cleared = {**wanted, "provisioned": False, "storage key": None, "epoch": None}
+        assert installed.describe_tpm(machine) == cleared
 
 
 def test_a_live_system_says_that_it_is(setting: Setting, host: Host, tmp_path: Path) -> None:
@@ -191,6 +208,48 @@ def test_a_uki_that_is_not_there(host: Host, tmp_path: Path) -> None:
     (tmp_path / "EFI/Linux/mosinit_8+3.efi").touch()
     with pytest.raises(Failure, match="install the release again"):
         installed.bless(host, tmp_path, 7)
+
+
+class Proving(NativeInstaller):
+    """An installed machine, whose mounts are those of the tests."""
+
+    def unshare_mounts(self) -> None:
+        """Stay in the tests' namespace."""
+        self.steps.append("unshare mounts")
+
+
+def test_a_good_boot_is_written_down_where_it_counts(running: Running) -> None:
+    """The mark, the UKI's name, the order: and config is not writable any more."""
+    host, device = Proving(), Path(f"{running.disk}p2")
+    running.paths.event_log.write_bytes(encode_log([measured(7, 4, bytes(4))]))
+    later(host, running, 3)
+    done = []
+    for _ in range(2):
+        done.append(installed.boot_good(host, running.paths, running.machine))
+        assert generations.is_good(running.paths.repository, running.commit)
+        with host.mounted(Path(f"{running.disk}p1"), "vfat", read_only=True) as esp:
+            assert [path.name for path in (esp / "EFI/Linux").iterdir()] == ["mosinit_7.efi"]
+            assert (esp / lastgood.PLACE).read_bytes() == running.paths.event_log.read_bytes()
+        tokens = luks.read_header(host, device, "config").tokens
+        assert tokens
+        assert json.loads(tokens.order_statement)["epoch"] == 3
+        with pytest.raises(OSError, match="Read-only file system"):
+            (running.paths.config / "new").touch()
+    told = {"generation": running.commit, "sequence": 7, "uki": "mosinit_7.efi", "epoch order": 3}
+    assert done == [told, told]
+    assert host.steps == 2 * ["unshare mounts"]
+
+
+def test_the_order_cuts_off_what_is_older_and_comes_last(running: Running) -> None:
+    host, device = Proving(), Path(f"{running.disk}p2")
+    later(host, running, 3)
+    before = luks.read_header(host, device, "config")
+    running.paths.event_log.unlink(missing_ok=True)
+    with host.mounted(Path(f"{running.disk}p1"), "vfat") as esp:
+        (esp / "EFI/Linux/mosinit_7+3.efi").unlink()
+    with pytest.raises(Failure, match="install the release again"):
+        installed.boot_good(host, running.paths, running.machine)
+    assert luks.read_header(host, device, "config") == before
 
 
 def test_the_order_of_the_release_goes_into_the_header(running: Running, host: Host) -> None:
