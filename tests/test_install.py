@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from mosinit import bootentry, explain, generations, init, install, keys, layout, luks, tools
-from mosinit.esp import LOADER_CONF
+from mosinit.esp import LOADER, LOADER_CONF, NOT_YET, STARTED
 from mosinit.host import Failure, Host
 from mosinit.layout import Consent
 from tests import installation
@@ -541,6 +541,68 @@ def test_a_header_with_other_tokens(made: Setting, disk: Path) -> None:
 
     with pytest.raises(init.Refused, match="LUKS-TOKEN"):
         installation.run(Forgetful(spoil_tokens), made, disk)
+
+
+def spoil_config(disk: Path) -> None:
+    """The first generation goes."""
+    with (
+        installation.data_behind(Path(f"{disk}p2")) as data,
+        NativeInstaller().mounted(data, "ext4") as config,
+    ):
+        (config / "manifest.git/refs/heads/main").unlink()
+
+
+def spoil_generation(disk: Path) -> None:
+    """Another commit with the same content takes the place of the first generation."""
+    with (
+        installation.data_behind(Path(f"{disk}p2")) as data,
+        NativeInstaller().mounted(data, "ext4") as config,
+    ):
+        repository = config / "manifest.git"
+        words = ["git", f"--git-dir={repository}", "-c", "user.name=m", "-c", "user.email=m@localhost"]
+        tree = subprocess.check_output([*words, "rev-parse", "main^{tree}"], text=True).strip()
+        made = subprocess.check_output([*words, "commit-tree", "-m", "another", tree], text=True).strip()
+        (repository / "refs/heads/main").write_text(f"{made}\n")
+
+
+def spoil_esp(name: str) -> Callable[[Path], None]:
+    """One bit of a file on the boot partition."""
+
+    def change(disk: Path) -> None:
+        with NativeInstaller().mounted(Path(f"{disk}p1"), "vfat") as folder:
+            data = bytearray((folder / name).read_bytes())
+            data[5000] ^= 1
+            (folder / name).write_bytes(data)
+
+    return change
+
+
+def spoil_table(disk: Path) -> None:
+    """A partition is of another type."""
+    words = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", "--part-type"]
+    subprocess.run([*words, disk, "4", init.LINUX_TYPE], check=True)
+
+
+KEPT_BADLY: list[tuple[Callable[[Path], None], type[Exception], str]] = [
+    (spoil_config, Failure, r"is not installed \(GIT-REF: "),
+    (spoil_generation, init.Refused, "GENERATION"),
+    (spoil_esp("EFI/Linux/mosinit_7+3.efi"), init.Refused, "IMAGE-DIGEST"),
+    (spoil_esp(LOADER), Failure, "does not keep what is written to it: use another disk"),
+    (spoil_esp(NOT_YET), Failure, "does not keep what is written to it: use another disk"),
+    (spoil_table, Failure, "does not keep what is written to it"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "says"), KEPT_BADLY)
+def test_each_part_is_read_back(
+    made: Setting, disk: Path, change: Callable[[Path], None], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        installation.run(Forgetful(lambda: change(disk)), made, disk)
+    # Who gave it another table since has to be asked; nobody else has.
+    assert layout.inspect(Host(), disk).unfinished is (change is not spoil_table)
+    with NativeInstaller().mounted(Path(f"{disk}p1"), "vfat", read_only=True) as folder:
+        assert not (folder / STARTED).exists()
 
 
 # --- A disk that fails -----------------------------------------------------------------------------------
