@@ -77,6 +77,13 @@ def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
     assert len(plan) == len(set(plan)) and "loop" not in plan and "unwanted" not in plan
 
 
+def test_a_watchdog_is_armed_before_any_disk_is_looked_for(tmp_path: Path) -> None:
+    drivers = {f"drivers/{name}": "" for name in initrd.DRIVER_MODULES}
+    plan = [module.name for module in initrd.plan_modules(make_tree(tmp_path, {**MODULES, **drivers}))]
+    watchdogs, disks = ("i6300esb", "iTCO_wdt"), initrd.BACKGROUND_MODULES
+    assert max(map(plan.index, watchdogs)) < min(map(plan.index, disks))
+
+
 def test_signatures_of_layers_are_demanded_by_a_parameter(tmp_path: Path) -> None:
     plan = {module.name: module for module in initrd.plan_modules(make_tree(tmp_path))}
     assert plan["dm_verity"].parameters == {"require_signatures": "Y"}
