@@ -257,11 +257,12 @@ UNITS = {
     "mosinit-consoles.service": "mkosi.conf.d/production/mkosi.extra",
     "mosinit-console@.service": "mkosi.conf.d/production/mkosi.extra",
     "mosinit-live-ssh.service": "mkosi.extra",
+    "mosinit-install.service": "mkosi.extra",
 }
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_what_is_for_a_person_at_a_live_machine_is_for_no_other(unit: str) -> None:
+def test_what_is_for_a_live_machine_is_for_no_other(unit: str) -> None:
     lines = (ROOT / UNITS[unit] / "usr/lib/systemd/system" / unit).read_text().splitlines()
     assert "ConditionPathExists=!/run/mosinit/volume-secret" in lines
 
