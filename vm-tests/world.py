@@ -267,6 +267,19 @@ def check_refused(outcome: vm.Outcome, check: str, *, fenced: bool = True) -> No
         assert words in console
     assert '"result": "pivoted"' not in console
     assert HELLO.decode().strip() not in console
+    assert "passphrase" not in console.lower()
+
+
+def check_closed(outcome: vm.Outcome, check: str, *, fenced: bool = True) -> str:
+    """Expect that refusal, and that nothing of the machine was unsealed; return what the check has seen."""
+    check_refused(outcome, check, fenced=fenced)
+    assert outcome.report is not None
+    checks: list[dict[str, object]] = outcome.report["checks"]  # type: ignore[assignment]
+    stages: list[dict[str, object]] = outcome.report["stages"]  # type: ignore[assignment]
+    passed = {str(each["id"]) for each in checks if each["ok"]}
+    assert not {"TPM-POLICY", "VOLUME-IDENTITY", "VOLUME-KEY"} & passed
+    assert not any(each["ok"] for each in stages if each["name"] in ("unlock", "open-volumes"))
+    return str(next(each["seen"] for each in checks if each["id"] == check))
 
 
 HELLO = b"hostfs says hello\n"
