@@ -153,10 +153,7 @@ class Changed:
                 keyset = machine.world.keyset
                 approved[value.hex()] = approvals.approve_platform(keyset, value, init.MAX_EPOCH)
             if laid:
-                files = keys.open_organisation(organisation(machine)).files
-                policy = keys.trust(machine.world.keyset.product, files)
-                fresh = {a.pcr7.hex(): init.PlatformApproval(a.epoch, a.signature) for a in laid.approvals}
-                approved = reseal.merge(tokens, policy, fresh)
+                approved = dict(laying(machine, tokens, laid).approvals)
             record = machine.record(storage_key=self.storage_key)
             public, private = self.seal
             return tokens._replace(
@@ -174,6 +171,13 @@ class Changed:
             shutil.copytree(self.folder / "state", options.folder)
             return vm.boot(host, options)
         return vm.restore(host, self.folder / "saved", options)
+
+
+def laying(machine: Installed, tokens: init.Tokens, laid: exchange.Approvals) -> init.Tokens:
+    """Return the tokens of a machine that took approvals."""
+    policy = keys.trust(machine.world.keyset.product, keys.open_organisation(organisation(machine)).files)
+    fresh = {each.pcr7.hex(): init.PlatformApproval(each.epoch, each.signature) for each in laid.approvals}
+    return tokens._replace(approvals=reseal.merge(tokens, policy, fresh))
 
 
 def organisation(machine: Installed) -> Path:
@@ -265,6 +269,51 @@ def test_a_uki_signed_by_the_layer_key(changed: Changed, tmp_path: Path) -> None
 def test_the_same_machine_once_its_state_is_approved(changed: Changed, tmp_path: Path) -> None:
     """Nothing else was wrong with it. No organisation would approve the layer key's part."""
     check_pivoted(changed.go_on(tmp_path, changed.sealed_again("uki", "layer")))
+
+
+# --- db changes ------------------------------------------------------------------------------------------
+
+
+def under_another_owner(machine: Installed) -> bytes:
+    """Return the content of a db with the same two certificates, which somebody else's tool enrolled.
+
+    No boot takes other certificates; but their owner is measured too.
+    """
+    trusted = firmware.certificates_of_keyset(machine.world.keyset.folder)
+    ours, others = uuid.UUID(firmware.OWNER).bytes_le, uuid.uuid5(uuid.NAMESPACE_DNS, "another").bytes_le
+    return b"".join(firmware.signature_list(each).replace(ours, others) for each in trusted.db)
+
+
+def approved_before(machine: Installed, folder: Path, db: bytes) -> exchange.Approvals:
+    """Return what `mosinit approve` writes about a signed update of db, from the log of the time before."""
+    world = machine.world
+    trusted = firmware.certificates_of_keyset(world.keyset.folder)
+    (folder / "log").write_bytes(encode_log(approvals.platform_events(trusted, firmware.EMPTY_DBX)))
+    (folder / "db.auth").write_bytes(firmware.signed_update(world.keyset.signer("KEK"), "db", db))
+    options = approve.Options([folder / "log"], changes={"db": folder / "db.auth"}, epoch=init.MAX_EPOCH)
+    approve.approve(world.host, world.keyset, folder / "approvals", options)
+    return exchange.parse_approvals((folder / "approvals").read_bytes(), "approvals")
+
+
+@pytest.mark.cold
+def test_another_db_opens_the_disk_only_if_it_was_approved_before(
+    machine: Installed, tmp_path: Path
+) -> None:
+    db = under_another_owner(machine)
+    laid = approved_before(machine, tmp_path, db)
+    (wanted,) = laid.approvals
+    changed = firmware.Variable("db", init.EFI_IMAGE_SECURITY, db, firmware.NV_BS_RT_TIMED)
+    trusted = firmware.certificates_of_keyset(machine.world.keyset.folder)
+    for name in ("without", "with"):
+        shutil.copytree(machine.state, tmp_path / name / "state")
+        (tmp_path / name / "state" / VARIABLES).unlink()
+        firmware.enroll(
+            machine.world.host, tmp_path / name / "state" / VARIABLES, trusted, variables=(changed,)
+        )
+    assert check_closed(start(machine, tmp_path / "without"), "TPM-POLICY") == wanted.pcr7.hex()
+    disk = machine.copy_disk(tmp_path / "with", with_tokens(lambda m, tokens: laying(m, tokens, laid)))
+    report = check_pivoted(start(machine, tmp_path / "with", disk))
+    assert report["sequence"] == machine.sequence
 
 
 # --- An older system ---------------------------------------------------------------------------------------
