@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from mosinit import enrolment, interactive, layout, network, pages
+from mosinit import enrolment, images, interactive, layout, network, pages, registry
 from mosinit.host import Failure
 from mosinit.installer import INTERRUPTED, Choices, DiskView, Flow
 from mosinit.interactive import Given, Live
 from mosinit.jobs import Job, Stopped
-from tests import installation
+from tests import installation, registries
 from tests.provisioned import Site, site
 from tests.test_layout import loop
 
@@ -167,6 +167,47 @@ def test_from_the_first_page_to_a_machine(bench: Bench) -> None:
     done = interactive.ending(flow)
     assert (done["sequence"], done["next"]) == (7, "remove the medium and restart")
     json.dumps(done, default=str)
+
+
+def test_a_release_from_a_registry_with_a_login(
+    bench: Bench, tmp_path: Path, need: Callable[..., None]
+) -> None:
+    """What is typed on the page reaches Debian's registry; the plan says it, and the disk gets it."""
+    need("docker-registry")
+    authority, host = registries.Authority(tmp_path), bench.site.host
+    with registries.real_registry(tmp_path, authority) as real:
+        source, release = f"docker://{real.address}/acme/os:7", Path(bench.given.medium.removeprefix("oci:"))
+        login = registry.Login(real.address, f"{registries.USER}:{registries.PASSWORD}")
+        access = registry.Access(authority.path, login, 20)
+        registry.push(host, access, images.Layout(release), registry.parse_reference(source))
+        given = dataclasses.replace(bench.given, tls_ca=authority.path, medium=f"oci:{tmp_path / 'none'}")
+        flow = Flow(OnLoop(given, bench.disk))
+        for action in ("go", "registry"):
+            flow.act(action, {})
+        typed = {"source": source, "user": registries.USER, "password": "wrong"}
+        flow.act("verify", typed)
+        wait(flow, "registry", "disks")
+        assert (flow.at, real.address in flow.problem) == ("registry", True)
+        flow.act("verify", {**typed, "password": registries.PASSWORD})
+        wait(flow, "registry", "disks")
+        assert flow.at == "disks", flow.problem
+        assert source in pages.text(flow.page())
+        flow.act(f"disk:{bench.disk}", {})
+        wait(flow, "plan")
+        shown = f"docker://{real.address}/acme/os@sha256:"
+        assert shown in pages.text(flow.page())
+        pushed = len(real.requests())
+        flow.act("install", {"serial": serial_of(flow)})
+        wait(flow, "enrolment")
+        bench.site.enroll()
+        (given.state / "answer.json").write_bytes(bench.site.answer.read_bytes())
+        wait(flow, "done")
+        fetched = {
+            path.rpartition(":")[2] for method, path, _ in real.requests()[pushed:] if method == "GET"
+        }
+    large = max((release / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    assert large.name in fetched
+    assert interactive.ending(flow)["source"].startswith(shown)  # type: ignore[attr-defined]
 
 
 def test_a_disk_that_is_written_to_after_the_plan_was_shown(bench: Bench) -> None:
