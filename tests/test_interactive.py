@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mosinit import enrolment, images, interactive, layout, network, pages, registry
+from mosinit import content, enrolment, images, interactive, layout, network, pages, registry
 from mosinit.host import Failure
 from mosinit.installer import INTERRUPTED, Choices, DiskView, Flow
 from mosinit.interactive import Given, Live
@@ -330,6 +330,24 @@ def test_how_the_request_gets_out_is_said_as_it_is(tmp_path: Path) -> None:
     assert interactive.ways((link,), "", tmp_path / "no-port") == ("By a USB stick, with what is below.",)
     (tmp_path / "port").touch()
     assert any("port" in line for line in interactive.ways((), "", tmp_path / "port"))
+
+
+def test_a_person_sees_all_that_is_known_of_a_disk() -> None:
+    rows = (content.Row(1, 100 << 20, "Linux", "ext4", "photos"), content.Row(2, 1 << 30, "Linux RAID"))
+    disk = layout.Disk(
+        Path("/dev/nvme0n1"), "nvme0n1", 931 << 30, 512, False, "S5GXNX0R123456", "Samsung SSD 980", "data",
+        transport="nvme", rows=rows, unusable="is in use (/dev/nvme0n1p1 is mounted at /mnt)",
+    )  # fmt: skip
+    seen = interactive.view(disk)
+    assert (seen.path, seen.unusable) == (disk.path, disk.unusable)
+    for words in ("nvme0n1", "931.0 GiB", "nvme", "S5GXNX0R123456", "Samsung SSD 980"):
+        assert words in seen.line
+    told = ("Samsung SSD 980, serial S5GXNX0R123456", "partition 1, 100 MiB: ext4 'photos'",
+            "partition 2, 1024 MiB: Linux RAID")  # fmt: skip
+    assert seen.details == told
+    name = interactive.name_of(disk)
+    for words in ("/dev/nvme0n1", "Samsung SSD 980", "serial S5GXNX0R123456", "931.0 GiB"):
+        assert words in name
 
 
 def test_an_installation_that_was_broken_off_is_called_one(bench: Bench) -> None:

@@ -4,6 +4,7 @@ and read back; what a boot would refuse is what is told.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -305,6 +306,29 @@ def test_an_older_release_does_not_fill_it(site: Site, disk: Path, tmp_path: Pat
     older = installation.make_release(Host(), tmp_path / "older", site.made.keyset, 6)
     with pytest.raises(init.Refused, match="MANIFEST-SEQUENCE"):
         site.recover(disk, source=f"oci:{older}")
+
+
+def test_a_release_below_the_epoch_of_the_disk_counts_for_nothing(
+    site: Site, disk: Path, tmp_path: Path
+) -> None:
+    """The one that lies in the store no more than one that is to fill it: only a release of that epoch."""
+    host, keyset, product = Host(), site.made.keyset, site.made.keyset.product
+    header = luks.read_header(host, config_of(disk), "config")
+    assert header.tokens
+    statement = json.dumps(init.epoch_statement(product, 2)).encode()
+    later = header.tokens._replace(
+        order_statement=statement, order_signature=keyset.signer("product").sign(statement)
+    )
+    luks.import_tokens(host, config_of(disk), later)
+    left = installation.make_left(tmp_path / "left", keyset)
+    policy = left / "policy.json"
+    policy.write_text(policy.read_text().replace('"epoch": 1', '"epoch": 2'))
+    before = fingerprint(disk_image(disk))
+    assert "MANIFEST-EPOCH" in str(site.plan(disk, left=left)["found"])
+    older = installation.make_release(host, tmp_path / "older", keyset, 8)
+    with pytest.raises(init.Refused, match="MANIFEST-EPOCH"):
+        site.recover(disk, left=left, source=f"oci:{older}")
+    assert fingerprint(disk_image(disk)) == before
 
 
 def test_a_newer_release_fills_it(site: Site, disk: Path, tmp_path: Path) -> None:
