@@ -26,6 +26,7 @@ from serial import BACK_TAB, ENTER, TAB, Screen
 from world import World, make_tar
 
 from mosinit import disk, enroll, hostfs, init, layout, vm
+from mosinit.installer import INTERRUPTED
 from mosinit.machine import Hardware
 
 pytestmark = pytest.mark.cold
@@ -52,14 +53,18 @@ class Site:
         with self.disk.open("rb") as file:
             return file.read(len(LOST))
 
-    async def ssh(self, *words: str, key: str = "key", stdin: bytes = b"") -> tuple[int, bytes, str]:
-        """Say something by SSH; return status, output and messages."""
-        command: list[str | Path] = [
+    def command(self, *words: str, key: str = "key") -> list[str | Path]:
+        """Return how ssh is called."""
+        return [
             "ssh", "-F", "none", "-p", str(self.port), "-i", self.folder / key, "-o", "IdentitiesOnly=yes",
             "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
             "-o", f"UserKnownHostsFile={self.folder / 'known_hosts'}", "-o", "ConnectTimeout=30",
             *words,
         ]  # fmt: skip
+
+    async def ssh(self, *words: str, key: str = "key", stdin: bytes = b"") -> tuple[int, bytes, str]:
+        """Say something by SSH; return status, output and messages."""
+        command = self.command(*words, key=key)
         done = await asyncio.to_thread(
             lambda: subprocess.run(
                 command, input=stdin, capture_output=True, timeout=SSH_SECONDS, check=False
@@ -135,6 +140,32 @@ async def check_ssh(site: Site, machine: Driven) -> None:
         assert "Permission denied (publickey)" in error
 
 
+async def installs_by_ssh(site: Site) -> None:
+    """Whoever comes with a terminal gets the installer, leads through it by keys, and no shell after it."""
+    command, pipe = site.command("-tt", "root@127.0.0.1"), asyncio.subprocess.PIPE
+    environment = {**os.environ, "TERM": "vt220"}
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment
+    )
+    assert process.stdin and process.stdout
+    try:
+        for key, words in ((b"", b"This installs a verified system"), (b"\r", b"Where does the release")):
+            process.stdin.write(key)
+            seen = b""
+            async with asyncio.timeout(SECONDS):
+                while words not in seen:
+                    more = await process.stdout.read(4096)
+                    assert more, (words, seen)
+                    seen += more
+        process.stdin.write(b"\x03")
+        async with asyncio.timeout(SECONDS):
+            await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == INTERRUPTED
+
+
 async def change_the_network(screen: Screen) -> None:
     """Type an address, and go back to DHCP."""
     await screen.shows("This installs a verified system")
@@ -192,6 +223,7 @@ async def install(site: Site) -> None:
     async with live(site) as machine:
         screen = Screen(machine)
         await check_ssh(site, machine)
+        await installs_by_ssh(site)
         await change_the_network(screen)
         await choose(screen)
         await screen.type(b"another" + ENTER + ENTER)
