@@ -104,6 +104,30 @@ def test_an_approval_that_holds_for_longer_is_not_dropped(site: Site, disk: Path
     assert resealing.reseal_disk(site.host, options(site, disk, tmp_path, file))["will do"] == []
 
 
+class Forgetful(recovering.NativeRecoverer):
+    """A host whose disk has lost what was written to it, when somebody looks at it for the second time."""
+
+    def __init__(self, site: Site, disk: Path) -> None:
+        super().__init__(site.made)
+        self.config, self.looked = config_of(disk), 0
+        self.before = self.config.open("rb").read(init.LUKS_BYTES)
+
+    def efi_read(self, name: str, guid: str) -> tuple[int, bytes] | None:
+        """Answer as ever: whoever looks at a disk asks first whether it is the medium."""
+        self.looked += name == "LoaderDevicePartUUID"
+        if self.looked == 2:
+            with self.config.open("r+b", buffering=0) as file:
+                file.write(self.before[: 2 * init.LUKS_COPY])
+        return super().efi_read(name, guid)
+
+
+def test_a_disk_that_forgets_the_approval_is_not_called_open(site: Site, disk: Path, tmp_path: Path) -> None:
+    host, file = Forgetful(site, disk), approved(site, tmp_path, pcr7(site))
+    with pytest.raises(init.Refused, match="TPM-POLICY"):
+        resealing.reseal_disk(host, options(site, disk, tmp_path, file))
+    assert host.looked == 2
+
+
 @pytest.mark.parametrize("kind", ["another state", "another key", "another product"])
 def test_other_approvals_change_nothing(
     site: Site, disk: Path, memory: Path, tmp_path: Path, kind: str
