@@ -240,6 +240,23 @@ def test_two_disks_that_cannot_be_told_apart(disk: Path) -> None:
     assert all(each.unusable for each in layout.mark_twins(copies))
 
 
+def test_a_disk_that_has_a_twin_is_refused(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = layout.inspect(Host(), disk)
+    seen = dataclasses.replace(found, wwn="eui.1")
+    twin = dataclasses.replace(found, path=Path("/dev/twin"), name="twin")
+    monkeypatch.setattr(layout, "_others", lambda disk: [twin])
+    words = f"has the serial '{found.serial}', as /dev/twin has: take out the one that is not meant"
+    for check in (layout.check_usable, layout.check_free):
+        with pytest.raises(Failure, match=words):
+            check(Host(), found)
+    # Names of their own tell them apart, but not for who names a disk by its serial alone.
+    twin = dataclasses.replace(twin, wwn="eui.2")
+    layout.check_usable(Host(), seen)
+    layout.check_usable(Host(), seen, Consent(seen.word, serial_is_enough=True))
+    with pytest.raises(Failure, match=words):
+        layout.check_usable(Host(), seen, Consent(seen.serial, serial_is_enough=True))
+
+
 def test_serials_and_transports(tmp_path: Path) -> None:
     usb = tmp_path / "devices/pci0/usb1/1-2"
     scsi = usb / "1-2:1.0/host3/target3:0:0/3:0:0:0"
