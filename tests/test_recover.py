@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import damage, generations, init, layout, luks, machinedisk, recover
+from mosinit import damage, esp, generations, init, layout, luks, machinedisk, recover, rekey
 from mosinit.host import Failure, Host
 from tests import installation, recovering
 from tests.recovering import NativeRecoverer, Site, fingerprint
@@ -115,6 +115,67 @@ def test_interrupted_at_a_step_it_goes_on(renewed: Site, disk: Path, step: str) 
         renewed.recover(disk, renewed.made.state, host)
     assert renewed.recover(disk, renewed.made.state)["status"] == 0
     check_keys(renewed, disk, renewed.made.state)
+
+
+class Forgetful(NativeRecoverer):
+    """Changes something on the disk just before all is read back."""
+
+    def __init__(self, site: Site, change: Callable[[], object]) -> None:
+        super().__init__(site.made)
+        self.change = change
+
+    def say(self, text: str) -> None:
+        """Note the step."""
+        super().say(text)
+        if text == "reading everything back":
+            self.change()
+
+
+def old_tokens(site: Site, disk: Path) -> None:
+    before = luks.read_header(Host(), Path(f"{site.image}-config"), "config")
+    assert before.tokens
+    luks.import_tokens(Host(), config_of(disk), before.tokens)
+
+
+def one_copy(site: Site, disk: Path) -> None:
+    with open(f"{disk}p5", "r+b", buffering=0) as file:
+        file.write(bytes(4096))
+
+
+def another_key(site: Site, disk: Path) -> None:
+    header = luks.read_header(Host(), Path(f"{disk}p3"), "plain")
+    recovery = (site.made.state / "recovery.key").read_bytes()
+    key = luks.read_volume_key(header, 1, recovery)
+    assert key
+    fresh = rekey.renewed(Host(), header, "plain", key, rekey.Keys(bytes(32), recovery), None)
+    rekey.write(Host(), Path(f"{disk}p3"), "plain", header, fresh)
+
+
+def no_generation(site: Site, disk: Path) -> None:
+    with installation.data_behind(config_of(disk)) as data, Host().mounted(data, "ext4") as folder:
+        (folder / "manifest.git/refs/heads/main").unlink()
+
+
+def no_loader(site: Site, disk: Path) -> None:
+    Host().run(["mdel", "-i", f"{disk}p1", f"::{esp.STARTED}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (old_tokens, "LUKS-TOKEN"), (one_copy, "LUKS-HEADER"), (another_key, "VOLUME-KEY"),
+        (no_generation, "GIT-REF"), (no_loader, "does not keep what is written to it"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_changes_what_it_keeps_is_not_called_recovered(
+    renewed: Site, disk: Path, change: Callable[[Site, Path], None], words: str
+) -> None:
+    with open(config_of(disk), "rb") as file:
+        Path(f"{renewed.image}-config").write_bytes(file.read(init.LUKS_DATA + init.BLOCK))
+    host = Forgetful(renewed, lambda: change(renewed, disk))
+    with pytest.raises((init.Refused, Failure), match=words):
+        renewed.recover(disk, renewed.made.state, host)
+    assert not host.variables  # nor does the firmware start it by an entry of ours
 
 
 def test_the_wrong_recovery_key_changes_nothing(renewed: Site, disk: Path, memory: Path) -> None:
