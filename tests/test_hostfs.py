@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from mosinit import hostfs, tools
-from mosinit.host import Failure, Host
+from mosinit.host import Failure
+from tests.recorder import Recorder, Started
 
 ROOT = tools.checkout()
 
 
-class RecordedMkosi(Host):
+class RecordedMkosi(Recorder):
     """A host whose mkosi writes a small result and keeps what it saw."""
 
     def __init__(self) -> None:
@@ -31,16 +31,8 @@ class RecordedMkosi(Host):
         self.fails = False
         self.kernels: tuple[str, ...] = ("6.12.0-test",)
 
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        words = [str(word) for word in command]
+    def answer(self, program: Started) -> bytes:
+        words = program.words
         assert words[0] == "mkosi"
         source = Path(words[words.index("--directory") + 1])
         if words[-1] == "summary":

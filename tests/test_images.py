@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -12,14 +11,14 @@ import shutil
 import struct
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from mosinit import images, init, trees
 from mosinit.host import Failure, Host
+from tests.recorder import Watched
 
 Need = Callable[..., None]
 TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -129,26 +128,13 @@ def test_programs_see_nothing_of_the_environment(
 ) -> None:
     """Also what nobody thinks of today: OPENSSL_CONF, LD_LIBRARY_PATH, a variable of a later release."""
     monkeypatch.setenv("MOSINIT_STRANGER", "1")
-    seen: list[tuple[object, object]] = []
-
-    class Recorder(Host):
-        def run(self, command: object, **options: object) -> bytes:
-            seen.append((command, options.get("env")))
-            return super().run(command, **options)  # type: ignore[arg-type]
-
-        @contextlib.contextmanager
-        def pipe(self, command: object, **options: object) -> Iterator[IO[bytes]]:
-            seen.append((command, options.get("env")))
-            with super().pipe(command, **options) as end:  # type: ignore[arg-type]
-                yield end
-
     packed = subprocess.run(["zstd", "-qc"], input=TREE, capture_output=True, check=True).stdout
     source = plain(host, tmp_path / "source", packed, f"{TAR}+zstd")
-    images.convert(Recorder(), f"oci:{source}", images.Layout(tmp_path / "out"))
-    assert len(seen) >= 3
-    for command, environment in seen:
-        assert isinstance(environment, dict), command
-        assert set(environment) <= {"PATH", "LC_ALL", "TZ", "TMPDIR"}, command
+    watched = Watched()
+    images.convert(watched, f"oci:{source}", images.Layout(tmp_path / "out"))
+    assert len(watched.started) >= 3
+    for program in watched.started:
+        assert set(program.environment) <= {"PATH", "LC_ALL", "TZ", "TMPDIR"}, program.words
 
 
 # --- Layouts ------------------------------------------------------------------------------------------

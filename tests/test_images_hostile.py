@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from mosinit import images, init, trees
 from mosinit.host import Failure, Host
+from tests.recorder import Watched
 from tests.test_images import TAR, TREE, ZEROS, docker_archive, image, make_tar, plain, put
 
 Need = Callable[..., None]
@@ -320,18 +321,11 @@ def test_annotations_and_types_are_kept(host: Host, tmp_path: Path) -> None:
 def test_an_archive_is_read_within_limits(host: Host, tmp_path: Path, need: Need) -> None:
     need("skopeo", "prlimit")
     docker_archive(tmp_path / "saved.tar", [TREE])
-    seen: list[tuple[list[str], dict[str, str]]] = []
-
-    class Recorder(Host):
-        def run(self, command: object, **options: object) -> bytes:
-            assert isinstance(command, list)
-            environment = options.get("env")
-            assert isinstance(environment, dict)
-            seen.append(([str(word) for word in command], environment))
-            return super().run(command, **options)  # type: ignore[arg-type]
-
-    images.convert(Recorder(), f"docker-archive:{tmp_path}/saved.tar", images.Layout(tmp_path / "out"))
-    ((words, environment),) = [(words, env) for words, env in seen if "skopeo" in words]
+    watched = Watched()
+    images.convert(watched, f"docker-archive:{tmp_path}/saved.tar", images.Layout(tmp_path / "out"))
+    for program in watched.started:
+        assert set(program.environment) <= {"PATH", "LC_ALL", "TZ", "TMPDIR"}
+    ((words, _, environment, _),) = [each for each in watched.started if "skopeo" in each.words]
     assert words[0] == "prlimit"
     assert 0 < int(words[1].removeprefix("--fsize=")) <= trees.Limits().content
     # What skopeo unpacks lies beside the destination, and goes with it.

@@ -18,13 +18,14 @@ import pytest
 from mosinit import enrolment, live
 from mosinit.host import Failure
 from mosinit.live import Live, Places
+from tests.recorder import Recorder, Started
 
 
 class Became(BaseException):
     """The process became another program."""
 
 
-class Recorded(Live):
+class Recorded(Recorder, Live):
     """A live system that records what is done to it."""
 
     def __init__(self) -> None:
@@ -32,22 +33,13 @@ class Recorded(Live):
         self.done: list[object] = []
         self.result = "exec-condition"  # of mosinit-install.service
 
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        """Record a command."""
-        assert timeout
-        words = [str(word) for word in command]
-        if words[:2] == ["systemctl", "show"]:
-            assert words[-1] == "mosinit-install.service"
+    def answer(self, program: Started) -> bytes:
+        """Tell how a service ended, and record what else is started."""
+        assert program.timeout
+        if program.words[:2] == ["systemctl", "show"]:
+            assert program.words[-1] == "mosinit-install.service"
             return f"{self.result}\n".encode()
-        self.done.append(words)
+        self.done.append(program.words)
         return b""
 
     def quiet_kernel(self, level: int) -> None:

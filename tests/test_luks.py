@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,33 +12,14 @@ import pytest
 from mosinit import init, luks
 from mosinit.host import Failure, Host
 from tests import volumes
+from tests.recorder import Watched
 
 Need = Callable[..., None]
 
 
-class Recorder(Host):
-    """The real host, which remembers what it ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.commands: list[list[str]] = []
-
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        self.commands.append([str(word) for word in command])
-        return super().run(command, stdin=stdin, env=env, cwd=cwd, timeout=timeout)
-
-
 def test_a_volume_and_its_recovery_key(need: Need, tmp_path: Path) -> None:
     need("cryptsetup")
-    host = Recorder()
+    host = Watched()
     path = volumes.plain(host, tmp_path / "volume")
     header = luks.read_header(host, path, "plain")
     assert (header.uuid, header.slots) == (volumes.UUID, (0,))
@@ -52,7 +33,7 @@ def test_a_volume_and_its_recovery_key(need: Need, tmp_path: Path) -> None:
     with pytest.raises(Failure):
         luks.add_recovery(host, path, b"not the secret", b"another")
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]
-    said = " ".join(word for command in host.commands for word in command)
+    said = " ".join(word for command in host.ran for word in command)
     assert volumes.RECOVERY.decode() not in said
 
 
@@ -87,7 +68,7 @@ def test_a_config_volume_with_integrity(need: Need, host: Host, tmp_path: Path) 
 
 def test_tokens_come_back_as_they_were(need: Need, tmp_path: Path) -> None:
     need("cryptsetup")
-    host = Recorder()
+    host = Watched()
     path = volumes.config(host, tmp_path / "volume")
     with pytest.raises(init.Refused) as error:
         luks.read_header(host, path, "config")
@@ -96,10 +77,10 @@ def test_tokens_come_back_as_they_were(need: Need, tmp_path: Path) -> None:
     assert (header.tokens, header.slots) == (volumes.TOKENS, (0,))
     # Only what changed is written: each write of the header is a moment at which power may fail.
     changed = volumes.TOKENS._replace(order_statement=b'{"epoch": 3}', order_signature=b"x")
-    host.commands.clear()
+    host.started.clear()
     after = luks.import_tokens(host, path, changed)
     assert (after.tokens, after.seqid) == (changed, header.seqid + 1)
-    assert sum("import" in command for command in host.commands) == 1
+    assert sum("import" in command for command in host.ran) == 1
     assert luks.import_tokens(host, path, changed) == after
     host.run(["cryptsetup", "open", "--test-passphrase", "--key-file", "-", path], stdin=volumes.SECRET)
 

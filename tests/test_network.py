@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mosinit import network
-from mosinit.host import Failure, Host
+from mosinit.host import Failure
 from mosinit.network import Link
+from tests.recorder import Recorder, Started
 
 # As systemd 257's `networkctl --json=short list` tells it, shortened.
 LEASED = {
@@ -43,26 +42,15 @@ OTHERS = (
 LINK = Link("enp0s3", "52:54:00:12:34:56", True, (), "", "dhcp")
 
 
-class Networked(Host):
-    """A host that records what it is told, and whose networkctl says what it is given."""
+class Networked(Recorder):
+    """A host whose networkctl says what it is given."""
 
     def __init__(self, says: object = None, fails: str = "") -> None:
         super().__init__()
         self.says, self.fails = says, fails
-        self.ran: list[list[str]] = []
 
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        """Record a command."""
-        assert timeout
-        self.ran.append([str(word) for word in command])
+    def answer(self, program: Started) -> bytes:
+        assert program.timeout
         if self.fails:
             raise Failure(self.fails)
         return json.dumps(self.says).encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -13,10 +12,9 @@ import stat
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
@@ -37,6 +35,7 @@ from tests.provisioned import (
     set_lockout,
     writes,
 )
+from tests.recorder import Watched
 from tests.tpms import Breaking, TpmMachine
 
 SRK = ("-G", "ecc256:aes128cfb", "-g", "sha256", "-a",
@@ -131,24 +130,6 @@ def test_the_recovery_key_is_one_as_systemd_makes_them() -> None:
 # --- Secrets -----------------------------------------------------------------------------------------
 
 
-class Listening(Host):
-    """A host that keeps what every program was started with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = ""
-
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        env: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> bytes:
-        self.words += f"{[str(word) for word in command]} {dict(env or os.environ)}\n"
-        return super().run(command, env=env, **more)
-
-
 def secrets_of(state: Path) -> list[str]:
     auths = json.loads((state / "auths.json").read_text())
     names = ("sudi.auth", "recovery.key")
@@ -157,7 +138,7 @@ def secrets_of(state: Path) -> list[str]:
 
 def test_no_secret_shows(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """Neither on the bus, nor in what programs are started with, nor in what is said or sent."""
-    host = site.host = Listening()
+    host = site.host = Watched()
     try:
         with Breaking(site.tpm) as way:
             site.request(tcti=way.tcti)
@@ -169,15 +150,17 @@ def test_no_secret_shows(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
         site.host = Host()
     request = (site.state / "request.json").read_text()
     said = capfd.readouterr()
+    words = "\n".join(f"{program.words} {program.environment}" for program in host.started)
+    assert words
     assert len(secrets) == 5
     for secret in secrets:
-        for place in (host.words, said.out, said.err, request, site.answer.read_text()):
+        for place in (words, said.out, said.err, request, site.answer.read_text()):
             assert secret not in place
     # tpm2-openssl sends the SUDI key's password as it is: whoever reads the bus must still have the TPM.
     sudi = (site.state / "sudi.auth").read_bytes().strip()
     assert not any(secret.encode() in bus for secret in secrets if secret.encode() != sudi)
     assert config not in bus
-    assert config.hex() not in host.words + said.out + said.err + request
+    assert config.hex() not in words + said.out + said.err + request
     filed = b"".join(path.read_bytes() for path in site.machines.rglob("*") if path.is_file())
     assert not any(secret.encode() in filed for secret in secrets)
 

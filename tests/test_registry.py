@@ -20,6 +20,7 @@ import pytest
 from mosinit import cli, commands, images, keys, publish, registry
 from mosinit.host import Host, Usage
 from tests import registries
+from tests.recorder import Watched
 from tests.registries import PASSWORD, USER
 from tests.test_bad_input import full
 from tests.test_images import PROGRAM, make_tar, plain
@@ -184,7 +185,7 @@ def test_layers_that_are_there_are_not_sent_again(
     assert first > sent() - first == 2  # the manifest and its signature
 
 
-class Watched(Host):
+class Telling(Host):
     """A host that says at once how far it is."""
 
     plain_seconds = 0.0
@@ -207,9 +208,9 @@ def test_a_push_tells_how_far_it_is(
     sent, placed, digests = [], [], []
     for sequence in (1, 2):
         manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=sequence))
-        watched = Watched()
-        made = publish.publish(watched, manifest, keyset, to, access)
-        told = [line for line in watched.said if line.startswith(("sending", "sent"))]
+        telling = Telling()
+        made = publish.publish(telling, manifest, keyset, to, access)
+        told = [line for line in telling.said if line.startswith(("sending", "sent"))]
         assert told[0] == f"sending the release to {to}, without what is there already"
         # Lines on the way, and one at the end: done, of all, how fast.
         assert len(told) >= 3
@@ -287,13 +288,6 @@ def test_no_program_ever_sees_a_secret(
     command: Command, real: registries.Real, source: images.Layout, keyset: keys.Keyset, tmp_path: Path,
     authority: registries.Authority, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    seen: list[str] = []
-
-    class Recorder(Host):
-        def run(self, command: object, **options: object) -> bytes:
-            seen.extend((str(command), str(options.get("env")), str(options.get("stdin"))))
-            return super().run(command, **options)  # type: ignore[arg-type]
-
     monkeypatch.setenv(registry.LOGIN_VARIABLE, f"{USER}:{PASSWORD}")
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text(WRITTEN.format(product=keyset.product, source="oci:./hostfs", sequence=1))
@@ -301,8 +295,10 @@ def test_no_program_ever_sees_a_secret(
     access = registry.open_access(authority.path, None, 30, to, [])
     assert PASSWORD not in repr(access)
     assert PASSWORD not in repr(registry.connect(access, registry.parse_reference(to)))
-    publish.publish(Recorder(), manifest, keyset, to, access)
+    watched = Watched()
+    publish.publish(watched, manifest, keyset, to, access)
     packed = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    seen = [str(each) for each in watched.started]
     assert seen
     assert not [words for words in seen if PASSWORD in words or USER in words or packed in words]
 

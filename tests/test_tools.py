@@ -7,55 +7,33 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mosinit import tools
-from mosinit.host import Failure, Host
+from mosinit.host import Failure
+from tests import recorder
 
 MIRROR = "http://mirror.example/debian"
 SECURITY = "http://mirror.example/debian-security"
 SIGNED = f"deb [signed-by={tools.KEYRING}]"
 
 
-class Recorder(Host):
-    """Records programs instead of running them; the tree appears as mmdebstrap would leave it."""
+class Recorder(recorder.Recorder):
+    """A host on which one program fails, and nothing is unmounted."""
 
     def __init__(self, *, fails: str = "") -> None:
-        self.ops: list[list[str]] = []
-        self.said: list[str] = []
+        super().__init__()
         self.fails = fails
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def call(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-    ) -> int:
-        self.ops.append([str(word) for word in command])
-        return 1 if self.fails and self.fails in self.ops[-1] else 0
-
-    def run(
-        self,
-        command: Sequence[str | os.PathLike[str]],
-        *,
-        stdin: bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> bytes:
-        self.ops.append([str(word) for word in command])
-        return b""
+    def call(self, command: recorder.Command, **options: Any) -> int:
+        super().call(command, **options)
+        return int(bool(self.fails) and self.fails in self.ran[-1])
 
     def unmount(self, target: str, *, lazy: bool = False) -> None:
-        self.ops.append(["unmount", target])
+        self.note(["unmount", target])
 
 
 # --- Where packages come from ------------------------------------------------------------------------
@@ -201,7 +179,7 @@ def test_a_whole_tree_is_taken_as_it_is(tmp_path: Path) -> None:
     host = Recorder()
     tree = stamped(tmp_path, f"tools-{tools.key()}", age=1e9)
     assert tools.ensure(host, tmp_path) == tree
-    assert host.ops == []
+    assert host.ran == []
 
 
 def test_old_trees_go_when_unused(tmp_path: Path) -> None:

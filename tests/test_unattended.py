@@ -9,14 +9,15 @@ import os
 import socket
 import threading
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mosinit import answers, install, layout, ports, unattended
 from mosinit.answers import Answers
-from mosinit.host import Failure, Host
+from mosinit.host import Failure
+from tests.recorder import Recorder, Started
 from tests.registries import Authority
 
 
@@ -126,17 +127,15 @@ def test_a_machine_that_nobody_can_enroll_is_told_so_before_its_tpm_is_asked(tmp
     unattended.check_port(tmp_path / unattended.PORT.name)
 
 
-class Networked(Host):
+class Networked(Recorder):
     """A host whose network comes, or does not."""
 
     def __init__(self, *, comes: bool = True) -> None:
         super().__init__()
         self.comes = comes
-        self.asked: list[str] = []
 
-    def run(self, command: Sequence[str | os.PathLike[str]], **more: object) -> bytes:
+    def answer(self, program: Started) -> bytes:
         """Wait for the network."""
-        self.asked.append(str(command[0]))
         if not self.comes:
             raise Failure("timed out")
         return b""
@@ -149,7 +148,7 @@ def test_the_medium_s_release_needs_no_network(tmp_path: Path) -> None:
     assert (options.disk, options.source) == (given.disk, install.MEDIUM_RELEASE)
     assert options.consent == layout.Consent("serial", serial_is_enough=True)
     assert (options.state, options.store, options.scratch, options.access) == (1, 2, 3, None)
-    assert host.asked == []
+    assert host.ran == []
 
 
 def test_a_registry_is_reached_by_the_authority_beside_the_answers(tmp_path: Path) -> None:
@@ -163,7 +162,7 @@ def test_a_registry_is_reached_by_the_authority_beside_the_answers(tmp_path: Pat
     options = unattended.options_of(host, given, path)
     assert options.access is not None
     assert (options.source, options.access.tls_ca) == (given.source, authority)
-    assert host.asked == [unattended.WAIT_ONLINE] * 2
+    assert [words[0] for words in host.ran] == [unattended.WAIT_ONLINE] * 2
     authority.write_text("nothing")
     with pytest.raises(Failure, match="no certificate"):
         unattended.options_of(host, given, path)
