@@ -27,6 +27,7 @@ from tests.fake import policy_json
 from tests.test_approvals import make_pe
 from tests.test_images import PROGRAM, make_tar, plain
 
+TOOLS = ("sfdisk", "losetup", "cryptsetup", "mkfs.ext4", "mkfs.vfat", "git", "mkfs.erofs", "openssl")
 RUN_ID, LIVE_ID = "12" * 32, "34" * 32
 _APPROVAL = {"schema": 1, "epoch": 1, "unseal": "ab" * 256, "set_epoch": "cd" * 256}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from mosinit.host import Host
 
@@ -27,6 +27,11 @@ class Watched(Host):
     def __init__(self) -> None:
         super().__init__()
         self.started: list[Started] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+        super().say(text)
 
     @property
     def ran(self) -> list[list[str]]:
@@ -59,9 +64,8 @@ class Watched(Host):
 class Recorder(Watched):
     """A host that starts nothing, says nothing, and remembers what it was told."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def answer(self, program: Started) -> bytes:
         """Return what a program prints, or raise what comes of it."""
@@ -70,9 +74,9 @@ class Recorder(Watched):
     def run(self, command: Command, **options: Any) -> bytes:
         return self.answer(self.note(command, **options))
 
+    def pipe(self, command: Command, **options: Any) -> NoReturn:
+        raise AssertionError(f"nobody foresaw {command}")
+
     def call(self, command: Command, **options: Any) -> int:
         self.answer(self.note(command, **options))
         return 0
-
-    def say(self, text: str) -> None:
-        self.said.append(text)

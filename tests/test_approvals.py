@@ -17,18 +17,13 @@ from hypothesis import strategies as st
 
 from mosinit import approvals, eventlog, firmware, init, keys
 from mosinit.eventlog import DB, DBX, EV_ACTION, EV_AUTHORITY, EV_SEPARATOR, EV_VARIABLE, Variable
-from mosinit.host import Failure, Host
+from mosinit.host import Failure
 from tests.eventlogs import encode_log, measured, unmeasured
 from tests.tpms import Swtpm, TpmMachine, swtpm
 
 Need = Callable[..., None]
 GOLDEN = Path(__file__).parent / "golden"
 SEVEN = init.Pcr(7)
-
-
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keys", "test")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,23 +289,6 @@ def test_bad_input(
 
 
 # --- A full disk --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def full(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a file system that has next to no room."""
-    if os.geteuid() != 0:
-        pytest.skip("this needs root, to mount a small file system")
-    host, folder = Host(), tmp_path / "full"
-    folder.mkdir()
-    try:
-        host.mount("none", str(folder), "tmpfs", init.MountFlag(0), "size=16k")
-    except OSError as error:
-        pytest.skip(f"this needs a mount: {error}")
-    try:
-        yield folder
-    finally:
-        host.unmount(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,9 @@ TOOLS = (
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[keys.Keyset, Path, Path]:
+def parts(keyset: keys.Keyset, tmp_path_factory: pytest.TempPathFactory) -> tuple[keys.Keyset, Path, Path]:
     """A keyset, something in the place of a UKI, something in the place of a release."""
     folder = tmp_path_factory.mktemp("parts")
-    keyset = keys.new(Host(), folder / "keys", "disk-tests")
     (folder / "uki.efi").write_bytes(b"MZ" + os.urandom(100_000))
     (folder / "release/blobs/sha256").mkdir(parents=True)
     (folder / "release/index.json").write_text("{}")

@@ -7,7 +7,7 @@ import os
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,14 +22,6 @@ _LABEL = (b"\x20\0\0\0" + b"LVM2 001" + b"A" * 32).ljust(492, b"\0")
 _CHECKSUM = zlib.crc32(_LABEL, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 LVM = b"LABELONE" + (1).to_bytes(8, "little") + _CHECKSUM.to_bytes(4, "little") + _LABEL
 UUID = "00000000-0000-4000-8000-000000000001"
-
-
-@pytest.fixture
-def disk(need: Callable[..., None], memory: Path) -> Iterator[Path]:
-    """An empty disk of 8 GiB."""
-    need("losetup", "sfdisk", "mkfs.ext4", "cryptsetup")
-    with loop(memory / "disk") as device:
-        yield device
 
 
 def run(*words: str | Path, data: str = "") -> None:

@@ -7,7 +7,6 @@ import struct
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -182,8 +181,7 @@ def test_a_spoiled_certificate_has_a_name_or_none(data: st.DataObject) -> None:
     assert isinstance(drift.common_name(bytes(der)), str)
 
 
-def test_common_names_are_those_that_the_library_reads(host: Host, tmp_path: Path) -> None:
-    keyset = keys.new(host, tmp_path / "keys", "names")
+def test_common_names_are_those_that_the_library_reads(keyset: keys.Keyset) -> None:
     for role in ("PK", "KEK", "uki", "layer", "sudi-ca", "product"):
         certificate = keyset.certificate(role)
         (wanted,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)

@@ -185,11 +185,6 @@ def test_a_library_search_path_is_refused(need: Need) -> None:
 # --- The whole --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keys", "test")
-
-
 @dataclass(frozen=True)
 class Built:
     """A built initrd, its files unpacked, and what it was built from."""
@@ -217,21 +212,20 @@ def unpack(file: Path, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Built:
+def built(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset, need: Need) -> Built:
     """The initrd of live mode."""
+    need(*TOOLS)
     return build(tmp_path_factory.mktemp("initrd"), keyset, "live")
 
 
 @pytest.fixture(scope="module")
-def built_run(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset) -> Built:
+def built_run(tmp_path_factory: pytest.TempPathFactory, keyset: keys.Keyset, need: Need) -> Built:
     """The initrd of run mode."""
+    need(*TOOLS)
     return build(tmp_path_factory.mktemp("initrd"), keyset, "run")
 
 
 def build(folder: Path, keyset: keys.Keyset, mode: str) -> Built:
-    missing = [tool for tool in TOOLS if not shutil.which(tool) and not Path(tool).exists()]
-    if missing:
-        (pytest.fail if os.environ.get("MOSINIT_REQUIRE_TOOLS") == "1" else pytest.skip)(f"needs {missing}")
     tree = make_tree(folder, {**MODULES, **RUN_MODULES})
     policy = initrd.encode_policy(
         mode=mode,

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,22 +25,6 @@ from tests import installation
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.test_layout import GIB, loop
-
-TOOLS = ("sfdisk", "losetup", "cryptsetup", "mkfs.ext4", "mkfs.vfat", "git", "mkfs.erofs", "openssl")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Keyset, release, live system, provisioned machine."""
-    return installation.setting(Host(), tmp_path_factory.mktemp("setting"))
-
-
-@pytest.fixture
-def disk(need: Callable[..., None], memory: Path) -> Iterator[Path]:
-    """An empty disk of 8 GiB."""
-    need(*TOOLS)
-    with loop(memory / "disk") as device:
-        yield device
 
 
 def digest(path: Path) -> str:
@@ -442,9 +426,9 @@ def test_a_blob_that_is_not_there(made: Setting, disk: Path, tmp_path: Path) -> 
         assert refused(made, disk, source=f"oci:{copy}") == "STORE-BLOB"
 
 
-def test_a_release_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:
-    host = Host()
-    other = keys.new(host, tmp_path / "keyset", "other")
+def test_a_release_of_another_organisation(
+    made: Setting, other: keys.Keyset, disk: Path, tmp_path: Path
+) -> None:
     left = installation.make_left(tmp_path / "left", other)
     assert refused(made, disk, left=left) == "MANIFEST-CHAIN"
 
@@ -486,8 +470,7 @@ def test_a_uki_of_a_later_epoch_than_this_firmware_is_approved_for(
     installation.run(NativeInstaller(), dataclasses.replace(made, release=again), disk)
 
 
-def test_a_record_of_another_organisation(made: Setting, disk: Path, tmp_path: Path) -> None:
-    other = keys.new(Host(), tmp_path / "keyset", "other")
+def test_a_record_of_another_organisation(made: Setting, other: keys.Keyset, disk: Path) -> None:
     foreign = dataclasses.replace(made, provisioned=installation.make_provisioned(other))
     assert refused(foreign, disk) == "RECORD-SIGNATURE"
 

@@ -16,7 +16,7 @@ import pytest
 from mosinit import layout
 from mosinit.host import Host
 from tests import installation, uml
-from tests.test_install import TOOLS
+from tests.installation import TOOLS
 
 SECTOR = 512
 

@@ -19,9 +19,8 @@ from mosinit import init, install, layout, provision
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host
 from tests import installation, provisioned
-from tests.installation import NativeInstaller
+from tests.installation import TOOLS, NativeInstaller
 from tests.provisioned import PASSWORDS, Site, read_record
-from tests.test_install import TOOLS
 from tests.test_layout import loop
 from tests.tpms import Breaking
 

@@ -13,7 +13,7 @@ import pytest
 from mosinit import init, layout
 from mosinit.host import Host
 from tests import installation, uml
-from tests.test_install import TOOLS
+from tests.installation import TOOLS
 
 INSTALL = """
 import pickle

@@ -18,8 +18,7 @@ from mosinit.host import Failure, Host
 from tests import installation, sealed
 from tests.eventlogs import encode_log, measured
 from tests.fake import policy_json
-from tests.installation import NativeInstaller, Setting
-from tests.test_install import TOOLS
+from tests.installation import TOOLS, NativeInstaller, Setting
 from tests.test_layout import loop
 from tests.tpms import TpmMachine
 
@@ -70,23 +69,17 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Keyset, release, live system, provisioned machine."""
-    return installation.setting(Host(), tmp_path_factory.mktemp("setting"))
-
-
-@pytest.fixture(scope="module")
-def installed_disk(setting: Setting) -> Iterator[Path]:
+def installed_disk(made: Setting) -> Iterator[Path]:
     """A disk that was installed once for all tests; they copy it."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         with loop(Path(folder, "disk")) as device:
-            installation.run(NativeInstaller(), setting, device)
+            installation.run(NativeInstaller(), made, device)
         yield Path(folder, "disk")
 
 
 @pytest.fixture
 def running(
-    setting: Setting,
+    made: Setting,
     installed_disk: Path,
     need: Callable[..., None],
     host: Host,
@@ -95,25 +88,25 @@ def running(
 ) -> Iterator[Running]:
     need(*TOOLS)
     host.run(["cp", "--sparse=always", installed_disk, memory / "disk"])
-    shutil.copytree(setting.left, tmp_path / "left")
+    shutil.copytree(made.left, tmp_path / "left")
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(loop(memory / "disk"))
         host.run(["partx", "--update", device])
         data = stack.enter_context(installation.data_behind(Path(f"{device}p2")))
         config = stack.enter_context(host.mounted(data, "ext4"))
-        (only,) = generations.list_all(config / "manifest.git", setting.keyset.product)
+        (only,) = generations.list_all(config / "manifest.git", made.keyset.product)
         path = tmp_path / "left/report.json"
         report = json.loads(path.read_text()) | {"mode": "run", "generation": only.commit, "sequence": 7}
         path.write_text(json.dumps({**report, "uki_id": only.uki}))
-        policy = policy_json(mode="run", product=setting.keyset.product)
+        policy = policy_json(mode="run", product=made.keyset.product)
         (tmp_path / "left/policy.json").write_bytes(policy)
-        shutil.copytree(setting.release, tmp_path / "store" / init.REPOSITORY)
+        shutil.copytree(made.release, tmp_path / "store" / init.REPOSITORY)
         esp = partitions(device)[0].uuid
         machine = Machine(device, esp, "mosinit_7+2-1.efi")
         paths = installed.Paths(
             tmp_path / "left", config, tmp_path / "store", tmp_path / "log", tmp_path / "lock"
         )
-        yield Running(setting, device, machine, paths, only.commit)
+        yield Running(made, device, machine, paths, only.commit)
 
 
 def partitions(device: Path) -> tuple[init.Partition, ...]:
@@ -170,8 +163,8 @@ def test_the_state_of_the_tpm(need: Callable[..., None], tmp_path: Path) -> None
         assert installed.describe_tpm(machine) == cleared
 
 
-def test_a_live_system_says_that_it_is(setting: Setting, host: Host, tmp_path: Path) -> None:
-    left = installation.make_left(tmp_path / "left", setting.keyset)
+def test_a_live_system_says_that_it_is(made: Setting, host: Host, tmp_path: Path) -> None:
+    left = installation.make_left(tmp_path / "left", made.keyset)
     paths = installed.Paths(left)
     told = installed.status(host, paths, Machine(tmp_path, "", ""))
     assert (told["mode"], "generation" in told) == ("live", False)
@@ -332,8 +325,8 @@ def test_approvals_of_others_are_not_taken(running: Running, host: Host, tmp_pat
     assert luks.read_header(host, device, "config") == before
 
 
-def test_a_live_system_takes_no_approvals(setting: Setting, host: Host, tmp_path: Path) -> None:
-    left = installation.make_left(tmp_path / "left", setting.keyset)
+def test_a_live_system_takes_no_approvals(made: Setting, host: Host, tmp_path: Path) -> None:
+    left = installation.make_left(tmp_path / "left", made.keyset)
     with pytest.raises(Failure, match="mosinit recover --reseal --approvals FILE"):
         installed.take_approvals(host, tmp_path / "none", installed.Paths(left), Machine(tmp_path, "", ""))
 

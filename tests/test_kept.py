@@ -35,16 +35,9 @@ def tools(need: Need) -> None:
 class Counting(Watched):
     """A host that counts how often a file system is made."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
     @property
     def made(self) -> int:
         return sum(words[0] == "mkfs.erofs" for words in self.ran)
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture

@@ -55,10 +55,6 @@ class Recorded(Recorder, Live):
         self.done.append((list(words), dict(environment)))
         raise Became
 
-    def say(self, text: str) -> None:
-        """Record it."""
-        self.done.append(text)
-
 
 @pytest.fixture
 def host() -> Recorded:
@@ -89,12 +85,13 @@ def test_the_consoles_that_are_there_get_the_installer(host: Recorded, places: P
     assert live.start_consoles(host, places) == ["tty1", "ttyS0"]
     units = ["mosinit-console@tty1.service", "mosinit-console@ttyS0.service"]
     assert host.done == [*QUIET, ["systemctl", "start", "--no-block", "--", *units]]
+    assert host.said == []
 
 
 def test_a_machine_without_any_terminal(host: Recorded, places: Places) -> None:
     places.consoles.write_text("ttyS1 ttyAMA7\n")
     assert live.start_consoles(host, places) == []
-    assert host.done == []
+    assert (host.done, host.said) == ([], [])
 
 
 def no_report(host: Recorded, places: Places) -> None:
@@ -124,7 +121,7 @@ Change = Callable[[Recorded, Places], None]
 def test_nobody_is_asked_elsewhere(change: Change, host: Recorded, places: Places) -> None:
     change(host, places)
     assert live.start_consoles(host, places) == []
-    assert host.done == []
+    assert (host.done, host.said) == ([], [])
 
 
 @pytest.mark.parametrize("result", ["", "success", "exec-condition"])
@@ -143,6 +140,7 @@ def test_the_installer_starts_with_nothing_of_a_person_s(terminal: str, given: s
         live.become_installer(host, terminal)
     environment = {"PATH": "/usr/sbin:/usr/bin", "LANG": "C.UTF-8", "HOME": "/", "TERM": given}
     assert host.done == [(["/usr/bin/mosinit", "install"], environment)]
+    assert host.said == []
 
 
 def test_no_key_stops_what_runs_on_a_console(host: Recorded) -> None:
@@ -223,7 +221,7 @@ def test_the_rest_of_ssh(
 ) -> None:
     assert not enrolment.REQUEST.exists()  # this is no live machine
     assert live.run_ssh(host, environment) == status
-    assert says in str(host.done[0])
+    assert says in host.said[0]
     assert stdout.buffer.getvalue() == b""
 
 
@@ -238,6 +236,6 @@ def test_a_refusal_has_its_status(host: Recorded, stdout: Served, monkeypatch: p
 
     monkeypatch.setattr(enrolment, "serve", refuse)
     assert live.run_ssh(host, {"SSH_ORIGINAL_COMMAND": "answer"}) == 3
-    assert "TPM-IDENTITY" in str(host.done[0])
+    assert "TPM-IDENTITY" in host.said[0]
     monkeypatch.setattr(enrolment, "serve", break_off)
     assert live.run_ssh(host, {"SSH_ORIGINAL_COMMAND": "answer"}) == Failure.status

@@ -34,6 +34,7 @@ def test_a_volume_and_its_recovery_key(need: Need, tmp_path: Path) -> None:
         luks.add_recovery(host, path, b"not the secret", b"another")
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]
     said = " ".join(word for command in host.ran for word in command)
+    assert "luksAddKey" in said
     assert volumes.RECOVERY.decode() not in said
 
 

@@ -20,8 +20,7 @@ from mosinit import init, layout
 from mosinit.esp import STARTED
 from mosinit.host import Failure, Host
 from tests import installation, uml
-from tests.installation import NativeInstaller, Setting
-from tests.test_install import TOOLS
+from tests.installation import TOOLS, NativeInstaller, Setting
 from tests.test_install_uml import BOOT
 from tests.test_layout import loop
 

@@ -12,7 +12,7 @@ import stat
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mosinit import cli, commands, enroll, exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure, Host, Usage
-from tests import provisioned
 from tests.eventlogs import encode_event, encode_log, measured
 from tests.provisioned import (
     Site,
@@ -40,29 +39,6 @@ from tests.tpms import Breaking, TpmMachine
 
 SRK = ("-G", "ecc256:aes128cfb", "-g", "sha256", "-a",
        "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """One organisation and one software TPM."""
-    with provisioned.site(tmp_path_factory.mktemp("site")) as made:
-        yield made
-
-
-@pytest.fixture
-def site(shared: Site, tmp_path: Path) -> Site:
-    """The same, with a new TPM and an empty folder."""
-    shared.renew(tmp_path / "work")
-    return shared
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A provisioned machine, which tests leave as it is."""
-    with provisioned.site(tmp_path_factory.mktemp("done")) as made:
-        made.start()
-        made.provision()
-        yield made
 
 
 # --- What is made ------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from cryptography import x509
 from mosinit import approvals, enroll, exchange, init, keys, provision, records
 from mosinit import tpm as tpms
 from mosinit.host import Failure
-from tests import provisioned
 from tests.eventlogs import encode_log, measured
 from tests.provisioned import (
     PASSWORDS,
@@ -32,30 +31,6 @@ from tests.provisioned import (
     writes,
 )
 from tests.tpms import Breaking
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """One organisation and one software TPM."""
-    with provisioned.site(tmp_path_factory.mktemp("site")) as made:
-        yield made
-
-
-@pytest.fixture
-def site(shared: Site, tmp_path: Path) -> Site:
-    """The same, with a new TPM and an empty folder."""
-    shared.renew(tmp_path / "work")
-    return shared
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A provisioned machine, which tests leave as it is."""
-    with provisioned.site(tmp_path_factory.mktemp("done")) as made:
-        made.start()
-        made.provision()
-        yield made
-
 
 # --- Policies that others planted ---------------------------------------------------------------------
 

@@ -63,11 +63,6 @@ targets:
 """
 
 
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keyset", "publish-tests")
-
-
 @pytest.fixture
 def written(need: Need, keyset: keys.Keyset, host: Host, tmp_path: Path) -> Path:
     """A person's manifest with its images beside it."""
@@ -298,9 +293,8 @@ def test_a_word_with_two_readings_has_a_remedy(
 
 
 def test_a_certificate_of_another_ca_is_refused(
-    written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
+    written: Path, keyset: keys.Keyset, other: keys.Keyset, host: Host, tmp_path: Path
 ) -> None:
-    other = keys.new(host, tmp_path / "other", "other")
     mixed = tmp_path / "mixed"
     shutil.copytree(keyset.folder, mixed)
     for name in ("manifest-ca.pem", "manifest-ca.key"):
@@ -447,8 +441,9 @@ def spoil(path: Path, offset: int, content: bytes) -> None:
     ],
 )
 def test_what_a_machine_would_refuse_is_refused_before(
-    fault: str, check: str, written: Path, keyset: keys.Keyset, host: Host, tmp_path: Path
-) -> None:
+    fault: str, check: str, written: Path, keyset: keys.Keyset, other: keys.Keyset, host: Host,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     publish.publish(host, written, keyset, f"oci:{tmp_path}/release")
     layout = images.Layout(tmp_path / "release")
     contents = init.parse_manifest(parts(layout)[init.MANIFEST_MEDIA_TYPE][0])
@@ -458,7 +453,7 @@ def test_what_a_machine_would_refuse_is_refused_before(
     (layer,) = init.parse_image(layout.blob_path(target.digest).read_bytes()).layers
     path, signature = layout.blob_path(layer.digest), layout.blob_path(target.layer_signatures[0])
     superblock = init.verity_data_blocks(layer.size) * init.BLOCK
-    other = keys.new(host, tmp_path / "other", "other").signer("layer").sign_pkcs7(layer.root_hash.encode())
+    foreign = other.signer("layer").sign_pkcs7(layer.root_hash.encode())
     spoilers: dict[str, Callable[[], None]] = {
         "cut": lambda: os.truncate(path, layer.size - init.BLOCK),
         "longer": lambda: os.truncate(path, layer.size + 1),
@@ -468,7 +463,7 @@ def test_what_a_machine_would_refuse_is_refused_before(
         "content": lambda: spoil(path, layer.size - 1, b"x"),
         "padded signature": lambda: spoil(signature, signature.stat().st_size, bytes(1)),
         "signature": lambda: spoil(signature, 100, b"changed"),
-        "foreign signature": lambda: spoil(signature, 0, other),
+        "foreign signature": lambda: spoil(signature, 0, foreign),
         "image": lambda: spoil(layout.blob_path(target.digest), 1, b"x"),
     }
     spoilers[fault]()

@@ -13,15 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mosinit import init, keys, records
-from mosinit.host import Host
 
 Need = Callable[..., None]
 PROOF, STORAGE_KEY, INDEX = bytes(range(32)), b"\0\x0b" + bytes([1] * 32), b"\0\x0b" + bytes([2] * 32)
-
-
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keyset", "acme")
 
 
 @pytest.fixture(scope="module")

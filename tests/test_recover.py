@@ -13,8 +13,8 @@ import pytest
 from mosinit import damage, esp, generations, init, layout, luks, machinedisk, recover, rekey
 from mosinit.host import Failure, Host
 from tests import installation, recovering
+from tests.installation import TOOLS
 from tests.recovering import NativeRecoverer, Site, fingerprint
-from tests.test_install import TOOLS
 
 NEEDED = (*TOOLS, "swtpm", "tpm2_clear", "e2fsck", "fsck.vfat", "mcopy")
 

@@ -17,8 +17,8 @@ import pytest
 from mosinit import approvals, esp, exchange, explain, generations, init, luks
 from mosinit.host import Failure, Host
 from tests import installation, recovering, volumes
+from tests.installation import TOOLS
 from tests.recovering import Site, fingerprint
-from tests.test_install import TOOLS
 from tests.test_recover import NEEDED, config_of, generations_of, machine_id
 
 

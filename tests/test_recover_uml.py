@@ -14,7 +14,7 @@ import pytest
 from mosinit import init, install, layout
 from mosinit.host import Host
 from tests import installation, uml
-from tests.test_install import TOOLS
+from tests.installation import TOOLS
 from tests.test_install_uml import BOOT, INSTALL
 
 NEW_KEY = b"another recovery key"

@@ -22,10 +22,7 @@ from mosinit.host import Host, Usage
 from tests import registries
 from tests.recorder import Watched
 from tests.registries import PASSWORD, USER
-from tests.test_bad_input import full
 from tests.test_images import PROGRAM, make_tar, plain
-
-__all__ = ["full"]  # a fixture
 
 Need = Callable[..., None]
 TREE = make_tar({"sbin/": b"", "sbin/init": PROGRAM + b"init " * 5000})
@@ -47,11 +44,6 @@ targets:
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> registries.Authority:
     return registries.Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keyset", "registry-tests")
 
 
 @pytest.fixture
@@ -185,17 +177,10 @@ def test_layers_that_are_there_are_not_sent_again(
     assert first > sent() - first == 2  # the manifest and its signature
 
 
-class Telling(Host):
+class Telling(Watched):
     """A host that says at once how far it is."""
 
     plain_seconds = 0.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def test_a_push_tells_how_far_it_is(

@@ -78,18 +78,12 @@ def names(tokens: init.Tokens | None) -> Mapping[int, int]:
     return {bytes.fromhex(pcr7)[0]: approval.epoch for pcr7, approval in tokens.approvals.items()}
 
 
-@pytest.fixture(scope="module")
-def keysets(tmp_path_factory: pytest.TempPathFactory) -> tuple[keys.Keyset, keys.Keyset]:
-    folder = tmp_path_factory.mktemp("keysets")
-    return keys.new(Host(), folder / "one", "reseal"), keys.new(Host(), folder / "other", "reseal")
-
-
 @pytest.fixture
 def volume(
-    need: Callable[..., None], host: Host, keysets: tuple[keys.Keyset, keys.Keyset], tmp_path: Path
+    need: Callable[..., None], host: Host, keyset: keys.Keyset, other: keys.Keyset, tmp_path: Path
 ) -> Volume:
     need("cryptsetup")
-    return Volume(host, *keysets, volumes.config(host, tmp_path / "volume"))
+    return Volume(host, keyset, other, volumes.config(host, tmp_path / "volume"))
 
 
 def test_new_approvals_lie_beside_those_of_before_and_all_else_stays(volume: Volume) -> None:

@@ -23,31 +23,15 @@ from tests import installation, registries
 from tests.fake import policy_json
 from tests.installation import NativeInstaller, Setting
 from tests.registries import Authority, Handler, Registry
-from tests.test_install import TOOLS
-from tests.test_layout import loop
 
 NAME = "acme/release"
 Blobs = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Keyset, release, live system, provisioned machine."""
-    return installation.setting(Host(), tmp_path_factory.mktemp("setting"))
-
-
-@pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Who gives registries their certificates."""
     return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture
-def disk(need: Callable[..., None], memory: Path) -> Iterator[Path]:
-    """An empty disk of 8 GiB."""
-    need(*TOOLS)
-    with loop(memory / "disk") as device:
-        yield device
 
 
 def blobs_of(release: Path) -> Blobs:
@@ -289,16 +273,16 @@ def test_what_is_no_release(made: Setting, disk: Path, authority: Authority, mem
 
 
 def test_a_release_of_another_organisation_or_of_a_revoked_key(
-    made: Setting, disk: Path, authority: Authority, memory: Path, tmp_path: Path
+    made: Setting, other: keys.Keyset, disk: Path, authority: Authority, memory: Path, tmp_path: Path
 ) -> None:
-    other = installation.make_left(tmp_path / "other", keys.new(Host(), tmp_path / "keyset", "other"))
+    foreign = installation.make_left(tmp_path / "other", other)
     revoking = installation.make_left(tmp_path / "revoking", made.keyset)
     certificate = made.keyset.certificate("product").public_bytes(serialization.Encoding.DER)
     revoked = [hashlib.sha256(certificate).hexdigest()]
     (revoking / "policy.json").write_bytes(policy_json(product=made.keyset.product, revoked=revoked))
     with registries.running(authority.server()) as server:
         fill(server, made.release)
-        for left, check in ((other, "MANIFEST-CHAIN"), (revoking, "MANIFEST-REVOKED")):
+        for left, check in ((foreign, "MANIFEST-CHAIN"), (revoking, "MANIFEST-REVOKED")):
             server.seen.clear()
             with pytest.raises(init.Refused, match=check):
                 run(made, disk, authority, server.address, left=left)

@@ -28,11 +28,6 @@ KERNEL = (
 MEASURE = "/usr/lib/systemd/systemd-measure"
 
 
-@pytest.fixture(scope="module")
-def keyset(tmp_path_factory: pytest.TempPathFactory) -> keys.Keyset:
-    return keys.new(Host(), tmp_path_factory.mktemp("keys") / "keys", "test")
-
-
 @pytest.fixture
 def kernel(tmp_path: Path, need: Need) -> KernelTree:
     need("ukify", "sbsign", "sbverify", "faketime", "zstd", "cpio", uki.STUB)
@@ -339,9 +334,8 @@ def test_what_does_not_fit_the_initrd_is_not_signed(
 
 
 def test_an_initrd_for_another_keyset_is_not_signed(
-    host: Host, tmp_path: Path, content: uki.Content, tmp_path_factory: pytest.TempPathFactory
+    host: Host, tmp_path: Path, content: uki.Content, other: keys.Keyset
 ) -> None:
-    other = keys.new(host, tmp_path_factory.mktemp("other") / "keys", "other")
     theirs = elsewhere(host, content, tmp_path)
     with pytest.raises(Failure, match="for another keyset"):
         uki.sign(host, theirs, tmp_path / "live.initrd", other, tmp_path / "signed.efi")
@@ -482,9 +476,8 @@ def test_what_only_begins_like_a_pe_hides_none() -> None:
 
 
 def test_a_kernel_signed_by_somebody_else_is_none_of_dbs(
-    host: Host, kernel: KernelTree, keyset: keys.Keyset, certificates: list[Path], tmp_path: Path
+    host: Host, kernel: KernelTree, other: keys.Keyset, certificates: list[Path], tmp_path: Path
 ) -> None:
-    other = keys.new(host, tmp_path / "other", "other")
     signed = signed_kernel(other, tmp_path, "uki")
     assert not any(binary.accepted for binary in uki.check_signed_binaries(host, [signed], certificates))
 

@@ -541,16 +541,16 @@ def boot_of(tmp_path: Path, **more: object) -> vm.BootOptions:
     return vm.BootOptions(disk=disk, folder=tmp_path / "state", **more)  # type: ignore[arg-type]
 
 
-def test_another_keyset_than_the_machine_has_is_not_ignored(need: Need, host: Host, tmp_path: Path) -> None:
+def test_another_keyset_than_the_machine_has_is_not_ignored(
+    need: Need, host: Host, keyset: keys.Keyset, other: keys.Keyset, tmp_path: Path
+) -> None:
     need("virt-fw-vars")
-    for name in ("one", "two"):
-        keys.new(host, tmp_path / name, name)
-    wanted = boot_of(tmp_path, keys=tmp_path / "one")
+    wanted = boot_of(tmp_path, keys=keyset.folder)
     wanted.folder.mkdir()
     vm._enroll_if_new(host, wanted)
     vm._enroll_if_new(host, wanted)
     with pytest.raises(Failure, match="trusts another keyset"):
-        vm.boot(host, boot_of(tmp_path, keys=tmp_path / "two"))
+        vm.boot(host, boot_of(tmp_path, keys=other.folder))
     with pytest.raises(Failure, match="is no keyset"):
         vm.boot(host, boot_of(tmp_path, keys=tmp_path / "nothing"))
     with pytest.raises(Failure, match="trusts a keyset already: no --setup-mode"):
