@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from driven import Beside
 from installed import Installed
 from installing import Asking, asking
 from world import GOOD_HOSTFS, World
@@ -50,3 +51,13 @@ def _asking(world: World) -> Iterator[Asking]:
     """A live machine that asks to be enrolled, to install itself then."""
     with asking(world) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[Beside]:
+    """A thread for machines that mostly wait."""
+    made = Beside()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -105,16 +104,6 @@ async def disk_vanishes(asking: Asking, folder: Path) -> dict[str, Any]:
         await machine.machine.command("device_del", id=f"blk{TARGET}")
         await machine.happens("DEVICE_DELETED")
         return await end_of(machine)
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[Beside]:
-    """A thread for both."""
-    made = Beside()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 Ended = tuple[Path, "Future[dict[str, Any]]"]

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -85,16 +85,6 @@ def counts(made: Installed, tries: str) -> None:
 
 
 # --- A machine that dies comes back, and the boot loader counts --------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[Beside]:
-    """A thread for machines that mostly wait."""
-    made = Beside()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 Story = Callable[[Installed, Path | None], Coroutine[object, object, Any]]
