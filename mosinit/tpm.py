@@ -329,12 +329,7 @@ class Tpm(init.Machine):
         """
         self._use(auths)
         self.remove_policies()
-        self._limit_tries()
-        with asking("the TPM to be closed"):
-            self._set("endorsement", auths["endorsement"])
-            self._set("owner", auths["owner"])
-            self._switch_clear_off()
-            self._set("lockout", auths["lockout"])
+        self._close(auths)
 
     def clear(self) -> None:
         """Clear a TPM that has no lockout password yet, passwords and keys."""
@@ -365,6 +360,12 @@ class Tpm(init.Machine):
         flags, _ = self.flags()
         set_before = {handle for flag, handle in HIERARCHIES.values() if flags & flag}
         self._remove_policies(*({ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER} - set_before))
+        self._close(auths)
+
+    def _close(self, auths: Mapping[str, bytes]) -> None:
+        """Limit wrong tries, set the passwords that are not set, the lockout's last, and switch TPM2_Clear
+        off.
+        """
         self._limit_tries()
         with asking("the TPM to be closed"):
             self._set("endorsement", auths["endorsement"])
