@@ -4,7 +4,6 @@ what they do is what the verbs do.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -28,26 +27,8 @@ from tests.test_layout import loop
 SECONDS = 120.0
 
 
-class NativeShown(installation.NativeInstaller):
+class NativeShown(interactive.Shown, installation.NativeInstaller):
     """An installer for this kernel that tells a job."""
-
-    def __init__(self, job: Job[Any]) -> None:
-        super().__init__()
-        self._job = job
-
-    def say(self, text: str) -> None:
-        """Tell a line."""
-        self._job.say(text)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        self._job.sleep(seconds)
-
-    @contextlib.contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Measure a step."""
-        with self._job.measure(label, total) as advance:
-            yield advance
 
 
 class OnLoop(Live):
@@ -75,18 +56,14 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def organisation(need_module: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Path]]:
+def organisation(
+    need: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Site, Path]]:
+    need("swtpm", "sfdisk", "cryptsetup", "mkfs.erofs", "mcopy")
     folder = tmp_path_factory.mktemp("interactive")
     with site(folder / "site") as made:
         release = installation.make_release(made.host, folder / "release", made.keyset, 7)
         yield made, release
-
-
-@pytest.fixture(scope="module")
-def need_module() -> None:
-    for tool in ("swtpm", "sfdisk", "cryptsetup", "mkfs.erofs", "mcopy"):
-        if not shutil.which(tool):
-            pytest.skip(f"this needs {tool}")
 
 
 @pytest.fixture

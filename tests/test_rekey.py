@@ -46,9 +46,8 @@ class Renewed(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["plain", "config"])
-def renewed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Renewed:
-    if shutil.which("cryptsetup") is None:
-        pytest.skip("this needs cryptsetup")
+def renewed(request: pytest.FixtureRequest, need: Need, tmp_path_factory: pytest.TempPathFactory) -> Renewed:
+    need("cryptsetup")
     host, kind = Recorder(), str(request.param)
     path = tmp_path_factory.mktemp("volume") / "volume"
     (volumes.plain if kind == "plain" else volumes.config)(host, path)
