@@ -471,22 +471,31 @@ def test_messages_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verbs_that_hold_secrets_leave_no_core() -> None:
     """RLIMIT_CORE and PR_GET_DUMPABLE (3), as a verb sees them."""
+    # Each in a process of its own, none of which imports everything anew.
     program = (
-        "import ctypes, resource, sys; from dataclasses import replace; "
+        "import ctypes, os, resource, sys; from dataclasses import replace; "
         "from mosinit import cli, commands, verbs\n"
         "def run(host, values):\n"
         "    print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
         "    return verbs.Result(None, '')\n"
         "bare = {'run': run, 'tools': False, 'checkout': False, 'options': ()}\n"
-        "cli.main(sys.argv[1].split(), tuple(replace(verb, **bare) for verb in commands.VERBS))\n"
+        "table = tuple(replace(verb, **bare) for verb in commands.VERBS)\n"
+        "for words in sys.argv[1:]:\n"
+        "    if not os.fork():\n"
+        "        print(words, end=': ')\n"
+        "        os._exit(cli.main(words.split(), table))\n"
+        "    assert os.wait()[1] == 0\n"
     )
     words = ["keys new", "keys show", "keys export", "build", "publish", "provision", "enroll", "uki sign"]
-    for each in [*words, "keys epoch", "approve"]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, each], capture_output=True, check=True, text=True, cwd=ROOT
-        )
-        assert done.stdout == "(0, 0) 0\n", each
+    words += ["keys epoch", "approve"]
     done = subprocess.run(
-        [sys.executable, "-c", program, "explain"], capture_output=True, check=True, text=True, cwd=ROOT
+        [sys.executable, "-uc", program, *words, "explain"],
+        capture_output=True,
+        check=True,
+        text=True,
+        cwd=ROOT,
     )
-    assert done.stdout.endswith(" 1\n")
+    *closed, open_ = done.stdout.splitlines()
+    assert closed == [f"{each}: (0, 0) 0" for each in words]
+    assert open_.startswith("explain: ")
+    assert open_.endswith(" 1")
