@@ -18,6 +18,7 @@ from tests.fake import FakeMachine
 WAIT_SECONDS = 20
 CMD_STOP, CMD_INIT = 0x0E, 0x02  # swtpm_ioctls(3): control channel
 TPM2_STARTUP_CLEAR = struct.pack(">HIIH", init.ST_NO_SESSIONS, 12, 0x144, 0)
+TRANSIENT, SESSIONS = 0x80000000, 0x02000000  # part 2, 7.2: what is loaded
 RH_PLATFORM, CLEAR, CLEAR_CONTROL = 0x4000000C, 0x126, 0x127  # part 2, 7.4 and 6.5.2
 
 
@@ -87,6 +88,16 @@ class Swtpm:
         self.reset()
         self.allow_clear()
         self.send(CLEAR, struct.pack(">I", RH_PLATFORM), b"")
+
+    def forget(self) -> None:
+        """Drop loaded objects and sessions, as tpm2_flushcontext -t and -l do, but at once."""
+        plain, flush = init.ST_NO_SESSIONS, init.Cc.FLUSH_CONTEXT
+        with contextlib.closing(self.connect()) as client:
+            for first in (TRANSIENT, SESSIONS):
+                client.sendall(struct.pack(">HIIIII", plain, 22, init.Cc.GET_CAPABILITY, 1, first, 64))
+                for (handle,) in struct.iter_unpack(">I", client.recv(4096)[19:]):
+                    client.sendall(struct.pack(">HIII", plain, 14, flush, handle))
+                    assert client.recv(4096)[6:10] == bytes(4)
 
     def extend(self, pcr: int, digest: bytes) -> None:
         """Extend the SHA-256 bank of a PCR."""
