@@ -452,11 +452,27 @@ def test_a_policy_for_another_kernel_is_refused(built: Built, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
 
+QUICK_ZSTD = """\
+#!/bin/sh
+for word; do
+    shift
+    [ "$word" != -19 ] || word=-1
+    set -- "$@" "$word"
+done
+exec {} "$@"
+"""
+
+
 def test_a_build_leaves_what_makes_its_initrd_again(
-    tmp_path: Path, host: Host, keyset: keys.Keyset, need: Need
+    tmp_path: Path, host: Host, keyset: keys.Keyset, need: Need, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the words of docs/mkosi.md."""
     need(*TOOLS)
+    # Who asks for the level of a release gets the quickest: any other is still another.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/zstd").write_text(QUICK_ZSTD.format(shutil.which("zstd")))
+    (tmp_path / "bin/zstd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     (words,) = re.findall(r"tools run (./build-initrd\.sh .*?)\n```", MKOSI.read_text(), re.DOTALL)
     tree = make_tree(tmp_path)
     (tmp_path / "out/kernel").mkdir(parents=True)
