@@ -108,22 +108,22 @@ def unchanged(folder: Path) -> Iterator[None]:
     assert content() == before, "a test changed what others share"
 
 
+def lent(folder: Path, product: str) -> Iterator[keys.Keyset]:
+    made = keys.new(Host(), folder, product)
+    with unchanged(folder):
+        yield made
+
+
 @pytest.fixture(scope="session")
 def keyset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[keys.Keyset]:
     """The keyset of an organisation."""
-    folder = tmp_path_factory.mktemp("keys") / "keyset"
-    made = keys.new(Host(), folder, "acme")
-    with unchanged(folder):
-        yield made
+    yield from lent(tmp_path_factory.mktemp("keys") / "keyset", "acme")
 
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[keys.Keyset]:
     """Somebody else's keyset."""
-    folder = tmp_path_factory.mktemp("keys") / "other"
-    made = keys.new(Host(), folder, "other")
-    with unchanged(folder):
-        yield made
+    yield from lent(tmp_path_factory.mktemp("keys") / "other", "other")
 
 
 @pytest.fixture(scope="session")

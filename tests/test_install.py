@@ -23,7 +23,7 @@ from mosinit.host import Failure, Host
 from mosinit.layout import Consent
 from tests import installation
 from tests.fake import policy_json
-from tests.installation import NativeInstaller, Setting
+from tests.installation import Meddled, NativeInstaller, Setting
 from tests.test_layout import GIB, loop
 
 
@@ -180,24 +180,11 @@ def test_members_are_lost_only_for_who_says_so(made: Setting, disk: Path) -> Non
     assert digest_of_edges(disk) == before
 
 
-class Swapping(NativeInstaller):
-    """Somebody changes the disk between the plan and the first write."""
-
-    def __init__(self, change: Callable[[], None]) -> None:
-        super().__init__()
-        self.change = change
-
-    def say(self, text: str) -> None:
-        super().say(text)
-        if text.startswith("partitions"):
-            self.change()
-
-
 def test_a_disk_that_changes_between_plan_and_act(made: Setting, disk: Path) -> None:
     def overwrite() -> None:
         subprocess.run(["mkfs.ext4", "-q", disk], check=True)
 
-    host = Swapping(overwrite)
+    host = Meddled("partitions", overwrite)
     with pytest.raises(Failure, match="changed since it was looked at .*: nothing was written") as caught:
         installation.run(host, made, disk)
     assert "\n" not in str(caught.value)
@@ -486,19 +473,6 @@ def test_an_installed_system_installs_nothing(made: Setting, disk: Path, tmp_pat
 # --- What is found when it is read back ------------------------------------------------------------------
 
 
-class Forgetful(NativeInstaller):
-    """Changes something behind the installer's back, just before it reads everything back."""
-
-    def __init__(self, change: Callable[[], None]) -> None:
-        super().__init__()
-        self.change = change
-
-    def say(self, text: str) -> None:
-        super().say(text)
-        if text.startswith("reading everything back"):
-            self.change()
-
-
 def test_a_disk_that_changes_what_it_keeps(made: Setting, disk: Path) -> None:
     def spoil_store() -> None:
         host = NativeInstaller()
@@ -513,7 +487,7 @@ def test_a_disk_that_changes_what_it_keeps(made: Setting, disk: Path) -> None:
                         file.write(b"?")
 
     with pytest.raises(init.Refused, match="IMAGE-DIGEST"):
-        installation.run(Forgetful(spoil_store), made, disk)
+        installation.run(Meddled("reading everything back", spoil_store), made, disk)
     assert layout.inspect(Host(), disk).unfinished
 
 
@@ -523,7 +497,7 @@ def test_a_header_with_other_tokens(made: Setting, disk: Path) -> None:
         luks.import_tokens(Host(), Path(f"{disk}p2"), others)
 
     with pytest.raises(init.Refused, match="LUKS-TOKEN"):
-        installation.run(Forgetful(spoil_tokens), made, disk)
+        installation.run(Meddled("reading everything back", spoil_tokens), made, disk)
 
 
 def spoil_config(disk: Path) -> None:
