@@ -412,8 +412,8 @@ def read_state(folder: Path) -> State:
     except (init.Refused, OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise Failure(
-            f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the folder that "
-            "it made, or begin anew in a new one"
+            f"{folder} is not what `mosinit provision --organisation` makes ({reason}): name the folder "
+            "that it made, or begin anew in a new one"
         ) from error
 
 

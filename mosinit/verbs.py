@@ -370,8 +370,9 @@ def explain_boot(host: Host, values: argparse.Namespace) -> Result:
     if values.event_log:
         from mosinit import exchange
 
-        logs = [exchange.read_event_log(path)[0] for path in (values.against, values.event_log)]
-        differences = explain.compare_logs(*logs, names=(str(values.against), str(values.event_log)))
+        against, log = (exchange.read_event_log(path)[0] for path in (values.against, values.event_log))
+        names = str(values.against), str(values.event_log)
+        differences = explain.compare_logs(against, log, names)
     if not values.what:
         return Result(
             [each._asdict() for each in differences or ()], explain.differences_text(differences or ())

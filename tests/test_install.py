@@ -555,7 +555,7 @@ def test_each_part_is_read_back(
     made: Setting, disk: Path, change: Callable[[Path], None], kind: type[Exception], says: str
 ) -> None:
     with pytest.raises(kind, match=says):
-        installation.run(Forgetful(lambda: change(disk)), made, disk)
+        installation.run(Meddled("reading everything back", lambda: change(disk)), made, disk)
     # Who gave it another table since has to be asked; nobody else has.
     assert layout.inspect(Host(), disk).unfinished is (change is not spoil_table)
     with NativeInstaller().mounted(Path(f"{disk}p1"), "vfat", read_only=True) as folder:

@@ -15,9 +15,8 @@ import pytest
 from mosinit import init, install, layout, tools
 from mosinit.host import Host
 from tests import installation
-from tests.installation import Setting
+from tests.installation import TOOLS, Setting
 from tests.recovering import fingerprint
-from tests.test_install import TOOLS
 from tests.test_layout import loop
 
 

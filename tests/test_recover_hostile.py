@@ -18,8 +18,8 @@ import pytest
 from mosinit import damage, esp, generations, init, install, layout, machinedisk, releases, sources
 from mosinit.host import Failure, Host
 from tests import installation, recovering
+from tests.installation import TOOLS
 from tests.recovering import NativeRecoverer, Site
-from tests.test_install import TOOLS
 from tests.test_recover import NEEDED, config_of, machine_id
 from tests.test_recover_damage import (
     esp_files,
