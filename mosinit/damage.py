@@ -145,6 +145,7 @@ class Stored(NamedTuple):
     blobs: tuple[Blob, ...]
     uki: Blob
     uki_id: str
+    epoch: int  # of the UKI: firmware has to be approved up to it
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,14 @@ class Look:
     incoming: releases.Release | None = None  # with which the store is to be filled
     good: frozenset[str] = frozenset()  # generations that have started well
     other_identity: bool = False  # in config, than the one that was provisioned
+    tpm_fits: bool = True  # it is the record's
+
+    @property
+    def tokens(self) -> init.Tokens:
+        """Return what config's header will say for the TPM."""
+        tokens = self.provisioned.tokens if self.provisioned else self.volumes["config"].header.tokens
+        assert tokens  # config is lost only with a new provisioning
+        return tokens
 
     @property
     def loader(self) -> bytes:
@@ -216,7 +225,7 @@ def look(host: Recoverer, options: Options) -> Look:
     seen = Look(options, planned, policy, check_proved(planned, volumes, options), provisioned)
     seen = look_at_headers(seen)
     seen = look_at_tpm(host, seen)
-    seen = look_at_store(host, seen)
+    seen = look_at_approval(host, look_at_store(host, seen))
     seen = look_at_config(host, seen)
     return look_at_state(host, look_at_esp(host, seen))
 
@@ -395,10 +404,8 @@ def _order_of(tokens: init.Tokens, policy: init.Policy) -> int:
 
 
 def look_at_tpm(host: Recoverer, seen: Look) -> Look:
-    """See that the TPM is the record's, and would open in this firmware."""
-    tokens = seen.provisioned.tokens if seen.provisioned else seen.volumes["config"].header.tokens
-    assert tokens  # config is lost only with a new provisioning
-    machine, medium = host.machine(), install.policy_of_live(seen.options.left)
+    """See that the TPM is the record's."""
+    tokens, machine, medium = seen.tokens, host.machine(), install.policy_of_live(seen.options.left)
     try:
         record = init.verify_record(tokens.record, medium.organisation["sudi-ca.pem"], medium.product)
         init.check_tpm(machine, record, medium.epoch)
@@ -411,10 +418,18 @@ def look_at_tpm(host: Recoverer, seen: Look) -> Look:
             what = f"{seen.options.provisioned} is not of this TPM's last provisioning: name that"
             explain.advised(refused, what)
             raise
-        return seen.add(Finding(refused.check, str(refused), left=PROVISION))
-    seen = replace(seen, policy=seen.policy._replace(epoch=max(seen.policy.epoch, epoch)))
+        return seen.add(Finding(refused.check, str(refused), left=PROVISION), tpm_fits=False)
+    return replace(seen, policy=seen.policy._replace(epoch=max(seen.policy.epoch, epoch)))
+
+
+def look_at_approval(host: Recoverer, seen: Look) -> Look:
+    """See that the TPM would open in this firmware, to the UKI of the release in the store."""
+    if not seen.tpm_fits:
+        return seen
+    machine, medium = host.machine(), install.policy_of_live(seen.options.left)
+    epoch = max(seen.policy.epoch, seen.release.epoch if seen.release else 0)
     try:
-        value, approval = init.find_approval(machine, tokens, seen.policy.epoch)
+        value, approval = init.find_approval(machine, seen.tokens, epoch)
         # The TPM looks at the signature as well.
         platform, keys = medium.organisation["platform.pub"], reseal.keys_of(medium)
         reseal.verify_approval(platform, keys, value.hex(), approval)
@@ -440,7 +455,10 @@ def stored_release(machine: init.Machine, policy: init.Policy, host: Host) -> St
             for chunk in read_checked(machine.real_path(init.blob_path(blob.digest)), blob):  # type: ignore[attr-defined]
                 advance(len(chunk))
     signed = releases.signed_manifest(machine, manifest)
-    return Stored(manifest, signed, blobs, *releases.find_uki(machine, bootkit))
+    blob, uki_id = releases.find_uki(machine, bootkit)
+    return Stored(
+        manifest, signed, blobs, blob, uki_id, releases.uki_epoch(releases.read_uki(machine, blob))
+    )
 
 
 def look_at_store(host: Recoverer, seen: Look) -> Look:

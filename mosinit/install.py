@@ -174,9 +174,7 @@ def check_epoch(provisioned: Provisioned, release: Release, policy: init.Policy)
 
 def check_approved(provisioned: Provisioned, release: Release, store: Elsewhere) -> None:
     """Refuse a UKI of a later epoch than this machine's firmware is approved for: it would open nothing."""
-    # Not mapped: a disk that cannot be read would end this process without a word.
-    uki = b"".join(read_checked(store.real_path(init.blob_path(release.uki.digest)), release.uki))
-    epoch = releases.uki_epoch(uki)
+    epoch = releases.uki_epoch(releases.read_uki(store, release.uki))
     most = max(approval.epoch for approval in provisioned.tokens.approvals.values())
     if most < epoch:
         expected, seen = f"an approval of this firmware for epoch {epoch}", f"one up to epoch {most}"

@@ -86,6 +86,9 @@ def _act(host: Recoverer, seen: Look) -> dict[str, object]:
     if seen.incoming is not None:
         with _opened(host, seen.volumes["store"]) as device:
             seen = replace(seen, release=refill(host, seen.incoming, seen.policy, device))
+        # The firmware may be approved for the one that was there, and not up to the epoch of this one.
+        if not any(each.check in ("TPM-APPROVAL", "TPM-POLICY") for each in seen.findings):
+            seen = damage.look_at_approval(host, seen)
     entries = restore_config(host, seen)
     if seen.release is not None:
         restore_esp(host, seen, entries)

@@ -16,7 +16,7 @@ from cryptography import x509
 from mosinit import approvals, images, init, pe, publish
 from mosinit.generations import SignedManifest
 from mosinit.host import Failure, Host
-from mosinit.sources import INDEX, Blob, Source, lists
+from mosinit.sources import INDEX, Blob, Source, lists, read_checked
 
 # What a release says of itself, beside the signatures of layers.
 KINDS = (
@@ -152,6 +152,13 @@ def find_uki(machine: init.Machine, bootkit: init.Target) -> tuple[Blob, str]:
         seen = f"{len(found)} UKIs, id {uki_id or 'missing'}"
         raise init.Refused("MANIFEST-UKI", expected="a bootkit with the UKI of run mode", seen=seen)
     return Blob(found[0].digest, found[0].size), uki_id
+
+
+def read_uki(machine: init.Machine, uki: Blob) -> bytes:
+    """Return a UKI of a release in a folder. It is not mapped: a disk that cannot be read would end this
+    process without a word.
+    """
+    return b"".join(read_checked(machine.real_path(init.blob_path(uki.digest)), uki))  # type: ignore[attr-defined]
 
 
 def uki_epoch(data: pe.Bytes) -> int:

@@ -450,6 +450,22 @@ def test_approvals_that_nobody_signed(site: Site, disk: Path) -> None:
     assert mended.tokens == header.tokens
 
 
+def test_a_release_of_a_later_epoch_than_this_firmware_is_approved_for(
+    site: Site, disk: Path, tmp_path: Path
+) -> None:
+    """The TPM would keep the disk shut to its UKI, whether that lies in the store or is to come."""
+    later = f"oci:{installation.make_release(Host(), tmp_path / 'later', site.made.keyset, 8, epoch=3)}"
+    in_store(disk, shutil.rmtree)
+    done = site.recover(disk, source=later)
+    assert done["status"] == 1
+    assert "TPM-APPROVAL" in str(done["found"])
+    assert "up to epoch 1, the TPM is at 1, this UKI at 3" in str(done["found"])
+    assert done["left"] == ["run `mosinit recover --reseal` after this"]
+    plan = site.plan(disk)
+    assert [each.partition(":")[0] for each in plan["found"]] == ["TPM-APPROVAL"]  # type: ignore[attr-defined]
+    assert plan["left"] == done["left"]
+
+
 def test_approvals_that_came_later_stay(site: Site, disk: Path) -> None:
     header = luks.read_header(Host(), config_of(disk), "config")
     assert header.tokens
