@@ -575,7 +575,10 @@ def a_unit_from_credentials() -> object:
 
 @probe
 def what_a_live_system_offers() -> object:
-    units = ("mosinit-live-ssh.service", "mosinit-consoles.service", "mosinit-console@ttyS0.service")
+    units = (
+        "mosinit-install.service", "mosinit-live-ssh.service", "mosinit-consoles.service",
+        "mosinit-console@ttyS0.service",
+    )  # fmt: skip
     run("systemctl", "start", *units)
     states = ("--property=LoadState", "--property=ConditionResult", "--property=ActiveState")
     return {unit: run("systemctl", "show", "--value", *states, unit).split() for unit in units}

@@ -22,12 +22,14 @@ from installed import KEPT, SIZES, UUIDS, Installed
 from programs import init_program
 from world import GOOD_HOSTFS, HELLO, World
 
-from mosinit import approve, eventlog, exchange, firmware, init, lastgood, uki, vm
+from mosinit import answers, approve, eventlog, exchange, firmware, init, lastgood, uki, vm
 from mosinit.console import FRAME, parse_report
 
 EVIL = base64.b64encode(b"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n").decode()
 WANTS = base64.b64encode(b"[Unit]\nWants=evil.service\n").decode()
-# What a hypervisor may tell systemd, and would be obeyed (systemd.system-credentials(7)).
+ANSWERS = base64.b64encode(b"version: 1\ndisk: /dev/vda\n").decode()
+# What a hypervisor may tell systemd, and would be obeyed (systemd.system-credentials(7)); and what a live
+# system would install by.
 CREDENTIALS = (
     "io.systemd.credential:system.machine_id=" + 32 * "1",
     "io.systemd.credential:system.hostname=evil",
@@ -35,6 +37,7 @@ CREDENTIALS = (
     "io.systemd.credential:tmpfiles.extra=f /etc/evil",
     "io.systemd.credential.binary:systemd.extra-unit.evil.service=" + EVIL,
     "io.systemd.credential.binary:systemd.unit-dropin.multi-user.target=" + WANTS,
+    f"io.systemd.credential.binary:{answers.NAME}=" + ANSWERS,
 )
 KERNEL = b"Linux version "
 HANDED_OVER = FRAME + b'{"schema": 1, "result": "pivoted"'
@@ -285,10 +288,13 @@ def test_no_program_that_anybody_could_log_in_by(told: dict[str, Any]) -> None:
 
 
 def test_nothing_that_a_live_system_offers(told: dict[str, Any]) -> None:
-    """Neither by itself nor when it is asked to: the installer, and sshd although the image has a key."""
+    """Neither by itself nor when it is asked to: an installation although there are answers, the installer,
+    and sshd although the image has a key.
+    """
     offered = told["what a live system offers"]
     assert set(offered) == {
-        "mosinit-live-ssh.service", "mosinit-consoles.service", "mosinit-console@ttyS0.service",
+        "mosinit-install.service", "mosinit-live-ssh.service", "mosinit-consoles.service",
+        "mosinit-console@ttyS0.service",
     }  # fmt: skip
     assert {tuple(sorted(state)) for state in offered.values()} == {("inactive", "loaded", "no")}
     assert told["units of ssh"] == []
@@ -443,6 +449,28 @@ def test_the_machine_takes_approvals_before_the_change(second: Second, approved:
     rows = [{"pcr7": pcr7[:16], "epoch": 1, "in force": now} for pcr7, now in states.items()]
     rows[0]["epoch"] = init.MAX_EPOCH
     assert second.changed["status"]["approved firmware states"] == rows
+
+
+def test_status_says_what_runs_and_how_the_tpm_is(second: Second, debian: Installed) -> None:
+    """It is the second boot: the first one has proved its generation good."""
+    said = dict(second.changed["status"])
+    report, rows, entry = said.pop("report"), said.pop("generations"), said.pop("entry")
+    said_of_it = (report["result"], report["failed"], report["generation"])
+    assert said_of_it == ("pivoted", None, said["generation"])
+    assert re.fullmatch(r"mosinit_7(\+[0-9]+(-[0-9]+)?)?\.efi", entry)
+    known = [(row["sequence"], row["runs"], row["good"]) for row in rows]
+    assert known == [(7, True, True), (6, False, False)]
+    assert rows[0]["generation"] == said.pop("generation")
+    del said["approved firmware states"]
+    assert said == {
+        "mode": "run", "product": debian.world.keyset.product, "sequence": 7, "uki": debian.uki.uki_id,
+        "epoch": 1, "machine id": KEPT["etc/machine-id"].strip(), "config": "/dev/vda2", "epoch order": 1,
+        "good": True, "previous refusal": None,
+        "tpm": {
+            "present": True, "provisioned": True, "locked out": False, "epoch": 1,
+            "storage key": debian.material.record.storage_key.hex(),
+        },
+    }  # fmt: skip
 
 
 def test_the_firmware_appends_as_was_predicted_and_the_disk_opens(second: Second) -> None:
