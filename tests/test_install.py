@@ -208,9 +208,11 @@ def test_sizes_are_chosen(made: Setting, disk: Path) -> None:
 
 
 def table(disk: Path) -> list[dict[str, int]]:
-    words = ["lsblk", "--json", "--bytes", "--output", "SIZE", str(disk)]
+    words = ["lsblk", "--json", "--bytes", "--output", "NAME,SIZE", str(disk)]
     listed = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["blockdevices"]
-    return [{"bytes": int(part["size"])} for part in listed[0].get("children", listed[1:])]
+    # lsblk sorts by device numbers, which others who attach disks at the same time may mix up.
+    parts = sorted(listed[0].get("children", listed[1:]), key=lambda part: str(part["name"]))
+    return [{"bytes": int(part["size"])} for part in parts]
 
 
 def test_a_store_in_which_the_release_has_no_room(made: Setting, disk: Path) -> None:
