@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosinit import __version__, disk, hostfs, images, init, initrd, keys, publish, tools, uki
+from mosinit import __version__, disk, hostfs, images, init, initrd, keys, publish, registry, tools, uki
 from mosinit.host import Failure, Host
 from mosinit.tools import checkout
 
@@ -50,11 +50,13 @@ def build(
     manifest: Path | None = None,
     profile: str | None = None,
     installer_keys: Path | None = None,
+    registry_ca: Path | None = None,
 ) -> dict[str, object]:
     """Build everything; returns paths, sizes in bytes and ids.
 
     Without an `epoch` it is the keyset's, without a `manifest` of the caller's the medium carries hostfs and
-    bootkit alone, without `installer_keys` nobody installs by SSH. Raises `Failure`, `Refused`.
+    bootkit alone, without `installer_keys` nobody installs by SSH; `registry_ca` is one more CA that
+    registries may have their certificate from. Raises `Failure`, `Refused`.
     """
     keyset = keys.open_keyset(host, keyset_folder)
     epoch = keys.choose_epoch(epoch, keyset.epoch)
@@ -64,10 +66,11 @@ def build(
     if profile is not None:
         hostfs.check_profile(profile)
     ssh = hostfs.read_installer_keys(installer_keys) if installer_keys else b""
+    ca = registry.read_ca(registry_ca, "--registry-ca") if registry_ca else b""
     if manifest is not None:
         sequence = check_manifest(manifest, out, epoch).sequence
     out.mkdir(parents=True, exist_ok=True)
-    key = inputs_key(keyset, manifest, [epoch, sequence, profile, ssh.decode()])
+    key = inputs_key(keyset, manifest, [epoch, sequence, profile, ssh.decode(), ca.decode()])
     done = _read_record(out / "build.json", key)
     if done is not None:
         host.say(f"{out} holds this very build already")
@@ -75,7 +78,7 @@ def build(
     (out / "build.json").unlink(missing_ok=True)
     bootable = make_bootable(host, keyset, out, epoch)
     host.say("hostfs")
-    hostfs.build(host, out, profile, ssh)
+    hostfs.build(host, out, profile, installer_keys=ssh, registry_ca=ca)
     written = manifest or _write_manifest(host, out, keyset.product, epoch, sequence)
     release = out / "release"
     # A build makes all that is in its folder anew, whatever the sequence.
@@ -85,13 +88,7 @@ def build(
     disk.live_medium(host, bootable.ukis["live"].path, release, keyset, out / "live.raw")
     record = {
         "key": key,
-        "medium": str(out / "live.raw"),
-        "medium_bytes": (out / "live.raw").stat().st_size,
-        "ukis": {mode: str(made.path) for mode, made in bootable.ukis.items()},
-        "uki_ids": {mode: made.uki_id for mode, made in bootable.ukis.items()},
-        "uki_bytes": {mode: made.path.stat().st_size for mode, made in bootable.ukis.items()},
-        "initrd_bytes": {mode: made.path.stat().st_size for mode, made in bootable.initrds.items()},
-        "kernel": bootable.kernel.version,
+        **_describe(bootable, out / "live.raw"),
         "release": str(release),
         "manifest_sha256": published.manifest_sha256,
         "sequence": sequence,
@@ -100,6 +97,19 @@ def build(
     with host.replacing(out / "build.json") as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _describe(bootable: Bootable, medium: Path) -> dict[str, object]:
+    """Return where medium and UKIs lie, their sizes in bytes, and the ids of the UKIs."""
+    return {
+        "medium": str(medium),
+        "medium_bytes": medium.stat().st_size,
+        "ukis": {mode: str(made.path) for mode, made in bootable.ukis.items()},
+        "uki_ids": {mode: made.uki_id for mode, made in bootable.ukis.items()},
+        "uki_bytes": {mode: made.path.stat().st_size for mode, made in bootable.ukis.items()},
+        "initrd_bytes": {mode: made.path.stat().st_size for mode, made in bootable.initrds.items()},
+        "kernel": bootable.kernel.version,
+    }
 
 
 def check_manifest(manifest: Path, out: Path, epoch: int) -> init.Contents:

@@ -185,6 +185,8 @@ VERBS = (
                    {"metavar": "NAME"}),
             folder("--installer-keys", "who may install by SSH on the live medium: public keys, one a line",
                    "FILE"),
+            folder("--registry-ca", "one more CA that registries may have their certificate from, for who "
+                   "installs with the live medium (PEM)", "FILE"),
         ),
         checkout=True,
         secrets=True,

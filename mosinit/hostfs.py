@@ -39,6 +39,7 @@ KERNEL_INPUTS = {
 RECIPE = "1"
 KEPT = 3
 INSTALLER_KEYS = "mkosi.extra/etc/mosinit/installer_keys"  # mosinit-live-ssh.service looks there
+REGISTRY_CA = "mkosi.extra/etc/mosinit/registry-ca.pem"  # registry.py looks there
 TOKEN_KEYS = ("sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com")
 
 
@@ -51,13 +52,21 @@ class KernelTree:
     modules: Path
 
 
-def build(host: Host, out: Path, profile: str | None = None, installer_keys: bytes = b"") -> Path:
-    """Return the OCI layout of hostfs at `out/hostfs`, building it if need be; `profile` is mkosi's, and
-    `installer_keys` are who may install by SSH.
+def build(
+    host: Host,
+    out: Path,
+    profile: str | None = None,
+    *,
+    installer_keys: bytes = b"",
+    registry_ca: bytes = b"",
+) -> Path:
+    """Return the OCI layout of hostfs at `out/hostfs`, building it if need be; `profile` is mkosi's,
+    `installer_keys` are who may install by SSH, and `registry_ca` is one more CA (PEM) of registries.
     """
     names = [name for name in _configuration() if name != "mkosi.images"]
     words = ["--dependency=", *(["--profile", profile] if profile else [])]
-    more = {INSTALLER_KEYS: installer_keys} if installer_keys else {}
+    given = {INSTALLER_KEYS: installer_keys, REGISTRY_CA: registry_ca}
+    more = {name: content for name, content in given.items() if content}
     cached = _cached(host, "hostfs", [*names, "mosinit", "mosinit.py"], words, more)
     return _place(host, cached, out / "hostfs")
 

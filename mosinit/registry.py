@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from mosinit import images, init, wire
 from mosinit.host import MOVING_BYTES, Failure, Host, Usage, amount
 
 LOGIN_VARIABLE = "MOSINIT_REGISTRY_LOGIN"
+HOSTFS_CA = Path("/etc/mosinit/registry-ca.pem")  # of `build --registry-ca`, under the image's signature
 DOCKER_HUB = "docker.io"  # what containers' tools mean by a name without a host
 HUB_API, HUB_TOKENS = "registry-1.docker.io", "auth.docker.io"  # where Docker's own really is
 INDEX_KINDS = ", ".join((*images.MANIFEST_TYPES, *images.INDEX_TYPES))
@@ -137,10 +139,12 @@ def open_access(
     """Read what the person named. The login is for the registry of the destination or, if that is a folder,
     for the only one of the sources: a password must not go wherever a manifest points to.
 
-    Raises `Failure`, `Usage`.
+    Without a CA it is that of this system's hostfs, if `build` gave it one. Raises `Failure`, `Usage`.
     """
+    if tls_ca is None and HOSTFS_CA.exists():
+        tls_ca = HOSTFS_CA
     if tls_ca is not None:
-        _check_ca(tls_ca)
+        read_ca(tls_ca)
     allowed = frozenset(map(_token_place, token_hosts))
     words = _read_login(login)
     if words is None:
@@ -166,17 +170,19 @@ def _token_place(name: str) -> str:
         raise Usage(f"{name[:100]!r} is no token server: write --token-host HOST[:PORT]") from None
 
 
-def _check_ca(path: Path) -> None:
+def read_ca(path: Path, option: str = "--tls-ca") -> bytes:
+    """Return the certificates of a CA: these alone, as PEM. Raises `Failure`."""
     try:
-        x509.load_pem_x509_certificates(path.read_bytes())
+        found = x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as error:
         raise Failure(
-            f"cannot read {path}: {error.strerror}; name the CA's certificate with --tls-ca"
+            f"cannot read {path}: {error.strerror}; name the CA's certificate with {option}"
         ) from error
     except ValueError as error:
         raise Failure(
-            f"{path} holds no certificate in PEM form: name the CA's certificate with --tls-ca"
+            f"{path} holds no certificate in PEM form: name the CA's certificate with {option}"
         ) from error
+    return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in found)
 
 
 def _read_login(path: Path | None) -> str | None:

@@ -88,7 +88,7 @@ def build(host: Host, values: argparse.Namespace) -> Result:
     if values.manifest and values.sequence:
         raise Usage("--sequence goes without --manifest, which names its own")
     options = {"sequence": values.sequence or 1, "manifest": values.manifest, "profile": values.profile}
-    options["installer_keys"] = values.installer_keys
+    options |= {"installer_keys": values.installer_keys, "registry_ca": values.registry_ca}
     return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
 
 

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from mosinit import hostfs, tools
+from mosinit import hostfs, registry, tools
 from mosinit.host import Failure
 from tests.recorder import Recorder, Started
 
@@ -212,6 +212,15 @@ def test_installer_keys_are_part_of_the_image(mkosi: RecordedMkosi, tmp_path: Pa
     assert mkosi.sources["mkosi.extra/etc/mosinit/installer_keys"] == keys.decode()
     hostfs.build(mkosi, tmp_path / "without")
     assert "mkosi.extra/etc/mosinit/installer_keys" not in mkosi.sources
+    assert len(mkosi.builds) == 2
+
+
+def test_a_ca_of_registries_is_part_of_the_image(mkosi: RecordedMkosi, tmp_path: Path) -> None:
+    hostfs.build(mkosi, tmp_path / "with", registry_ca=b"its certificate")
+    assert mkosi.sources["mkosi.extra/etc/mosinit/registry-ca.pem"] == "its certificate"
+    assert Path("/", hostfs.REGISTRY_CA.removeprefix("mkosi.extra")) == registry.HOSTFS_CA
+    hostfs.build(mkosi, tmp_path / "without")
+    assert "mkosi.extra/etc/mosinit/registry-ca.pem" not in mkosi.sources
     assert len(mkosi.builds) == 2
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mosinit import cli, commands, images, keys, publish, registry
-from mosinit.host import Host, Usage
+from mosinit.host import Failure, Host, Usage
 from tests import registries
 from tests.recorder import Watched
 from tests.registries import PASSWORD, USER
@@ -286,6 +286,40 @@ def test_no_program_ever_sees_a_secret(
     seen = [str(each) for each in watched.started]
     assert seen
     assert not [words for words in seen if PASSWORD in words or USER in words or packed in words]
+
+
+def test_the_ca_that_hostfs_has_counts_unless_another_is_named(
+    real: registries.Real, authority: registries.Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a medium of `build --registry-ca` nobody can name a file."""
+    to, login = f"docker://{real.address}/acme/none:1", registries.password_file(tmp_path)
+
+    def reach(tls_ca: Path | None = None) -> str:
+        access = registry.open_access(tls_ca, login, 30, to, [])
+        with pytest.raises(Failure) as failure:
+            registry.connect(access, registry.parse_reference(to)).manifest("1")
+        return str(failure.value)
+
+    monkeypatch.setattr(registry, "HOSTFS_CA", tmp_path / "none")
+    assert "--tls-ca" in reach()
+    made = tmp_path / "ca.pem"
+    made.write_bytes(registry.read_ca(authority.path))
+    monkeypatch.setattr(registry, "HOSTFS_CA", made)
+    assert "does not have it: check name and tag" in reach()
+    (tmp_path / "other").mkdir()
+    other = registries.Authority(tmp_path / "other")
+    assert "--tls-ca" in reach(other.path)
+
+
+def test_nothing_but_certificates_is_taken_from_the_file_of_a_ca(
+    authority: registries.Authority, tmp_path: Path
+) -> None:
+    """It becomes part of an image, and a key may lie beside the certificate."""
+    certificate, key = authority.path.read_bytes(), authority.server().read_bytes()
+    (tmp_path / "both").write_bytes(key + certificate)
+    assert b"PRIVATE KEY" in key
+    assert b"PRIVATE KEY" not in registry.read_ca(tmp_path / "both")
+    assert registry.read_ca(tmp_path / "both").endswith(certificate)
 
 
 def test_a_wrong_password_is_one_line_and_changes_nothing(
