@@ -548,7 +548,8 @@ class Below:
             if job is None:
                 self._image.forget()
             else:
-                tars.read_layer(_unpack(job, job.take(), self._image), job.label, self._image)
+                tar = _unpack(job, job.take(), self._image, "reading what it holds")
+                tars.read_layer(tar, job.label, self._image)
         self._unread.clear()
         return self._image
 
@@ -627,7 +628,7 @@ def _check_filesystem(host: Host, path: Path, label: str) -> None:
         raise Failure(f"{label}: its {kind} cannot be read ({reason}): make it again") from failure
 
 
-def _unpack(job: LayerJob, path: Path, stack: trees.Image) -> Path:
+def _unpack(job: LayerJob, path: Path, stack: trees.Image, doing: str = "unpacking") -> Path:
     """Return the bare tar of a layer, after a check that it is the one that the config lists."""
     packing = PACKINGS[job.layer.media_type]
     target = job.work.with_name(f"{path.name}.tar")
@@ -643,7 +644,7 @@ def _unpack(job: LayerJob, path: Path, stack: trees.Image) -> Path:
     hasher = hashlib.sha256()
     left = stack.limits.content - stack.content
     with (
-        job.host.progress(f"{job.label}: unpacking", job.layer.size) as advance,
+        job.host.progress(f"{job.label}: {doing}", job.layer.size) as advance,
         path.open("rb") as packed,
         target.open("wb") as plain,
     ):

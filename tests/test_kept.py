@@ -89,6 +89,18 @@ def test_what_was_converted_is_not_converted_again(
     assert {path.stat().st_mode & 0o777 for path in cache.folder.iterdir()} == {0o600}
 
 
+def test_a_kept_layer_that_another_needs_is_read(
+    counting: Counting, cache: kept.Cache, tmp_path: Path
+) -> None:
+    """It is not converted once more, and nothing says so."""
+    same(counting, source(tmp_path / "one", [LOWER]), tmp_path, cache)
+    name = source(tmp_path / "two", [LOWER, UPPER])
+    counting.said.clear()
+    converted(counting, name, tmp_path / "with", cache)
+    first = [line.rpartition(": ")[2] for line in counting.said if "layer 1 of 2" in line]
+    assert first == ["converted before", "reading what it holds"]
+
+
 def test_a_new_layer_over_kept_ones_sees_what_they_hold(
     counting: Counting, cache: kept.Cache, tmp_path: Path
 ) -> None:
