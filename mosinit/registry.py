@@ -408,7 +408,10 @@ def _moving(host: Host, label: str, done: str, size: int) -> Iterator[Callable[[
 
         yield advance
         show(max(0, size - moved))  # what was there already
-    host.say(f"{done} {amount(moved, size, time.monotonic() - begun)}")
+    if moved:
+        host.say(f"{done} {amount(moved, size, time.monotonic() - begun)}")
+    else:
+        host.say(f"nothing had to be {done}: all {size / init.MIB:.1f} MiB are there already")
 
 
 # --- From a registry ----------------------------------------------------------------------------------

@@ -210,6 +210,19 @@ def test_a_push_tells_how_far_it_is(
     assert placed == ["", digests[0]]  # what the tag named before is told
 
 
+def test_a_push_of_what_is_there_already_says_so(
+    command: Command, real: registries.Real, source: images.Layout
+) -> None:
+    to = f"docker://{real.address}/acme/release:1"
+    assert [command(to)[0], command(to)[0]] == [0, 0]
+    status, said = command(to)
+    assert status == 0
+    assert re.search(
+        r"^mosinit: nothing had to be sent: all \d+\.\d MiB are there already$", said, re.MULTILINE
+    )
+    assert "MiB/s" not in said
+
+
 def test_progress_and_the_result_as_json_go_different_ways(
     command: Command, real: registries.Real, source: images.Layout
 ) -> None:
