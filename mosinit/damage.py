@@ -42,6 +42,10 @@ CHUNK = 4 * init.MIB
 ROOM, ROOM_FILES = 8 * init.MIB, 512  # in config, for what may have to be laid there
 OPENED = f"{install.OPENED}recover-"  # closed by the next run if a killed one left it
 _NEW_IDS = "; machine-id and SSH host keys will be new"
+_OTHER_KEY = (
+    "if a recovery was broken off, name the recovery key of the other provisioning as well (--key may be "
+    "repeated)"
+)
 PROVISION = (
     "provision the machine (`mosinit provision`, `mosinit enroll`), then recover with --dir and the folder "
     "that it made"
@@ -308,6 +312,8 @@ def _about_lost(refused: init.Refused, name: str) -> init.Refused:
         remedy += "; or open it by the recovery key elsewhere, and run e2fsck by hand"
     if name not in MADE:
         remedy = f"{name} holds what is nowhere else: repair its header by hand, or install again"
+    if refused.check == "VOLUME-KEY":
+        remedy = f"{_OTHER_KEY}; if none opens it: {remedy}"
     return explain.advised(refused, remedy)
 
 

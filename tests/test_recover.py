@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import damage, esp, generations, init, layout, luks, machinedisk, recover, rekey
+from mosinit import damage, esp, explain, generations, init, layout, luks, machinedisk, recover, rekey
 from mosinit.host import Failure, Host
 from tests import installation, recovering
 from tests.installation import TOOLS
@@ -206,6 +206,24 @@ def test_a_volume_of_another_machine(renewed: Site, disk: Path, memory: Path) ->
     with pytest.raises(init.Refused, match="VOLUME-KEY.*store"):
         renewed.recover(disk, renewed.made.state)
     assert fingerprint(memory / "copy") == before
+
+
+@pytest.mark.parametrize("name", ["store", "state"])
+def test_after_a_recovery_that_was_cut_off_the_other_key_comes_first(
+    renewed: Site, disk: Path, name: str
+) -> None:
+    """Before anything is given up: the volume may have the key of the provisioning in between."""
+    volume, between = Path(f"{disk}p{3 if name == 'store' else 5}"), b"of the provisioning in between"
+    header = luks.read_header(Host(), volume, "plain")
+    luks.format_volume(Host(), volume, "plain", header.uuid, bytes(32))
+    luks.add_recovery(Host(), volume, bytes(32), between)
+    old = renewed.recovery_key()
+    with pytest.raises(init.Refused, match=f"VOLUME-KEY.*{name}") as caught:
+        renewed.plan(disk, renewed.made.state, recovery=(old,))
+    first, _, rest = explain.refusal(caught.value)["remedy"].partition("; ")
+    assert "--key" in first and "--key" not in rest
+    assert "--anew" not in first and ("--anew" in rest) == (name == "store")
+    assert renewed.plan(disk, renewed.made.state, recovery=(old, between))["left"] == []
 
 
 def test_an_older_epoch_is_not_good_again(renewed: Site, disk: Path, memory: Path) -> None:
