@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -112,6 +113,22 @@ def _held(folder: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _making_in(folder: Path | None) -> Iterator[None]:
+    """Name the folder if nothing can be made in it: a temporary name says nothing to a person."""
+    try:
+        yield
+    except OSError as error:
+        if folder is None:
+            raise
+        # /proc and its like say of what they do not take that it is not there.
+        if error.errno == errno.ENOENT and folder.is_dir():
+            raise Failure(
+                f"nothing can be made in {folder} ({error.strerror}): name a folder elsewhere"
+            ) from error
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _remove_stale(parent: Path) -> None:
@@ -289,7 +306,9 @@ class Host(init.Kernel):
         parent = None if near is None else Path(near).absolute().parent
         if parent is not None:
             _remove_stale(parent)
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent) as folder, _held(Path(folder)):
+        with _making_in(parent):
+            made = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent)
+        with made as folder, _held(Path(folder)):
             try:
                 yield Path(folder)
             except (Failure, OSError) as error:
@@ -309,7 +328,8 @@ class Host(init.Kernel):
         target = Path(path)
         if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
             raise Failure(f"{target} is no regular file, and only such are replaced: name another")
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
+        with _making_in(target.absolute().parent):
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
         os.close(handle)
         temporary = Path(name)
         try:

@@ -197,7 +197,10 @@ class Keyset:
 def new(host: Host, folder: Path, product_name: str) -> Keyset:
     """Make a keyset with a new key for each role and a new product id; it appears complete or not at all."""
     if not NAME.fullmatch(product_name):
-        raise Usage(f"product name {product_name!r} must match {NAME.pattern}")
+        raise Usage(
+            f"product name {product_name!r} does not fit: name one of 1 to 64 small letters, digits, '.', "
+            "'_' and '-' that begins with a letter or digit, such as --product acme"
+        )
     if os.path.lexists(folder):
         raise Failure(f"{folder} exists already and keys are never overwritten: choose another folder")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -116,8 +116,9 @@ def parse_destination(destination: str) -> Path | registry.Reference:
         if not reference.tag or reference.digest:
             raise Usage(f"cannot publish to {destination}: a release in a registry needs a tag, NAME:TAG")
         return reference
-    if not destination.startswith("oci:") or not destination.removeprefix("oci:"):
-        raise Usage(f"cannot publish to {destination}: a release goes to oci:DIR or docker://HOST/NAME:TAG")
+    if not destination.startswith("oci:") or destination == "oci:":
+        place = destination if destination != "oci:" else "oci: without a folder"
+        raise Usage(f"cannot publish to {place}: a release goes to oci:DIR or docker://HOST/NAME:TAG")
     folder = Path(destination.removeprefix("oci:")).absolute()
     if folder.exists():
         _check_replaceable(folder, folder)

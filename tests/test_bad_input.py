@@ -155,6 +155,13 @@ CASES: list[tuple[str, int, str]] = [
     ("keys new folder --product acme", 1, "folder exists already"),
     ("keys new file/new --product acme", 1, "file"),
     ("keys new new --product Acme", 2, "product name 'Acme'"),
+    (
+        "keys new new --product ",
+        2,
+        "product name '' does not fit: name one of 1 to 64 small letters, digits",
+    ),
+    ("keys new /proc/new --product acme", 1, "nothing can be made in /proc (No such file"),
+    ("keys export keys --out /proc/new", 1, "nothing can be made in /proc (No such file"),
     ("keys new new --product ../x", 2, "product name '../x'"),
     *((f"keys show {name}", 1, says) for name, says in KEYSETS.items()),
     # provision
@@ -210,7 +217,7 @@ CASES: list[tuple[str, int, str]] = [
     ("publish notag.yaml --keys keys --to oci:new", 1, "has 0 images tagged none: name one of (no tag)"),
     ("publish good.yaml --keys other --to oci:new", 1, "name the other's keyset by --keys"),
     ("publish good.yaml --keys keys --to new", 2, "cannot publish to new"),
-    ("publish good.yaml --keys keys --to oci:", 2, "cannot publish to oci:"),
+    ("publish good.yaml --keys keys --to oci:", 2, "cannot publish to oci: without a folder: a release"),
     ("publish good.yaml --keys keys --to oci:file", 1, "file exists and is no OCI image layout"),
     ("publish good.yaml --keys keys --to oci:folder", 1, "folder exists and is no OCI image layout"),
     ("publish good.yaml --keys keys --to oci:file/new", 1, "file"),
