@@ -132,6 +132,7 @@ def request(host: Host, options: Options) -> dict[str, object]:
         inspect(machine, policy, epoch)
         _check_event_log(machine, log, options.event_log)
         _remove_planted(host, machine)
+        _warn_of_epoch(host, machine, policy, epoch, organisation.epoch)
         made = make_objects(machine, policy, epoch, secrets)
     with host.scratch(near=options.folder) as scratch:
         fresh = scratch / "state"
@@ -147,18 +148,21 @@ def request(host: Host, options: Options) -> dict[str, object]:
         _write(host, fresh / "request.json", exchange.encode_request(sent))
         fresh.rename(options.folder)
         host.sync_file(options.folder.absolute().parent)
-    return _asked(options, organisation.product, made.sudi)
+    return _asked(options, organisation, epoch, made.sudi)
 
 
-def _asked(options: Options, product: str, sudi: bytes) -> dict[str, object]:
+def _asked(options: Options, organisation: keys.Organisation, epoch: int, sudi: bytes) -> dict[str, object]:
     folder, tpm = options.folder, "" if options.tcti == DEVICE else f" --tpm {options.tcti}"
     serial = records.serial_of(records.parse_point(sudi, records.SUDI_HEAD))
-    take = f"mosinit provision --dir {folder} --answer ANSWER{tpm}"
+    later = f" --epoch {epoch}" if epoch > organisation.epoch else ""
+    enroll = f"mosinit enroll request.json --keys KEYSET{later} --out answer.json"
+    take = f"mosinit provision --dir {folder} --answer answer.json{tpm}"
     return {
         "request": folder / "request.json",
-        "product": product,
+        "product": organisation.product,
         "serial": serial,
-        "next": f"`mosinit enroll` where the keyset is, then here `{take}`",
+        "next": f"take {folder / 'request.json'} to where the keyset is, there `{enroll}`, then here "
+        f"`{take}`",
     }
 
 
@@ -268,6 +272,21 @@ def _check_epoch(machine: Tpm, policy: init.PolicyKeys, epoch: int, remedy: str)
             expected, seen = f"a TPM at epoch {epoch} or before (--epoch)", bits.bit_length()
             refused = init.Refused("EPOCH", expected=expected, seen=f"epoch {seen}")
             raise explain.advised(refused, f"{remedy} --epoch {seen} or later: a TPM's epoch never falls")
+
+
+def _warn_of_epoch(host: Host, machine: Tpm, policy: init.PolicyKeys, epoch: int, lowest: int) -> None:
+    """Say what it means if the TPM's epoch rises above the organisation's own: it may be meant."""
+    if epoch <= lowest:
+        return
+    if machine.find_epoch_index(policy) == policy.epoch_index:
+        with init.asking_tpm("the epoch index"):
+            if init.read_epoch(machine).bit_length() >= epoch:
+                return
+    host.say(
+        f"warning: epoch {epoch} is later than the organisation's, {lowest}: from here this TPM refuses all "
+        "of an earlier epoch, until somebody clears it; if all machines are to be of it, raise the keyset's "
+        f"(`mosinit keys epoch KEYSET {epoch}`, `mosinit keys export` again)"
+    )
 
 
 def words_of(flags: init.Permanent) -> str:
@@ -389,7 +408,7 @@ def _made_before(
         if (*seen, epoch) != (state.storage_key, state.epoch_index, state.epoch):
             raise Failure(f"{other}, for another TPM or epoch: remove it, or name another --dir")
         inspect(machine, policy, epoch)
-    return _asked(options, organisation.product, state.sudi)
+    return _asked(options, organisation, epoch, state.sudi)
 
 
 def _read_request(folder: Path) -> exchange.Request:
@@ -430,9 +449,10 @@ def start_over(
     """
     consent, auths = options.consent, options.auths
     assert consent and auths  # `request` saw it
-    if auths.exists() and stat.S_IMODE(auths.stat().st_mode) & 0o077:
-        raise Failure(f"{auths} is open to others: chmod 600 {auths}")
     recovery = exchange.parse_recovery(exchange.read_file(auths, exchange.DOCUMENT_BYTES), str(auths))
+    # Only what is one: to close another file would be no help.
+    if stat.S_IMODE(auths.stat().st_mode) & 0o077:
+        raise Failure(f"{auths} is open to others: chmod 600 {auths}")
     agreed = exchange.parse_consent(exchange.read_file(consent, exchange.DOCUMENT_BYTES), str(consent))
     epoch = keys.choose_epoch(options.epoch, organisation.epoch)
     with explain.advising(dict.fromkeys(("RECORD-SIGNATURE", "TPM-IDENTITY"), _CONSENT)):

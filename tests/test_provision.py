@@ -289,6 +289,23 @@ def test_the_epoch_is_the_organisation_s(site: Site) -> None:
     assert init.read_epoch(TpmMachine(site.tpm)).bit_length() == 5
 
 
+def test_an_epoch_above_the_organisation_s_is_said_before_it_is_for_good(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be meant, but nothing of the organisation's own epoch opens such a machine again."""
+    told = site.request(epoch=2)
+    said = capsys.readouterr().err
+    assert "warning: epoch 2 is later than the organisation's, 1: from here this TPM refuses" in said
+    assert "`mosinit keys epoch KEYSET 2`" in said
+    assert "--keys KEYSET --epoch 2 --out answer.json`" in str(told["next"])
+    # This TPM is of that epoch by now: to say so is no news, and nothing else is taken.
+    site.request(state=site.folder / "second", epoch=2)
+    assert "is later" not in capsys.readouterr().err
+    site.renew(site.folder)
+    site.request()
+    assert "is later" not in capsys.readouterr().err
+
+
 def test_an_absent_tpm_is_refused(site: Site) -> None:
     for tcti in ("device:/dev/none", "swtpm:path=/none"):
         with pytest.raises(init.Refused, match="TPM-ABSENT") as caught:

@@ -75,8 +75,10 @@ def test_policies_that_others_planted_are_removed(
 
 def test_a_request_is_told_again(site: Site) -> None:
     first = site.request()
-    assert f"`mosinit provision --dir {site.state} --answer ANSWER --tpm {site.tpm.tcti}`" in str(
-        first["next"]
+    assert first["next"] == (
+        f"take {site.state}/request.json to where the keyset is, there `mosinit enroll request.json --keys "
+        f"KEYSET --out answer.json`, then here `mosinit provision --dir {site.state} --answer answer.json "
+        f"--tpm {site.tpm.tcti}`"
     )
     content = (site.state / "request.json").read_bytes()
     assert site.request() == first
@@ -553,6 +555,15 @@ def wrong_passwords(site: Site, serial: str) -> None:
     path.write_text(json.dumps(words))
 
 
+def consent_as_passwords(site: Site, serial: str) -> None:
+    (site.folder / "auths.json").unlink()
+    shutil.copy(site.folder / "consent.json", site.folder / "auths.json")
+
+
+def passwords_as_consent(site: Site, serial: str) -> None:
+    shutil.copy(site.folder / "auths.json", site.folder / "consent.json")
+
+
 def open_passwords(site: Site, serial: str) -> None:
     (site.folder / "auths.json").chmod(0o644)
 
@@ -564,7 +575,9 @@ def open_passwords(site: Site, serial: str) -> None:
         (consent_for_another, "TPM-IDENTITY.*a consent for"),
         (record_of_another, "TPM-IDENTITY.*expected storage key 00"),
         (wrong_passwords, "owner password"),
-        (open_passwords, "chmod 600"),
+        (open_passwords, "auths.json is open to others: chmod 600"),
+        (consent_as_passwords, "auths.json is no recovery of schema 1: name the right file"),
+        (passwords_as_consent, "consent.json is no consent of schema 1: name the right file"),
     ],
 )
 def test_without_consent_and_passwords_nothing_begins_anew(
