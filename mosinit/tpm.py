@@ -85,14 +85,20 @@ def asking(what: str) -> Iterator[None]:
         raise init.Refused(check, expected=what, seen=f"{error} ({error.rc:#x})") from error
 
 
+def split_tcti(words: str) -> tuple[str, str]:
+    """Return the way to a TPM and its place, as a TCTI string has them. Raises `Usage` if it is none."""
+    name, _, place = words.partition(":")
+    if not name.isalnum() or not place:
+        raise Usage(f"{words!r} is no TCTI: name one such as {DEVICE}")
+    return name, place
+
+
 @contextlib.contextmanager
 def open_tpm(words: str) -> Iterator[Tpm]:
     """Yield the TPM that a TCTI string names, such as device:/dev/tpmrm0 or swtpm:path=SOCKET."""
     # The libraries' own messages: each is an exception here as well.
     os.environ.setdefault("TSS2_LOG", "all+NONE")
-    name, _, place = words.partition(":")
-    if not name.isalnum() or not place:
-        raise Usage(f"{words!r} is no TCTI: name one such as {DEVICE}")
+    name, place = split_tcti(words)
     with explain.advising({"TPM-ABSENT": _NAME_ONE}):
         if name == "device" and not os.path.exists(place):
             raise init.Refused("TPM-ABSENT", expected="a TPM 2.0", seen=f"no {place}")

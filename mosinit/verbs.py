@@ -20,6 +20,7 @@ from mosinit import explain, init
 from mosinit.host import Failure, Host, Usage
 
 if TYPE_CHECKING:
+    from mosinit.publish import Published
     from mosinit.registry import Access
 
 DONE, FAILED = 0, 1
@@ -89,7 +90,8 @@ def build(host: Host, values: argparse.Namespace) -> Result:
         raise Usage("--sequence goes without --manifest, which names its own")
     options = {"sequence": values.sequence or 1, "manifest": values.manifest, "profile": values.profile}
     options |= {"installer_keys": values.installer_keys, "registry_ca": values.registry_ca}
-    return outcome(builder.build(host, values.keys, values.out, values.epoch, **options))
+    made = builder.build(host, values.keys, values.out, values.epoch, **options)
+    return Result(plain(made), built_text(made))
 
 
 def run_tool(host: Host, values: argparse.Namespace) -> Result:
@@ -117,7 +119,8 @@ def publish(host: Host, values: argparse.Namespace) -> Result:
     cache = images.open_cache(host)
     done = publisher.publish(host, values.manifest, keyset, values.to, access, cache)
     instead = f", in place of {done.replaced}" if done.replaced else ""
-    return outcome(done, [f"published sequence {done.sequence} to {values.to}{instead}"])
+    head = f"published sequence {done.sequence} to {values.to}{instead}"
+    return Result(plain(done), f"{explain.printable(head)}\n{published_text(done)}")
 
 
 def provision_machine(host: Host, values: argparse.Namespace) -> Result:
@@ -139,8 +142,10 @@ def provision_machine(host: Host, values: argparse.Namespace) -> Result:
     if bool(values.again) != bool(values.auths):
         raise Usage("--again and --auths go together: the consent and the opened recovery record")
     from mosinit import provision
-    from mosinit.tpm import DEVICE
+    from mosinit.tpm import DEVICE, split_tcti
 
+    # Wrong words are said before any file is looked for.
+    split_tcti(values.tpm or DEVICE)
     if values.answer:
         return outcome(provision.finish(host, values.dir, values.answer, values.tpm or DEVICE))
     options = provision.Options(
@@ -302,8 +307,10 @@ def recover_machine(host: Host, values: argparse.Namespace) -> Result:
     """Bring a machine back that no longer opens by itself."""
     # Wrong usage is said first, wherever this is called.
     if values.reseal:
-        names = ("key", "dir", "source", "anew", *REGISTRY)
-        _without("--reseal, which needs no secret", values, *names)
+        _without("--reseal, which needs no secret", values, "key")
+        _without("--reseal, which is for the TPM as it was provisioned", values, "dir")
+        _without("--reseal, which makes nothing anew", values, "anew")
+        _without("--reseal, which reads no release", values, "source", *REGISTRY)
         if values.approvals:
             _without("--approvals, with which no event log is written", values, "out")
     else:
@@ -420,6 +427,39 @@ def _keyset(keyset: Any) -> Result:
     data = {"name": keyset.name, "product": keyset.product, "epoch": keyset.epoch}
     data |= {"folder": str(keyset.folder), "roles": roles}
     return Result(data, "\n".join(head + rows))
+
+
+def built_text(made: Mapping[str, Any]) -> str:
+    """Write for a person what `build` made; by what it knows a build again is for programs alone."""
+    facts = {
+        "medium": f"{made['medium']} ({_mib(made['medium_bytes'])})",
+        "release": made["release"],
+        "sequence": made["sequence"],
+        "epoch": made["epoch"],
+        "manifest": f"sha256:{made['manifest_sha256']}",
+        "kernel": made["kernel"],
+    }
+    lines = _lines(facts)
+    for mode, path in made["ukis"].items():
+        sizes = f"{_mib(made['uki_bytes'][mode])}, initrd {_mib(made['initrd_bytes'][mode])}"
+        lines += _lines({f"UKI of {mode} mode": f"{path} ({sizes})"})
+        lines += [f"  {line}" for line in _lines({"id": made["uki_ids"][mode]})]
+    return "\n".join(lines)
+
+
+def published_text(made: Published) -> str:
+    """Write for a person what was published."""
+    facts: dict[str, object] = {
+        "sequence": made.sequence,
+        "manifest": f"sha256:{made.manifest_sha256}",
+        "signature": f"sha256:{made.signature_sha256}",
+        "index": made.index_digest,
+    }
+    return "\n".join(_lines({**facts, **{f"image of {name}": each for name, each in made.targets.items()}}))
+
+
+def _mib(size: int) -> str:
+    return f"{size / init.MIB:.1f} MiB"
 
 
 def outcome(outcome: object, notes: Sequence[str] = ()) -> Result:

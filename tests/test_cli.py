@@ -94,7 +94,7 @@ def test_examples_are_valid(verb: commands.Verb) -> None:
         ("install --answers a --plan", "--plan does not go with --answers"),
         ("install s --answers a", "SOURCE does not go with --answers"),
         ("recover --reseal --key k", "--key does not go with --reseal, which needs no secret"),
-        ("recover s --reseal", "SOURCE does not go with --reseal"),
+        ("recover s --reseal", "SOURCE does not go with --reseal, which reads no release"),
         ("recover --key k --approvals a", "--approvals goes with --reseal"),
         ("recover --key k --out o", "--out goes with --reseal"),
         ("explain SB-OFF SB-ON", "unrecognized arguments: SB-ON (see `mosinit explain --help`)"),

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from mosinit import cli, commands, init, keys, verbs
+from mosinit import cli, commands, init, keys, publish, verbs
 from mosinit.host import Host
 
 BARE = tuple(replace(verb, tools=False, checkout=False, secrets=False) for verb in commands.VERBS)
 REGISTRY = {"tls-ca": "c", "login": "l", "token-host": "h", "timeout": "5"}
 IN_REGISTRY = "a registry, docker://…"
 SOURCE = f"a SOURCE in {IN_REGISTRY}"
-RESEAL, ANSWERS = "--reseal, which needs no secret", "--answers, which says all"
+RESEAL, ANSWERS = "--reseal, which", "--answers, which says all"
+RESEALS = {
+    "key k": "needs no secret", "dir s": "is for the TPM as it was provisioned",
+    "anew": "makes nothing anew",
+    **{f"{o} {v}": "reads no release" for o, v in REGISTRY.items()},
+}  # fmt: skip
 
 
 def mosinit(words: str) -> int:
@@ -46,6 +51,8 @@ COMBINATIONS = {
     "provision --dir s --answer a --auths f": "--auths goes with --organisation",
     "provision --dir s --organisation o --again c": "--again and --auths go together",
     "provision --dir s --organisation o --auths f": "--again and --auths go together",
+    "provision --dir s --organisation o --tpm foo": "'foo' is no TCTI: name one such as device:/dev/tpmrm0",
+    "provision --dir s --answer a --tpm foo": "'foo' is no TCTI",
     "provision --approvals a --dir s": "--dir goes with --organisation or --answer",
     "provision --approvals a --tpm t": "--tpm goes with --organisation or --answer",
     # enroll: a request, a consent, or a recovery record
@@ -86,10 +93,10 @@ COMBINATIONS = {
     "recover oci:s --disk d --anew --plan": "what shows that the disk is yours is missing",
     "recover --key k --approvals a": "--approvals goes with --reseal",
     "recover --key k --out o": "--out goes with --reseal",
-    "recover oci:s --reseal": f"SOURCE does not go with {RESEAL}",
+    "recover oci:s --reseal": f"SOURCE does not go with {RESEAL} reads no release",
     **{
-        f"recover --reseal --{option}": f"--{option.split()[0]} does not go with {RESEAL}"
-        for option in ("key k", "dir s", "anew", *(f"{o} {v}" for o, v in REGISTRY.items()))
+        f"recover --reseal --{option}": f"--{option.split()[0]} does not go with {RESEAL} {reason}"
+        for option, reason in RESEALS.items()
     },
     "recover --reseal --approvals a --out o": "--out does not go with --approvals",
     **{f"recover --key k --{o} {v}": f"--{o} goes with {SOURCE}" for o, v in REGISTRY.items()},
@@ -162,6 +169,51 @@ def test_what_may_show_whose_a_disk_is_suffices(words: str, capsys: pytest.Captu
 
 
 # --- Results -----------------------------------------------------------------------------------------
+
+BUILT = {
+    "key": "0" * 64, "medium": "out/live.raw", "medium_bytes": 300 << 20,
+    "ukis": {"live": "out/live.efi", "run": "out/run.efi"}, "uki_ids": {"live": "a" * 64, "run": "b" * 64},
+    "uki_bytes": {"live": 40 << 20, "run": 41 << 20}, "initrd_bytes": {"live": 19 << 20, "run": 18 << 20},
+    "kernel": "6.12", "release": "out/release", "manifest_sha256": "c" * 64, "sequence": 7, "epoch": 2,
+}  # fmt: skip
+
+
+def test_what_was_built_reads_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a program wants of it is in the JSON, all of it."""
+    monkeypatch.setattr("mosinit.build.build", lambda *given, **options: BUILT)
+    assert mosinit("build --keys k --out o") == 0
+    assert (
+        capsys.readouterr().out
+        == f"""\
+medium: out/live.raw (300.0 MiB)
+release: out/release
+sequence: 7
+epoch: 2
+manifest: sha256:{"c" * 64}
+kernel: 6.12
+UKI of live mode: out/live.efi (40.0 MiB, initrd 19.0 MiB)
+  id: {"a" * 64}
+UKI of run mode: out/run.efi (41.0 MiB, initrd 18.0 MiB)
+  id: {"b" * 64}
+"""
+    )
+    assert mosinit("build --keys k --out o --json") == 0
+    assert json.loads(capsys.readouterr().out) == BUILT
+
+
+def test_what_was_published_reads_well() -> None:
+    made = publish.Published(7, "a" * 64, "b" * 64, "sha256:c", {"hostfs": "sha256:d"}, "6")
+    assert (
+        verbs.published_text(made)
+        == f"""\
+sequence: 7
+manifest: sha256:{"a" * 64}
+signature: sha256:{"b" * 64}
+index: sha256:c
+image of hostfs: sha256:d"""
+    )
 
 
 def test_a_result_reads_as_lines() -> None:
