@@ -27,11 +27,6 @@ def mosinit(words: str) -> int:
     return cli.main(words.split(), BARE)
 
 
-@pytest.fixture
-def keyset(tmp_path: Path, host: Host) -> keys.Keyset:
-    return keys.new(host, tmp_path / "keys", "test")
-
-
 # --- Options that would not count --------------------------------------------------------------------
 
 COMBINATIONS = {
