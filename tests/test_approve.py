@@ -337,9 +337,9 @@ def test_a_change_is_told_from_the_log_that_is_filed(site: Site, need: Need) -> 
     dbx = site.file("dbx", firmware.EMPTY_DBX + hashes(b"a"))
     places = {"machine": "1234", "machines": site.folder / "machines"}
     (row,) = site.approve(site.log(newer), changes={"dbx": dbx}, **places)["approved"]
-    assert len(row["changes"]) == 2
-    assert row["changes"][0].startswith("dbx changed: 1 entry added") or "DeployedMode" in row["changes"][0]
-    assert "DeployedMode is measured now, and was not before" in row["changes"]
+    first, second = sorted(row["changes"])
+    assert first == "DeployedMode is measured now, and was not before"
+    assert second.startswith("dbx changed: 1 entry added: program ")
 
 
 def test_a_firmware_update_is_approved_by_the_log_of_another_machine(site: Site) -> None:
@@ -429,9 +429,7 @@ def test_what_a_boot_would_refuse_is_never_approved(site: Site, other: keys.Keys
         ("pk", "'PK': .* none"): b"",
         ("kek", "'KEK': it holds other"): lists(trusted.kek, theirs.kek),
         ("db", "'db': it holds other"): lists(*trusted.db, theirs.db[0]),
-        ("dbx", "would revoke the keyset's own CN=acme layer|would revoke the keyset's own"): lists(
-            trusted.db[1]
-        ),
+        ("dbx", "would revoke the keyset's own .*layer"): lists(trusted.db[1]),
         ("dbx", "would revoke the keyset's own .*uki"): revoked_by_hash(trusted),
     }
     for (word, words), content in contents.items():

@@ -78,7 +78,7 @@ def test_examples_are_valid(verb: commands.Verb) -> None:
     ("words", "says"),
     [
         ("", "a verb is missing: demo, test, keys new"),
-        ("keys", "keys epoch (see `mosinit keys --help`)"),
+        ("keys", "missing: keys new, keys show, keys export, keys epoch (see `mosinit keys --help`)"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("keys nonsense", "invalid choice: 'nonsense'"),
         ("keys new", "required: DIR, --product"),

@@ -658,7 +658,7 @@ def test_whatever_the_tpm_answers_is_a_refusal_within_bounds(
         assert len(k.commands) <= count + 4 * RETRIES  # one command, and three flushes that nobody waits for
         k.tpm = direct  # type: ignore[method-assign]
         tpm.forget()
-    assert open_secret(k, material) == material.secret  # what was refused was not the TPM, for it is full
+    assert open_secret(k, material) == material.secret  # nothing was refused as it was full
 
 
 PROPERTIES = struct.Struct(">BII IIII")

@@ -7,7 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,24 +15,16 @@ import pytest
 from mosinit import init, install, layout, tools
 from mosinit.host import Host
 from tests import installation
-from tests.installation import TOOLS, Setting
+from tests.installation import Setting
 from tests.recovering import fingerprint
-from tests.test_layout import loop
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Keyset, release, live system."""
-    return installation.setting(Host(), tmp_path_factory.mktemp("setting"))
 
 
 @pytest.fixture
-def disk(need: Callable[..., None], memory: Path) -> Iterator[Path]:
+def disk(need: Callable[..., None], disk: Path) -> Path:
     """A disk on which something lies."""
-    need("unshare", *TOOLS)
-    with loop(memory / "disk") as device:
-        subprocess.run(["mkfs.ext4", "-q", "-L", "photos", device], check=True)
-        yield device
+    need("unshare")
+    subprocess.run(["mkfs.ext4", "-q", "-L", "photos", disk], check=True)
+    return disk
 
 
 def mosinit(made: Setting, *words: str | Path) -> subprocess.CompletedProcess[str]:
