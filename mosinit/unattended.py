@@ -88,16 +88,17 @@ def wait_for_network(host: Host) -> None:
 
 
 def exchange(port: Path, request: bytes, seconds: float = ANSWER_SECONDS) -> bytes:
-    """Send a request as one line and return the line that comes back."""
+    """Send a request as one line and return the line that comes back. Raises `Failure`."""
     line = json.dumps(json.loads(request)).encode() + b"\n"
-    with ports.opened(port, seconds) as fd:
-        try:
+    try:
+        with ports.opened(port, seconds) as fd:
             ports.send(fd, line, seconds)
-        except TimeoutError as error:
-            raise Failure(
-                f"nobody takes the request at {port}: connect whoever enrolls machines, then install again"
-            ) from error
-        reply = ports.receive(fd, ANSWER_BYTES, seconds)
+            reply = ports.receive(fd, ANSWER_BYTES, seconds)
+    except OSError as error:
+        why = "" if isinstance(error, TimeoutError) else f" ({error.strerror or error})"
+        raise Failure(
+            f"nobody takes the request at {port}{why}: connect whoever enrolls machines, then install again"
+        ) from error
     if len(reply) > ANSWER_BYTES:
         raise Failure(f"what came from {port} is no answer: it has more than {ANSWER_BYTES} bytes")
     if not reply.endswith(b"\n"):

@@ -90,6 +90,14 @@ def test_nobody_listens_at_the_port() -> None:
     ]
 
 
+def test_a_port_that_cannot_be_had_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "port"))
+        says = r"nobody takes the request at .*/port \(No such device.*\): connect whoever enrolls machines"
+        with pytest.raises(Failure, match=says):
+            unattended.exchange(tmp_path / "port", b"{}", 0.1)
+
+
 def test_what_became_of_an_installation_waits_for_no_listener(tmp_path: Path) -> None:
     with deaf() as port:
         assert ends(lambda: answers.tell({"a": "b" * 100_000}, port, 0.1))
