@@ -32,7 +32,7 @@ from mosinit import (
     repository,
     state,
 )  # fmt: skip
-from mosinit.damage import MADE, OPENED, Look, Options, Recoverer, Stored, Volume
+from mosinit.damage import OPENED, Look, Options, Recoverer, Stored, Volume
 from mosinit.generations import Elsewhere, Quiet
 from mosinit.host import Failure, Host
 from mosinit.install import Provisioned
@@ -176,10 +176,10 @@ def repair(host: Recoverer, name: str, device: Path) -> None:
     """Repair a file system as far as that loses nothing. Raises `Failure`."""
     host.say(f"{name}: e2fsck -p")
     if not host.mend(device):
-        more = ", or say --anew, and name the release" if name in MADE else ""
+        anew = {"config": ", or say --anew, with --dir STATE", "store": ", or say --anew, and name SOURCE"}
         raise Failure(
             f"e2fsck -p does not repair the file system of {name}, and answering yes to its questions may "
-            f"lose files: open the volume by the recovery key and run e2fsck by hand{more}"
+            f"lose files: open the volume by the recovery key and run e2fsck by hand{anew.get(name, '')}"
         )
 
 
