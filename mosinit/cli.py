@@ -1,4 +1,4 @@
-"""The command line: one table of verbs, each a function that takes plain values and returns plain data.
+"""The command line: what was typed is read by the table (commands.py), and its verb (verbs.py) is run.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by a check (its id is shown), 130 interrupted.
 Results go to standard output, as text or with `--json` as one JSON value; progress and errors to stderr.

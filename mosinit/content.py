@@ -115,7 +115,9 @@ def rows(host: Host, path: Path, size: int, sector: int) -> tuple[Row, ...]:
 
 
 def _check_entries(path: Path, fd: int, size: int, sector: int) -> None:
-    """Refuse a table that would take memory and time without end: sfdisk reads all that one announces."""
+    """Raise `Failure` for a table that would take memory and time without end: sfdisk reads all that one
+    announces.
+    """
     first = os.pread(fd, _GPT.size, sector)
     other = _GPT.unpack(first)[1] if len(first) == _GPT.size else 0
     for block in (1, size // sector - 1, other):

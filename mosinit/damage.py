@@ -632,6 +632,7 @@ def _with_release(seen: Look) -> Look:
 
 
 def good_of(git: Path, found: repository.State) -> frozenset[str]:
+    """Return the usable generations that have started well."""
     commits = [each.commit for each, _ in found.usable]
     return frozenset(commit for commit in commits if generations.is_good(git, commit))
 

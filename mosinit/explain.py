@@ -175,7 +175,7 @@ def read_report(path: Path) -> console.Report:
 def compare_logs(
     before: bytes, now: bytes, names: tuple[str, str] = ("the log of before", "the log of now")
 ) -> list[drift.Difference]:
-    """Return what of PCR 7 differs between two event logs. Raises `Failure` if one is none."""
+    """Return what of PCR 7 differs between two event logs. Raises `Failure` if one is no event log."""
     parsed = []
     for name, log in zip(names, (before, now), strict=True):
         try:

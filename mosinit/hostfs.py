@@ -72,7 +72,9 @@ def build(
 
 
 def check_profile(profile: str) -> None:
-    """Refuse a profile that the checkout does not have: mkosi would build hostfs without a word about it."""
+    """Raise `Usage` for a profile that the checkout does not have: mkosi would build hostfs without a word
+    about it.
+    """
     names = sorted(
         path.name.removesuffix(".conf") for path in (tools.checkout() / "mkosi.profiles").iterdir()
     )

@@ -54,7 +54,9 @@ def _only_disk(host: Host) -> Path:
 
 
 def read_partitions(host: Host, disk: layout.Disk) -> layout.Plan:
-    """Return the partition table of a machine's disk, as the bring-up reads it."""
+    """Return the partition table of a machine's disk, as the bring-up reads it. Raises `Refused` if it is
+    none.
+    """
     with init.held(os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
         header, entries = (host.read_at(fd, at * disk.sector, 16384) for at in (1, 2))
     parts = init.parse_gpt(header[: disk.sector], entries, disk.sector, disk.size // disk.sector)
@@ -71,5 +73,4 @@ def read_partitions(host: Host, disk: layout.Disk) -> layout.Plan:
             raise init.Refused("DISK-PARTITION", expected=expected, seen=str(names.count(name)))
     if names.count(init.STATE) > 1:
         raise init.Refused("DISK-PARTITION", expected="at most one partition state", seen="more")
-    identity = init.format_guid(header[56:72])  # UEFI specification 5.3.2
-    return layout.Plan(disk, identity, tuple(rows), "")
+    return layout.Plan(disk, layout.disk_id(header[: disk.sector]), tuple(rows), "")
