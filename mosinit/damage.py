@@ -304,11 +304,14 @@ def _about_lost(refused: init.Refused, name: str) -> init.Refused:
     if refused.check == "LUKS-TOKEN":
         return explain.advised(refused, PROVISION)
     remedy = f"{name} is lost: if it is to be made anew, say --anew"
-    if refused.check == "VOLUME-READ" and name == "store":
+    files = refused.check == "VOLUME-READ"  # alone: its header, and with it its key, stays
+    if name == "store":
         remedy += " and name the release as SOURCE"
+    if name == "config" or not files:
+        remedy += ", and --dir with what `mosinit provision` made"
     if name == "config":
-        remedy += ", and --dir with what `mosinit provision` made; machine-id and SSH host keys will be new"
-    if refused.check == "VOLUME-READ":
+        remedy += _NEW_IDS
+    if files:
         remedy += "; or open it by the recovery key elsewhere, and run e2fsck by hand"
     if name not in MADE:
         remedy = f"{name} holds what is nowhere else: repair its header by hand, or install again"
