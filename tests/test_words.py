@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mosinit import cli, commands, init, keys, publish, verbs
-from mosinit.host import Host
 
 BARE = tuple(replace(verb, tools=False, checkout=False, secrets=False) for verb in commands.VERBS)
 REGISTRY = {"tls-ca": "c", "login": "l", "token-host": "h", "timeout": "5"}
