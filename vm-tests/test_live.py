@@ -103,28 +103,43 @@ def test_content_sealed_again_is_refused(
 @pytest.mark.parametrize(
     ("where", "check"),
     [
-        ("manifest", "STORE-BLOB"),
         ("superblock", "STORE-READ"),
         ("seal", "STORE-SEAL"),
         ("partition table", "DISK-ABSENT"),
     ],
 )
 def test_one_flipped_bit_of_the_medium_is_refused(
-    world: World, release: Path, medium: Path, where: str, check: str
+    world: World, medium: Path, where: str, check: str
 ) -> None:
     raw = medium.read_bytes()
-    parts = init.parse_gpt(raw[512:1024], raw[1024 : 1024 + 16384], 512, len(raw) // 512)
-    start = {partition.kind: partition.start for partition in parts}
-    store = start[init.LIVE_STORE_TYPE]
+    start = starts(raw)
     offsets = {
-        "manifest": raw.index(part_of(release, init.MANIFEST_MEDIA_TYPE), store) + 20,
-        "superblock": store + 1024 + 20,
+        "superblock": start[init.LIVE_STORE_TYPE] + 1024 + 20,
         "seal": start[init.LIVE_SEAL_TYPE] + init.LIVE_SEAL.size + 40,
         "partition table": 1024 + 8,
     }
     bad = world.folder / f"flipped-{where.replace(' ', '-')}.raw"
     bad.write_bytes(flip(raw, offsets[where]))
     check_refused(world.go_on(bad), check)
+
+
+def test_one_flipped_bit_of_the_manifest_is_refused(world: World) -> None:
+    """It is longer than a block: a short one may lie in the very block of the superblock or of a folder."""
+    release = world.release("long", [GOOD_HOSTFS, *({f"etc/{n}": b"one more\n"} for n in range(60))])
+    raw = world.medium(release).read_bytes()
+    whole = part_of(release, init.MANIFEST_MEDIA_TYPE)[: init.BLOCK]
+    assert len(whole) == init.BLOCK
+    place = raw.index(whole, starts(raw)[init.LIVE_STORE_TYPE])
+    assert place % init.BLOCK == 0
+    bad = world.folder / "flipped-manifest.raw"
+    bad.write_bytes(flip(raw, place + 20))
+    check_refused(world.go_on(bad), "STORE-BLOB")
+
+
+def starts(raw: bytes) -> dict[str, int]:
+    """Return where the partitions of a medium begin, by their types."""
+    parts = init.parse_gpt(raw[512:1024], raw[1024 : 1024 + 16384], 512, len(raw) // 512)
+    return {partition.kind: partition.start for partition in parts}
 
 
 def resealed(
