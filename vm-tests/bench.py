@@ -125,7 +125,10 @@ def figures(outcome: vm.Outcome) -> dict[str, object]:
 def main(folder: Path) -> None:
     """Make the medium, measure, print."""
     host = Host()
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        sys.exit(f"cannot make {folder}: {error.strerror}; name a folder that does not exist yet")
     world = World(host, folder, cold=True)
     image = folder / "bench-hostfs"
     shutil.copytree(hostfs.build(host, folder / "debian"), image)
@@ -152,4 +155,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name the folder in which everything is made: it must not exist yet")
     main(Path(sys.argv[1]))
