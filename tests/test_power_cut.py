@@ -197,7 +197,9 @@ def test_no_moment_leaves_half_a_machine(
             assert disk.complete() or step not in UNENDED, f"{step}: nobody finishes it at sector {sector}"
             if loader is None:
                 assert complete == 0, "a boot loader that was there is gone"
-                assert disk.asks() == "" or disk.complete(), f"{step}: {disk.asks()} at sector {sector}"
+                # Its own id comes before the boot loader's name: between them the same command finishes it.
+                given_id = step in ("disk-id", "start") and disk.complete()
+                assert disk.asks() == "" or given_id, f"{step}: {disk.asks()} at sector {sector}"
                 continue
             assert step in ("start", "boot-entry", "mark")
             assert loader == installation.LOADER
